@@ -1,0 +1,129 @@
+# Everything happens in .venv. Every target makes and updates it first; `make dev` does only that.
+# To begin again: rm -rf .venv
+
+PYTHON ?= python3
+# A CPU build of PyTorch, for machines without an NVIDIA driver, and where to look for it.
+TORCH_CPU ?= torch==2.13.0+cpu
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+BENCH_ARGS ?=
+
+PY := .venv/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+
+.PHONY: help demo test test-slow dev lint bench dist-test clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' Makefile
+
+demo: dev ## prune a photograph with every method; writes demo.png (DEMO_ARGS=...)
+	$(PY) -m vispruner_kernels.demo --out demo.png $(DEMO_ARGS)
+
+test: dev ## the quick tests, on the CPU (PYTEST_ARGS=...)
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+test-slow: dev ## all tests that need no GPU
+	$(PY) -m pytest -m "not gpu" $(PYTEST_ARGS)
+
+dev: .venv/stamp-native ## .venv: dependencies, tools, the package (editable), the native core
+
+lint: dev ## ruff, mypy, clang-format
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m mypy vispruner_kernels
+	$(PY) .venv/bin/clang-format --dry-run -Werror $(CSRC)
+
+bench: dev ## time select on this CPU against the published loop (BENCH_ARGS=...)
+	$(PY) -m benchmarks.select --device cpu $(BENCH_ARGS)
+
+# The wheel built from the sdist, in a new environment, must pass the tests that the sdist brings; and
+# the sdist must install where there is no compiler. The dependencies are borrowed from .venv.
+dist-test: dev ## build the sdist and the wheel, install each in a new environment, run the tests there
+	rm -rf dist
+	VISPRUNER_KERNELS_NATIVE=1 $(PY) -m build
+	@set -e; \
+	repo=$$PWD; python=$$PWD/$(PY); \
+	tmp=$$(mktemp -d); trap 'rm -rf "$$tmp"' EXIT; trap 'exit 1' INT TERM; \
+	purelib='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+	borrowed=$$("$$python" -c "$$purelib"); \
+	cd "$$tmp"; \
+	for name in wheel sdist; do \
+	  "$$python" -m venv --without-pip $$name; \
+	  echo "$$borrowed" > "$$($$name/bin/python -c "$$purelib")/borrowed.pth"; \
+	done; \
+	echo "== sdist, no compiler"; \
+	CXX=/nonexistent VISPRUNER_KERNELS_NATIVE=auto VISPRUNER_KERNELS_CUDA=auto \
+	  "$$python" -m pip --python sdist/bin/python install --no-deps "$$repo"/dist/*.tar.gz; \
+	sdist/bin/python -m vispruner_kernels; \
+	if sdist/bin/python -c 'import vispruner_kernels._C' 2>/dev/null; then \
+	  echo "make: a native core without a compiler?" >&2; exit 1; \
+	fi; \
+	echo "== wheel"; \
+	"$$python" -m pip --python wheel/bin/python install --no-deps "$$repo"/dist/*.whl; \
+	wheel/bin/python -m vispruner_kernels; \
+	installed=$$(wheel/bin/python -c 'import os, vispruner_kernels._C as c; print(os.path.dirname(c.__file__))'); \
+	case $$installed in */wheel/lib/*) ;; *) echo "make: imported from $$installed" >&2; exit 1;; esac; \
+	tar -xzf "$$repo"/dist/*.tar.gz; cd vispruner_kernels-*; \
+	rm -r vispruner_kernels; ln -s "$$installed" vispruner_kernels; \
+	../wheel/bin/python -m pytest $(PYTEST_ARGS)
+
+clean: ## remove what was built; .venv stays
+	rm -rf build dist *.egg-info .venv/stamp-native demo.png
+	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -f vispruner_kernels/_C.*.so
+	find vispruner_kernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+
+# Set-up, in four steps, each repeated only when something it depends on has changed, also where that
+# happened during the step: hence the stamps with the time at which it began.
+
+.venv/stamp-venv:
+	@fail() { echo "make: $$*" >&2; exit 1; }; \
+	command -v "$(PYTHON)" >/dev/null || \
+	  fail "$(PYTHON) is not found: install Python 3.10 or later, or name one with PYTHON=..."; \
+	"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  fail "needs Python 3.10 or later, but $(PYTHON) is $$("$(PYTHON)" --version 2>&1): install one, or name one with PYTHON=..."; \
+	"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || \
+	  fail "$(PYTHON) cannot make environments: install its venv module (Debian, Ubuntu: apt install python3-venv)"; \
+	cxx=$$CXX; \
+	for c in c++ g++ clang++; do [ "$$cxx" ] || ! command -v $$c >/dev/null || cxx=$$c; done; \
+	echo 'int main() {}' | $${cxx:-c++} -std=c++17 -fsyntax-only -x c++ - 2>/dev/null || \
+	  fail "no C++17 compiler (CXX=$${cxx:-c++}): install one (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install)"; \
+	include=$$("$(PYTHON)" -c 'import sysconfig; print(sysconfig.get_path("include"))'); \
+	[ -f "$$include/Python.h" ] || \
+	  fail "no Python.h in $$include: install the headers of this Python (Debian, Ubuntu: apt install python3-dev; Fedora: dnf install python3-devel)"
+	"$(PYTHON)" -m venv .venv
+	$(PIP) install "pip>=23.1"
+	@touch $@
+
+# Without a driver a CPU build is preferred, for it is smaller by gigabytes. An index that does not
+# answer costs seconds. The constraint keeps later installations from replacing the build chosen here.
+.venv/stamp-torch: .venv/stamp-venv
+	@set -e; \
+	if $(PY) -c 'import importlib.metadata as m; raise SystemExit(tuple(map(int, m.version("torch").split(".")[:2])) < (2, 8))' 2>/dev/null; then \
+	  echo "make: PyTorch is installed already"; \
+	elif nvidia-smi -L >/dev/null 2>&1 || [ "$$(uname)" = Darwin ]; then \
+	  $(PIP) install "torch>=2.8"; \
+	elif echo "make: no NVIDIA driver: looking for $(TORCH_CPU)" && \
+	  $(PIP) install --no-deps --timeout 15 --retries 0 "$(TORCH_CPU)" 2>/dev/null; then :; \
+	elif echo "make: looking for it at $(TORCH_CPU_INDEX)" && \
+	  $(PIP) install --no-deps --timeout 15 --retries 0 --index-url "$(TORCH_CPU_INDEX)" "$(TORCH_CPU)" 2>/dev/null; then :; \
+	else \
+	  echo "make: found no CPU build; taking the standard one, which may download several GB"; \
+	  $(PIP) install "torch>=2.8"; \
+	fi
+	@$(PY) -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))' > .venv/constraints.txt
+	@touch $@
+
+# Without the native core, which the next step builds in place, so that a later build is incremental.
+.venv/stamp-deps: .venv/stamp-torch pyproject.toml setup.py
+	@touch $@.begun
+	VISPRUNER_KERNELS_NATIVE=0 VISPRUNER_KERNELS_CUDA=0 $(PIP) install -c .venv/constraints.txt -e ".[dev]"
+	@mv $@.begun $@
+
+# The folders too, for sources that were removed.
+.venv/stamp-native: .venv/stamp-deps $(CSRC) $(sort $(dir $(CSRC)))
+	@touch $@.begun
+	VISPRUNER_KERNELS_NATIVE=1 $(PY) setup.py build_ext --inplace
+	@mv $@.begun $@

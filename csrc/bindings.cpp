@@ -1,0 +1,139 @@
+// vispruner_kernels._C: the operators of csrc/cpu over plain pointers. The only file that knows of
+// Python; vispruner_kernels/_native makes the pointers from tensors and has checked the arguments.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu/operators.h"
+#include "cpu/simd.h"
+
+namespace py = pybind11;
+
+namespace vispruner {
+namespace {
+
+using Address = uintptr_t;
+// (address, dtype, stride of an image, stride of a token)
+using Tokens = std::tuple<Address, int, int64_t, int64_t>;
+// (address, stride of an image, of a token, of a head)
+using HeadStrides = std::tuple<Address, int64_t, int64_t, int64_t>;
+// (important_ratio, step, matching, block_threads)
+using Rule = std::tuple<double, int64_t, int, int>;
+// (dtype, images, sequence, heads, head_dim, scale, num_prefix)
+using Shape = std::tuple<int, int64_t, int64_t, int64_t, int64_t, double, int64_t>;
+
+template <class T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+template <class T>
+T tokens(const Tokens& x) {
+  const auto& [address, dtype, batch, token] = x;
+  return {pointer<const char>(address), static_cast<DType>(dtype), batch, token};
+}
+
+Heads heads(const HeadStrides& x) {
+  const auto& [address, batch, token, head] = x;
+  return {pointer<const char>(address), batch, token, head};
+}
+
+LogSumExp log_sum_exp(const HeadStrides& x) {
+  const auto& [address, batch, token, head] = x;
+  return {pointer<const float>(address), batch, head, token};
+}
+
+SelectRule select_rule(const Rule& rule) {
+  const auto& [ratio, step, matching, block_threads] = rule;
+  return {ratio, step, static_cast<Matching>(matching), block_threads};
+}
+
+AttentionShape attention_shape(const Shape& shape) {
+  const auto& [dtype, images, sequence, heads, head_dim, scale, num_prefix] = shape;
+  return {static_cast<DType>(dtype), images,  sequence, heads, head_dim,
+          static_cast<float>(scale), num_prefix};
+}
+
+std::vector<std::string> simd_names() {
+  int count;
+  const Simd* const* const sets = simd_sets(&count);
+  std::vector<std::string> names;
+  for (int i = 0; i < count; ++i) names.emplace_back(sets[i]->name);
+  return names;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  using ReleaseGil = py::call_guard<py::gil_scoped_release>;
+
+  m.def("simd_sets", &simd_names, "The instruction sets this processor has, best first.");
+  m.def("simd", [] { return std::string(simd().name); }, "The instruction set in use.");
+  m.def("use_simd", [](const std::string& name) {
+    if (!use_simd(name.c_str())) throw std::invalid_argument("no instruction set " + name);
+  });
+
+  m.def(
+      "select",
+      [](const Tokens& features, const Tokens& scores, int64_t images, int64_t n, int64_t channels,
+         int64_t keep, const Rule& rule, int threads, Address indices, Address kept) {
+        select(tokens<Features>(features), tokens<Scores>(scores), images, n, channels, keep,
+               select_rule(rule), threads, pointer<int64_t>(indices), pointer<char>(kept));
+      },
+      ReleaseGil());
+  m.def(
+      "select_varlen",
+      [](const Tokens& features, const Tokens& scores, Address cu_seqlens, Address cu_keep,
+         int64_t images, int64_t channels, const Rule& rule, int threads, Address indices) {
+        select_varlen(tokens<Features>(features), tokens<Scores>(scores),
+                      pointer<const int32_t>(cu_seqlens), pointer<const int32_t>(cu_keep), images,
+                      channels, select_rule(rule), threads, pointer<int64_t>(indices));
+      },
+      ReleaseGil());
+  m.def(
+      "select_topk",
+      [](const Tokens& scores, int64_t images, int64_t n, int64_t keep, int threads,
+         Address indices) {
+        select_topk(tokens<Scores>(scores), images, n, keep, threads, pointer<int64_t>(indices));
+      },
+      ReleaseGil());
+  m.def(
+      "select_rows",
+      [](const Tokens& scores, int64_t images, int64_t n, int64_t width, int64_t rows, int threads,
+         Address indices) {
+        select_rows(tokens<Scores>(scores), images, n, width, rows, threads,
+                    pointer<int64_t>(indices));
+      },
+      ReleaseGil());
+  m.def(
+      "cls_scores",
+      [](const HeadStrides& q, const HeadStrides& k, const Shape& shape, int threads,
+         Address scores) {
+        cls_scores(heads(q), heads(k), attention_shape(shape), threads, pointer<float>(scores));
+      },
+      ReleaseGil());
+  m.def(
+      "received_scores",
+      [](const HeadStrides& q, const HeadStrides& k, const HeadStrides& lse, const Shape& shape,
+         int threads, Address scores) {
+        received_scores(heads(q), heads(k), log_sum_exp(lse), attention_shape(shape), threads,
+                        pointer<float>(scores));
+      },
+      ReleaseGil());
+  m.def(
+      "received_scores_varlen",
+      [](const HeadStrides& q, const HeadStrides& k, const HeadStrides& lse, Address cu_seqlens,
+         int64_t total, const Shape& shape, int threads, Address scores) {
+        received_scores_varlen(heads(q), heads(k), log_sum_exp(lse),
+                               pointer<const int32_t>(cu_seqlens), total, attention_shape(shape),
+                               threads, pointer<float>(scores));
+      },
+      ReleaseGil());
+}
+
+}  // namespace vispruner

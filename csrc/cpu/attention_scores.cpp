@@ -1,0 +1,152 @@
+// cls_scores, received_scores and received_scores_varlen: softmax weights summed over heads and
+// rows. A task is a head of an image; heads are added in order, so threads change no bit.
+
+#include <algorithm>
+#include <vector>
+
+#include "cpu/operators.h"
+#include "cpu/parallel.h"
+#include "cpu/rows.h"
+#include "cpu/similarity.h"
+
+namespace vispruner {
+namespace {
+
+// Threads pay from about this many multiply-adds on.
+constexpr int64_t kThreadWork = 1 << 20;
+
+Rows head_rows(const Heads& x, DType dtype, int64_t image, int64_t start, int64_t head) {
+  const int64_t offset = image * x.batch + start * x.token + head * x.head;
+  return {x.data + offset * element_size(dtype), dtype, x.token};
+}
+
+// scores[S - num_prefix] = the mean over heads of sums[H, S] over `rows` rows.
+void mean_of_heads(const double* sums, int64_t heads, int64_t sequence, int64_t rows,
+                   int64_t num_prefix, float* scores) {
+  for (int64_t j = num_prefix; j < sequence; ++j) {
+    double sum = 0.0;
+    for (int64_t head = 0; head < heads; ++head) sum += sums[head * sequence + j];
+    scores[j - num_prefix] = static_cast<float>(sum / static_cast<double>(heads * rows));
+  }
+}
+
+// The scaled row `i`, in buffer[D].
+void read_query(const Simd& simd, const Rows& q, int64_t i, const AttentionShape& shape,
+                float* buffer) {
+  const float* const row = q.read(simd, i, shape.head_dim, buffer);
+  for (int64_t d = 0; d < shape.head_dim; ++d) buffer[d] = row[d] * shape.scale;
+}
+
+// weights[S]: the CLS row of one head.
+void cls_head(const Simd& simd, const Rows& q, const Rows& k, const AttentionShape& shape,
+              double* weights) {
+  const int64_t n = shape.sequence;
+  const auto query = scratch<float>(shape.head_dim);
+  const auto buffer = scratch<float>(shape.head_dim);
+  const auto logits = scratch<float>(n);
+  read_query(simd, q, 0, shape, query.get());
+  for (int64_t j = 0; j < n; ++j) {
+    logits[j] = simd.dot(query.get(), k.read(simd, j, shape.head_dim, buffer.get()),
+                         shape.head_dim);
+  }
+  const double sum = simd.exp_sum(logits.get(), simd.max(logits.get(), n), n);
+  std::fill(weights, weights + n, 0.0);
+  simd.accumulate(logits.get(), 1.0 / sum, weights, n);
+}
+
+// weights[n]: the sum of the rows of one head of n tokens; lse strided by lse_stride, or null.
+void received_head(const Simd& simd, const Rows& q, const Rows& k, int64_t n,
+                   const AttentionShape& shape, const float* lse, int64_t lse_stride,
+                   double* weights) {
+  const int64_t head_dim = shape.head_dim;
+  const int64_t ld = padded(n);
+  const auto buffer = scratch<float>(head_dim);
+  const auto keys = scratch<float>(head_dim * ld);  // [D, ld], the head's k transposed
+  for (int64_t j = 0; j < ld; ++j) {
+    const float* const row = j < n ? k.read(simd, j, head_dim, buffer.get()) : nullptr;
+    for (int64_t d = 0; d < head_dim; ++d) keys[d * ld + j] = row ? row[d] : 0.0f;
+  }
+  const auto queries = scratch<float>(kQueryRows * head_dim);
+  const auto logits = scratch<float>(kQueryRows * ld);
+  std::fill(weights, weights + n, 0.0);
+  for (int64_t first = 0; first < n; first += kQueryRows) {
+    const int64_t count = std::min<int64_t>(kQueryRows, n - first);
+    for (int64_t r = 0; r < kQueryRows; ++r) {
+      // The last tile repeats its first row; the copies are not added.
+      read_query(simd, q, first + (r < count ? r : 0), shape, queries.get() + r * head_dim);
+    }
+    simd.logits(queries.get(), keys.get(), head_dim, ld, logits.get());
+    for (int64_t r = 0; r < count; ++r) {
+      float* const row = logits.get() + r * ld;
+      const float shift = lse ? lse[(first + r) * lse_stride] : simd.max(row, n);
+      const double sum = simd.exp_sum(row, shift, n);
+      simd.accumulate(row, lse ? 1.0 : 1.0 / sum, weights, n);
+    }
+  }
+}
+
+}  // namespace
+
+void cls_scores(const Heads& q, const Heads& k, const AttentionShape& shape, int threads,
+                float* scores) {
+  const Simd& simd = vispruner::simd();
+  const int64_t n = shape.sequence;
+  if (shape.images * shape.heads * n * shape.head_dim < kThreadWork) threads = 1;
+  const Split split = split_threads(shape.images, threads);
+  parallel_for(shape.images, split.outer, [&](int64_t image) {
+    const auto weights = scratch<double>(shape.heads * n);
+    parallel_for(shape.heads, split.inner, [&](int64_t head) {
+      cls_head(simd, head_rows(q, shape.dtype, image, 0, head),
+               head_rows(k, shape.dtype, image, 0, head), shape, weights.get() + head * n);
+    });
+    mean_of_heads(weights.get(), shape.heads, n, 1, shape.num_prefix,
+                  scores + image * (n - shape.num_prefix));
+  });
+}
+
+namespace {
+
+// scores[n - num_prefix] of the n tokens from `start` of an image.
+void received_image(const Simd& simd, const Heads& q, const Heads& k, const LogSumExp& lse,
+                    int64_t image, int64_t start, int64_t n, const AttentionShape& shape,
+                    int threads, float* scores) {
+  const auto weights = scratch<double>(shape.heads * n);
+  parallel_for(shape.heads, threads, [&](int64_t head) {
+    const float* const part =
+        lse.data ? lse.data + image * lse.batch + head * lse.head + start * lse.token : nullptr;
+    received_head(simd, head_rows(q, shape.dtype, image, start, head),
+                  head_rows(k, shape.dtype, image, start, head), n, shape, part, lse.token,
+                  weights.get() + head * n);
+  });
+  mean_of_heads(weights.get(), shape.heads, n, n, shape.num_prefix, scores);
+}
+
+}  // namespace
+
+void received_scores(const Heads& q, const Heads& k, const LogSumExp& lse,
+                     const AttentionShape& shape, int threads, float* scores) {
+  const Simd& simd = vispruner::simd();
+  const int64_t n = shape.sequence;
+  if (shape.images * shape.heads * n * n * shape.head_dim < kThreadWork) threads = 1;
+  const Split split = split_threads(shape.images, threads);
+  parallel_for(shape.images, split.outer, [&](int64_t image) {
+    received_image(simd, q, k, lse, image, 0, n, shape, split.inner,
+                   scores + image * (n - shape.num_prefix));
+  });
+}
+
+void received_scores_varlen(const Heads& q, const Heads& k, const LogSumExp& lse,
+                            const int32_t* cu_seqlens, int64_t total, const AttentionShape& shape,
+                            int threads, float* scores) {
+  const Simd& simd = vispruner::simd();
+  const Split split = split_threads(shape.images, threads);
+  std::fill(scores + cu_seqlens[shape.images], scores + total, 0.0f);
+  parallel_for(shape.images, split.outer, [&](int64_t image) {
+    const int64_t start = cu_seqlens[image];
+    const int64_t n = cu_seqlens[image + 1] - start;
+    if (n == 0) return;
+    received_image(simd, q, k, lse, 0, start, n, shape, split.inner, scores + start);
+  });
+}
+
+}  // namespace vispruner

@@ -1,0 +1,45 @@
+// A thread block of passes.h on a CPU: a loop over its threads.
+#pragma once
+
+#include "cpu/simd.h"
+
+namespace vispruner {
+
+struct Block {
+  const Simd& simd;
+  // Threads that the loop stands for: index i belongs to thread i % threads, as in a CUDA kernel,
+  // and the threads run one after another. 1 is a plain loop; others serve the tests.
+  int32_t threads;
+
+  template <class F>
+  void each(int32_t n, F f) {
+    for (int32_t thread = 0; thread < threads; ++thread) {
+      for (int32_t i = thread; i < n; i += threads) f(i);
+    }
+  }
+  template <class F>
+  void each_row(int32_t n, F f) {
+    each(n, f);
+  }
+  int32_t row_max(const int32_t* row, const int32_t* mask, int64_t n) {
+    return simd.row_max(row, mask, n);
+  }
+  Best row_argmax(const int32_t* row, const int32_t* mask, int64_t n) {
+    return simd.row_argmax(row, mask, n);
+  }
+  int32_t rank(const int64_t* keys, int32_t i, int32_t n) { return simd.rank(keys, keys[i], n); }
+  template <class F>
+  int64_t max(int32_t n, F f) {
+    int64_t most = INT64_MIN;
+    for (int32_t i = 0; i < n; ++i) most = f(i) > most ? f(i) : most;
+    return most;
+  }
+  template <class F>
+  int32_t count(int32_t n, F f) {
+    int32_t total = 0;
+    for (int32_t i = 0; i < n; ++i) total += f(i) ? 1 : 0;
+    return total;
+  }
+};
+
+}  // namespace vispruner

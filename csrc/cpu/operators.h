@@ -1,0 +1,88 @@
+// The operators of the CPU core. Pointers, sizes and strides in elements; arguments are checked by
+// the caller. Inputs are only read. Throws std::bad_alloc.
+#pragma once
+
+#include <cstdint>
+
+#include "contract.h"
+
+namespace vispruner {
+
+// [B, N, C] with last stride 1, or packed [total, C] with `batch` unused.
+struct Features {
+  const char* data;
+  DType dtype;
+  int64_t batch;
+  int64_t token;
+};
+
+// [B, N], or packed [total] with `batch` unused.
+struct Scores {
+  const char* data;
+  DType dtype;
+  int64_t batch;
+  int64_t token;
+};
+
+struct SelectRule {
+  double important_ratio;
+  int64_t step;
+  Matching matching;
+  // See cpu/block.h.
+  int32_t block_threads;
+};
+
+// indices [B, keep]; kept [B, keep, C] contiguous, or null.
+void select(const Features& features, const Scores& scores, int64_t images, int64_t tokens,
+            int64_t channels, int64_t keep, const SelectRule& rule, int threads, int64_t* indices,
+            char* kept);
+
+// cu_seqlens and cu_keep [images + 1] are consistent; indices [cu_keep[images]].
+void select_varlen(const Features& features, const Scores& scores, const int32_t* cu_seqlens,
+                   const int32_t* cu_keep, int64_t images, int64_t channels,
+                   const SelectRule& rule, int threads, int64_t* indices);
+
+void select_topk(const Scores& scores, int64_t images, int64_t tokens, int64_t keep, int threads,
+                 int64_t* indices);
+
+// indices [B, rows * width].
+void select_rows(const Scores& scores, int64_t images, int64_t tokens, int64_t width,
+                 int64_t rows, int threads, int64_t* indices);
+
+// q or k: [B, S, H, D] with last stride 1, or packed [total, H, D] with `batch` unused.
+struct Heads {
+  const char* data;
+  int64_t batch;
+  int64_t token;
+  int64_t head;
+};
+
+struct AttentionShape {
+  DType dtype;
+  int64_t images;
+  int64_t sequence;
+  int64_t heads;
+  int64_t head_dim;
+  float scale;
+  int64_t num_prefix;
+};
+
+// [B, H, S], or packed [H, total] with `batch` unused; data may be null.
+struct LogSumExp {
+  const float* data;
+  int64_t batch;
+  int64_t head;
+  int64_t token;
+};
+
+// scores [B, S - num_prefix].
+void cls_scores(const Heads& q, const Heads& k, const AttentionShape& shape, int threads,
+                float* scores);
+void received_scores(const Heads& q, const Heads& k, const LogSumExp& lse,
+                     const AttentionShape& shape, int threads, float* scores);
+// scores [total], zeros past cu_seqlens[shape.images]; shape.sequence is unused.
+void received_scores_varlen(const Heads& q, const Heads& k, const LogSumExp& lse,
+                            const int32_t* cu_seqlens, int64_t total, const AttentionShape& shape,
+                            int threads, float* scores);
+
+}  // namespace vispruner

@@ -1,0 +1,37 @@
+// Tokens by score: rule 1 of the contract.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "cpu/operators.h"
+#include "cpu/rows.h"
+
+namespace vispruner {
+
+// Sort keys of the scores of one image: the larger key is the better token, and its low half holds
+// the index.
+inline std::vector<int64_t> score_keys(const Simd& simd, const Scores& scores, int64_t image,
+                                       int64_t tokens) {
+  const int64_t size = element_size(scores.dtype);
+  const Rows rows = {scores.data + image * scores.batch * size, scores.dtype, scores.token};
+  std::vector<int64_t> keys(tokens);
+  for (int64_t i = 0; i < tokens; ++i) {
+    float buffer;
+    keys[i] = index_key(score_key(*rows.read(simd, i, 1, &buffer)), static_cast<int32_t>(i));
+  }
+  return keys;
+}
+
+inline int32_t key_index(int64_t key) {
+  return static_cast<int32_t>(UINT32_MAX - static_cast<uint32_t>(key));
+}
+
+// The indices of the `keep` largest keys, ascending.
+inline void best_ascending(std::vector<int64_t>& keys, int64_t keep, int64_t* indices) {
+  std::nth_element(keys.begin(), keys.begin() + (keep - 1), keys.end(), std::greater<int64_t>());
+  for (int64_t i = 0; i < keep; ++i) indices[i] = key_index(keys[i]);
+  std::sort(indices, indices + keep);
+}
+
+}  // namespace vispruner

@@ -1,0 +1,57 @@
+// Threads over independent tasks. No task's result depends on the thread that runs it.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <exception>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+namespace vispruner {
+
+// Runs f(0) .. f(tasks - 1) on up to `threads` threads, the calling one among them. The first
+// exception is rethrown here after all threads have ended.
+template <class F>
+void parallel_for(int64_t tasks, int threads, F f) {
+  if (threads > tasks) threads = static_cast<int>(tasks);
+  if (threads <= 1) {
+    for (int64_t i = 0; i < tasks; ++i) f(i);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  std::vector<std::exception_ptr> errors(threads);
+  const auto work = [&](int thread) {
+    try {
+      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) f(i);
+    } catch (...) {
+      errors[thread] = std::current_exception();
+      next.store(tasks, std::memory_order_relaxed);
+    }
+  };
+  std::vector<std::thread> pool;
+  pool.reserve(threads - 1);
+  try {
+    for (int thread = 1; thread < threads; ++thread) pool.emplace_back(work, thread);
+  } catch (const std::system_error&) {
+    // No more threads to be had: those that run take all tasks.
+  }
+  work(0);
+  for (std::thread& thread : pool) thread.join();
+  for (const std::exception_ptr& error : errors) {
+    if (error) std::rethrow_exception(error);
+  }
+}
+
+// Splits `threads` between images and the inside of each.
+struct Split {
+  int outer;
+  int inner;
+};
+
+inline Split split_threads(int64_t images, int threads) {
+  const int outer = static_cast<int>(images < threads ? (images > 1 ? images : 1) : threads);
+  return {outer, threads / outer};
+}
+
+}  // namespace vispruner

@@ -1,0 +1,36 @@
+// Strided rows of float32, float16 or bfloat16, read as float32.
+#pragma once
+
+#include <cstddef>
+#include <memory>
+
+#include "cpu/simd.h"
+
+namespace vispruner {
+
+// Uninitialised scratch.
+template <class T>
+std::unique_ptr<T[]> scratch(int64_t n) {
+  return std::unique_ptr<T[]>(new T[static_cast<size_t>(n)]);
+}
+
+inline int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+// `stride` elements lie between rows, one between the elements of a row.
+struct Rows {
+  const char* data;
+  DType dtype;
+  int64_t stride;
+
+  const char* row(int64_t i) const { return data + i * stride * element_size(dtype); }
+
+  // Row i as float32: in place, or converted into `buffer`.
+  const float* read(const Simd& simd, int64_t i, int64_t n, float* buffer) const {
+    if (dtype == DType::kFloat32) return reinterpret_cast<const float*>(row(i));
+    const uint16_t* const half = reinterpret_cast<const uint16_t*>(row(i));
+    (dtype == DType::kFloat16 ? simd.from_float16 : simd.from_bfloat16)(half, buffer, n);
+    return buffer;
+  }
+};
+
+}  // namespace vispruner

@@ -1,0 +1,112 @@
+// select, prune and select_varlen: order, similarity of the residual tokens, passes, sort.
+
+#include <algorithm>
+#include <functional>
+#include <numeric>
+
+#include "cpu/block.h"
+#include "cpu/operators.h"
+#include "cpu/order.h"
+#include "cpu/parallel.h"
+#include "cpu/similarity.h"
+
+namespace vispruner {
+namespace {
+
+// The kept ones of the residual tokens by_score[n] of one image, unordered, into out[keep].
+void remove_duplicates(const Simd& simd, const Rows& features, int64_t channels,
+                       const int32_t* by_score, int32_t n, int32_t keep, const SelectRule& rule,
+                       int threads, int64_t* out) {
+  // Local indices ascend with the index in the image, which breaks the pairwise rule's ties.
+  std::vector<int32_t> place(n);
+  std::iota(place.begin(), place.end(), 0);
+  std::sort(place.begin(), place.end(),
+            [&](int32_t a, int32_t b) { return by_score[a] < by_score[b]; });
+  std::vector<int32_t> tokens(n);
+  for (int32_t i = 0; i < n; ++i) tokens[i] = by_score[place[i]];
+
+  const int64_t ld = padded(n);
+  const auto sim = scratch<int32_t>(ld * ld);
+  similarity(simd, features, channels, tokens.data(), n, threads, sim.get());
+
+  Block block{simd, rule.block_threads};
+  std::vector<int32_t> mask(ld), first(n), second(n);
+  std::vector<int64_t> keys(n);
+  if (rule.matching == Matching::kPairwise) {
+    pairwise(block, sim.get(), ld, n, keep, place.data(), first.data(), second.data(), keys.data(),
+             mask.data());
+    for (int32_t i = 0; i < n; ++i) {
+      if (mask[i] == kLives) *out++ = tokens[i];
+    }
+    return;
+  }
+  for (int32_t i = 0; i < n; ++i) first[place[i]] = i;
+  const int32_t step = static_cast<int32_t>(std::min<int64_t>(rule.step, n));
+  const int32_t* const residual = bipartite(block, sim.get(), ld, n, keep, step, first.data(),
+                                            second.data(), keys.data(), mask.data());
+  for (int32_t i = 0; i < keep; ++i) out[i] = tokens[residual[i]];
+}
+
+// indices[keep] of one image, ascending.
+void select_image(const Simd& simd, const Rows& features, int64_t channels,
+                  std::vector<int64_t> keys, int64_t keep, const SelectRule& rule, int threads,
+                  int64_t* indices) {
+  const int64_t tokens = static_cast<int64_t>(keys.size());
+  const int64_t important = important_count(keep, rule.important_ratio);
+  if (important == keep || keep == tokens) {
+    best_ascending(keys, keep, indices);
+    return;
+  }
+  std::sort(keys.begin(), keys.end(), std::greater<int64_t>());
+  std::vector<int32_t> by_score(tokens);
+  std::transform(keys.begin(), keys.end(), by_score.begin(), key_index);
+  std::copy(by_score.begin(), by_score.begin() + important, indices);
+  remove_duplicates(simd, features, channels, by_score.data() + important,
+                    static_cast<int32_t>(tokens - important),
+                    static_cast<int32_t>(keep - important), rule, threads, indices + important);
+  std::sort(indices, indices + keep);
+}
+
+}  // namespace
+
+void select(const Features& features, const Scores& scores, int64_t images, int64_t tokens,
+            int64_t channels, int64_t keep, const SelectRule& rule, int threads, int64_t* indices,
+            char* kept) {
+  const Simd& simd = vispruner::simd();
+  const Split split = split_threads(images, threads);
+  const int64_t size = element_size(features.dtype);
+  parallel_for(images, split.outer, [&](int64_t image) {
+    const Rows rows = {features.data + image * features.batch * size, features.dtype,
+                       features.token};
+    int64_t* const out = indices + image * keep;
+    select_image(simd, rows, channels, score_keys(simd, scores, image, tokens), keep, rule,
+                 split.inner, out);
+    if (!kept) return;
+    for (int64_t i = 0; i < keep; ++i) {
+      memcpy(kept + (image * keep + i) * channels * size, rows.row(out[i]), channels * size);
+    }
+  });
+}
+
+void select_varlen(const Features& features, const Scores& scores, const int32_t* cu_seqlens,
+                   const int32_t* cu_keep, int64_t images, int64_t channels,
+                   const SelectRule& rule, int threads, int64_t* indices) {
+  const Simd& simd = vispruner::simd();
+  const Split split = split_threads(images, threads);
+  parallel_for(images, split.outer, [&](int64_t image) {
+    const int64_t start = cu_seqlens[image];
+    const int64_t keep = cu_keep[image + 1] - cu_keep[image];
+    if (keep == 0) return;
+    const Rows all = {features.data, features.dtype, features.token};
+    const Rows rows = {all.row(start), features.dtype, features.token};
+    const Scores part = {scores.data + start * scores.token * element_size(scores.dtype),
+                         scores.dtype, 0, scores.token};
+    int64_t* const out = indices + cu_keep[image];
+    select_image(simd, rows, channels,
+                 score_keys(simd, part, 0, cu_seqlens[image + 1] - start), keep, rule,
+                 split.inner, out);
+    for (int64_t i = 0; i < keep; ++i) out[i] += start;
+  });
+}
+
+}  // namespace vispruner

@@ -1,0 +1,62 @@
+// The inner loops that profit from wide registers, built once per instruction set and chosen when
+// the library is loaded. Every set gives the same bits: integers, and floats in a fixed order of
+// 16 lanes without fused multiply-add.
+#pragma once
+
+#include <cstdint>
+
+#include "passes.h"
+
+namespace vispruner {
+
+// Tokens of a panel: rows and columns of a tile of the Gram matrix, lanes of a vector.
+constexpr int kPanel = 16;
+// Channels whose energy is known; features are padded to a multiple with zeros.
+constexpr int kEnergyBlock = 32;
+// Query rows of a tile of attention logits.
+constexpr int kQueryRows = 4;
+
+struct Simd {
+  const char* name;
+
+  void (*from_float16)(const uint16_t* x, float* out, int64_t n);
+  void (*from_bfloat16)(const uint16_t* x, float* out, int64_t n);
+
+  // Largest bits of |x|: above every finite float's if an element is not finite.
+  int32_t (*max_magnitude)(const float* x, int64_t n);
+  // q = trunc(x * scale); n is the padded length, x has `channels` elements.
+  void (*fixed_point)(const float* x, float scale, int64_t channels, int16_t* q, int64_t n);
+  // Sums of squares of each kEnergyBlock values; n % kEnergyBlock == 0.
+  void (*energy)(const int16_t* q, int64_t n, int64_t* sums);
+  // gram[16][16] of two panels [pairs][16][2]; an int32 holds any `widen` pairs' sum.
+  void (*gram_tile)(const int32_t* a, const int32_t* b, int64_t pairs, int64_t widen,
+                    int64_t* gram);
+  // Ordered keys of float(gram[i][j]) * (ri[i] * rj[j]), and their transpose.
+  void (*similarity_tile)(const int64_t* gram, const float* ri, const float* rj, int32_t* keys,
+                          int32_t* transposed);
+
+  // See passes.h. n is a multiple of kPanel for the row functions.
+  int32_t (*row_max)(const int32_t* row, const int32_t* mask, int64_t n);
+  Best (*row_argmax)(const int32_t* row, const int32_t* mask, int64_t n);
+  int32_t (*rank)(const int64_t* keys, int64_t key, int64_t n);
+
+  // The dot product of n floats in 16 lanes and a tree.
+  float (*dot)(const float* a, const float* b, int64_t n);
+  // out[r][j] = sum_d q[r][d] * kt[d][j] for kQueryRows rows and `n` columns, n % kPanel == 0.
+  void (*logits)(const float* q, const float* kt, int64_t head_dim, int64_t n, float* out);
+  float (*max)(const float* x, int64_t n);
+  // x = exp(x - shift) in place; returns the sum.
+  double (*exp_sum)(float* x, float shift, int64_t n);
+  // total += x * weight.
+  void (*accumulate)(const float* x, double weight, double* total, int64_t n);
+};
+
+// The sets this processor has, best first; the last one is portable. `count` is set.
+const Simd* const* simd_sets(int* count);
+
+// The set in use.
+const Simd& simd();
+// Puts the set of that name into use; false if this processor or build has none.
+bool use_simd(const char* name);
+
+}  // namespace vispruner

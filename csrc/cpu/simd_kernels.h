@@ -1,0 +1,277 @@
+// The body of one instruction set: included by simd.cpp once per set, inside a namespace and under
+// that set's target options. No include guard, no #include: those would fall under the options.
+//
+// VISPRUNER_SET is 0 (portable), 2 (AVX2), 3 (AVX-512) or 4 (AVX-512 with VNNI).
+
+// Vectors of the compiler: as many registers as the set needs.
+typedef float Float32x16 __attribute__((vector_size(64), aligned(4), may_alias));
+typedef double Float64x16 __attribute__((vector_size(128), aligned(8), may_alias));
+typedef int32_t Int32x16 __attribute__((vector_size(64), aligned(4), may_alias));
+
+inline const Float32x16* lanes(const float* x) { return reinterpret_cast<const Float32x16*>(x); }
+inline Float32x16* lanes(float* x) { return reinterpret_cast<Float32x16*>(x); }
+
+void from_float16(const uint16_t* x, float* out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t sign = (x[i] & 0x8000u) << 16;
+    const uint32_t rest = x[i] & 0x7fffu;
+    // Normal numbers move the exponent's bias from 15 to 127, inf and NaN to 255; subnormal ones
+    // are an integer times 2^-24, made without float32 subnormals, which a mode might flush.
+    const uint32_t wide = (rest << 13) + (rest >= 0x7c00u ? 224u << 23 : 112u << 23);
+    const float small = static_cast<float>(static_cast<int32_t>(rest)) * 0x1p-24f;
+    uint32_t small_bits;
+    memcpy(&small_bits, &small, 4);
+    const uint32_t bits = sign | (rest < 0x0400u ? small_bits : wide);
+    memcpy(out + i, &bits, 4);
+  }
+}
+
+void from_bfloat16(const uint16_t* x, float* out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t bits = static_cast<uint32_t>(x[i]) << 16;
+    memcpy(out + i, &bits, 4);
+  }
+}
+
+int32_t max_magnitude(const float* x, int64_t n) {
+  int32_t most = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    int32_t bits;
+    memcpy(&bits, x + i, 4);
+    bits &= 0x7fffffff;
+    most = bits > most ? bits : most;
+  }
+  return most;
+}
+
+void fixed_point(const float* x, float scale, int64_t channels, int16_t* q, int64_t n) {
+  for (int64_t i = 0; i < channels; ++i) {
+    q[i] = static_cast<int16_t>(static_cast<int32_t>(x[i] * scale));
+  }
+  for (int64_t i = channels; i < n; ++i) q[i] = 0;
+}
+
+void energy(const int16_t* q, int64_t n, int64_t* sums) {
+  for (int64_t block = 0; block < n / kEnergyBlock; ++block, q += kEnergyBlock) {
+    int32_t pairs[kEnergyBlock / 2];
+    for (int i = 0; i < kEnergyBlock / 2; ++i) {
+      pairs[i] = q[2 * i] * q[2 * i] + q[2 * i + 1] * q[2 * i + 1];
+    }
+    int64_t sum = 0;
+    for (int i = 0; i < kEnergyBlock / 2; ++i) sum += pairs[i];
+    sums[block] = sum;
+  }
+}
+
+// sums[16][16] += a b^T over `pairs` pairs of channels.
+inline void gram_part(const int32_t* a, const int32_t* b, int64_t pairs, int64_t* gram) {
+#if VISPRUNER_SET >= 3
+  __m512i sums[kPanel];
+  for (int i = 0; i < kPanel; ++i) sums[i] = _mm512_setzero_si512();
+  for (int64_t k = 0; k < pairs; ++k) {
+    const __m512i column = _mm512_loadu_si512(b + k * kPanel);
+    for (int i = 0; i < kPanel; ++i) {
+      const __m512i row = _mm512_set1_epi32(a[k * kPanel + i]);
+#if VISPRUNER_SET >= 4
+      sums[i] = _mm512_dpwssd_epi32(sums[i], row, column);
+#else
+      sums[i] = _mm512_add_epi32(sums[i], _mm512_madd_epi16(row, column));
+#endif
+    }
+  }
+  for (int i = 0; i < kPanel; ++i) {
+    int32_t part[kPanel];
+    _mm512_storeu_si512(part, sums[i]);
+    for (int j = 0; j < kPanel; ++j) gram[i * kPanel + j] += part[j];
+  }
+#elif VISPRUNER_SET == 2
+  // Four rows at a time: eight sums, two columns and a row fit sixteen registers.
+  for (int i0 = 0; i0 < kPanel; i0 += 4) {
+    __m256i sums[4][2];
+    for (int i = 0; i < 4; ++i) sums[i][0] = sums[i][1] = _mm256_setzero_si256();
+    for (int64_t k = 0; k < pairs; ++k) {
+      const __m256i* const columns = reinterpret_cast<const __m256i*>(b + k * kPanel);
+      const __m256i left = _mm256_loadu_si256(columns);
+      const __m256i right = _mm256_loadu_si256(columns + 1);
+      for (int i = 0; i < 4; ++i) {
+        const __m256i row = _mm256_set1_epi32(a[k * kPanel + i0 + i]);
+        sums[i][0] = _mm256_add_epi32(sums[i][0], _mm256_madd_epi16(row, left));
+        sums[i][1] = _mm256_add_epi32(sums[i][1], _mm256_madd_epi16(row, right));
+      }
+    }
+    int32_t part[4][kPanel];
+    for (int i = 0; i < 4; ++i) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(part[i]), sums[i][0]);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(part[i] + 8), sums[i][1]);
+      for (int j = 0; j < kPanel; ++j) gram[(i0 + i) * kPanel + j] += part[i][j];
+    }
+  }
+#else
+  for (int i0 = 0; i0 < kPanel; i0 += 4) {
+    Int32x16 sums[4] = {};
+    for (int64_t k = 0; k < pairs; ++k) {
+      const Int32x16 column = *reinterpret_cast<const Int32x16*>(b + k * kPanel);
+      // Which half is the first channel does not matter, it is the same in a and b.
+      const Int32x16 low = (column << 16) >> 16;
+      const Int32x16 high = column >> 16;
+      for (int i = 0; i < 4; ++i) {
+        const int32_t row = a[k * kPanel + i0 + i];
+        sums[i] += low * static_cast<int16_t>(row) + high * (row >> 16);
+      }
+    }
+    for (int i = 0; i < 4; ++i) {
+      for (int j = 0; j < kPanel; ++j) gram[(i0 + i) * kPanel + j] += sums[i][j];
+    }
+  }
+#endif
+}
+
+void gram_tile(const int32_t* a, const int32_t* b, int64_t pairs, int64_t widen, int64_t* gram) {
+  for (int i = 0; i < kPanel * kPanel; ++i) gram[i] = 0;
+  for (int64_t k = 0; k < pairs; k += widen) {
+    const int64_t count = widen < pairs - k ? widen : pairs - k;
+    gram_part(a + k * kPanel, b + k * kPanel, count, gram);
+  }
+}
+
+void similarity_tile(const int64_t* gram, const float* ri, const float* rj, int32_t* keys,
+                     int32_t* transposed) {
+  for (int i = 0; i < kPanel; ++i) {
+    for (int j = 0; j < kPanel; ++j) {
+      const float sim = static_cast<float>(gram[i * kPanel + j]) * (ri[i] * rj[j]);
+      int32_t bits;
+      memcpy(&bits, &sim, 4);
+      keys[i * kPanel + j] = bits >= 0 ? bits : bits ^ 0x7fffffff;
+    }
+  }
+  for (int i = 0; i < kPanel; ++i) {
+    for (int j = 0; j < kPanel; ++j) transposed[j * kPanel + i] = keys[i * kPanel + j];
+  }
+}
+
+int32_t row_max(const int32_t* row, const int32_t* mask, int64_t n) {
+  int32_t best = kDead;
+  for (int64_t j = 0; j < n; ++j) {
+    const int32_t value = row[j] < mask[j] ? row[j] : mask[j];
+    best = value > best ? value : best;
+  }
+  return best;
+}
+
+Best row_argmax(const int32_t* row, const int32_t* mask, int64_t n) {
+  const int32_t best = row_max(row, mask, n);
+  for (int64_t block = 0; block < n; block += kPanel) {
+    int32_t found = 0;
+    for (int64_t j = block; j < block + kPanel; ++j) {
+      found |= (row[j] < mask[j] ? row[j] : mask[j]) == best;
+    }
+    if (!found) continue;
+    for (int64_t j = block;; ++j) {
+      if ((row[j] < mask[j] ? row[j] : mask[j]) == best) {
+        return {best, static_cast<int32_t>(j)};
+      }
+    }
+  }
+  return {best, -1};
+}
+
+int32_t rank(const int64_t* keys, int64_t key, int64_t n) {
+  int64_t above = 0;
+  for (int64_t j = 0; j < n; ++j) above += keys[j] > key;
+  return static_cast<int32_t>(above);
+}
+
+float dot(const float* a, const float* b, int64_t n) {
+  Float32x16 sums = {};
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) sums += *lanes(a + i) * *lanes(b + i);
+  for (int lane = 0; i < n; ++i, ++lane) sums[lane] += a[i] * b[i];
+  for (int half = 8; half > 0; half /= 2) {
+    for (int lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
+  }
+  return sums[0];
+}
+
+template <int Vectors>
+inline void logits_tile(const float* q, const float* kt, int64_t head_dim, int64_t ld,
+                        float* out) {
+  Float32x16 sums[kQueryRows][Vectors] = {};
+  for (int64_t d = 0; d < head_dim; ++d) {
+    for (int v = 0; v < Vectors; ++v) {
+      const Float32x16 column = *lanes(kt + d * ld + v * 16);
+      for (int r = 0; r < kQueryRows; ++r) sums[r][v] += q[r * head_dim + d] * column;
+    }
+  }
+  for (int r = 0; r < kQueryRows; ++r) {
+    for (int v = 0; v < Vectors; ++v) *lanes(out + r * ld + v * 16) = sums[r][v];
+  }
+}
+
+void logits(const float* q, const float* kt, int64_t head_dim, int64_t n, float* out) {
+  int64_t j = 0;
+#if VISPRUNER_SET >= 3
+  for (; j + 64 <= n; j += 64) logits_tile<4>(q, kt + j, head_dim, n, out + j);
+#endif
+  for (; j < n; j += 16) logits_tile<1>(q, kt + j, head_dim, n, out + j);
+}
+
+float max(const float* x, int64_t n) {
+  float best = x[0];
+  for (int64_t i = 1; i < n; ++i) best = x[i] > best ? x[i] : best;
+  return best;
+}
+
+// exp in 16 lanes: 2^n times a polynomial of the rest, within 2 units in the last place; 0 below
+// the normal range, NaN stays NaN.
+inline void exp_lanes(Float32x16* x, float shift) {
+  const Float32x16 t = *x - shift;
+  const Float32x16 high = t > 88.0f ? t * 0 + 88.0f : t;
+  const Float32x16 value = high > -88.0f ? high : t * 0 - 88.0f;
+  // Adding 1.5 * 2^23 rounds to an integer, which is then in the low bits.
+  const Float32x16 rounded = value * 1.44269504f + 12582912.0f;
+  const Float32x16 whole = rounded - 12582912.0f;
+  const Float32x16 rest = (value - whole * 0.693145751953125f) - whole * 1.42860677e-6f;
+  Float32x16 sum = rest * (1.0f / 5040) + (1.0f / 720);
+  sum = sum * rest + (1.0f / 120);
+  sum = sum * rest + (1.0f / 24);
+  sum = sum * rest + (1.0f / 6);
+  sum = sum * rest + 0.5f;
+  sum = sum * rest + 1.0f;
+  sum = sum * rest + 1.0f;
+  Int32x16 bits;
+  memcpy(&bits, &rounded, 64);
+  bits = (bits - 0x4b400000 + 127) << 23;
+  Float32x16 power;
+  memcpy(&power, &bits, 64);
+  const Float32x16 result = sum * power;
+  *x = t != t ? t : (t < -87.0f ? t * 0 : result);
+}
+
+double exp_sum(float* x, float shift, int64_t n) {
+  Float64x16 sums = {};
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    exp_lanes(lanes(x + i), shift);
+    sums += __builtin_convertvector(*lanes(x + i), Float64x16);
+  }
+  if (i < n) {
+    float rest[16] = {};
+    memcpy(rest, x + i, (n - i) * sizeof(float));
+    exp_lanes(lanes(rest), shift);
+    memcpy(x + i, rest, (n - i) * sizeof(float));
+    for (int lane = 0; i < n; ++i, ++lane) sums[lane] += rest[lane];
+  }
+  for (int half = 8; half > 0; half /= 2) {
+    for (int lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
+  }
+  return sums[0];
+}
+
+void accumulate(const float* x, double weight, double* total, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) total[i] += x[i] * weight;
+}
+
+constexpr Simd kSimd = {VISPRUNER_SET_NAME, from_float16,    from_bfloat16, max_magnitude,
+                        fixed_point,        energy,          gram_tile,     similarity_tile,
+                        row_max,            row_argmax,      rank,          dot,
+                        logits,             vispruner::VISPRUNER_SPACE::max, exp_sum, accumulate};

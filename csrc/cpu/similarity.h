@@ -1,0 +1,16 @@
+// The fixed-point cosine similarities of the tokens of one image.
+#pragma once
+
+#include "cpu/rows.h"
+
+namespace vispruner {
+
+// sim[padded(n), padded(n)]: ordered keys of the similarities of the rows named by tokens[n],
+// kDead on the diagonal; what lies beyond n is undefined.
+void similarity(const Simd& simd, const Rows& features, int64_t channels, const int32_t* tokens,
+                int32_t n, int threads, int32_t* sim);
+
+// n rounded up to whole panels: the row length of `sim`.
+inline int64_t padded(int64_t n) { return (n + kPanel - 1) / kPanel * kPanel; }
+
+}  // namespace vispruner

@@ -1,0 +1,105 @@
+// Duplicate removal over the similarities of one image, as bulk-synchronous phases.
+//
+// The caller's Block says what a thread block is. `each(n, f)` runs f(0) .. f(n - 1) in any order or
+// at once and ends with a barrier; `each_row` does the same where f calls one of the row functions,
+// so that a GPU gives it a warp. No f reads what another f of its phase writes. Everything is
+// integer, so every Block gives the same bits: a loop on a CPU (cpu/block.h), threads on a GPU.
+//
+//   Block::row_max(row, mask, n)     max over j of min(row[j], mask[j])
+//   Block::row_argmax(row, mask, n)  that maximum and the first j that attains it
+//   Block::rank(keys, i, n)          how many keys are larger than keys[i]
+//   Block::max(n, f), Block::count(n, f)   reductions over f(0) .. f(n - 1), the same in every thread
+//
+// Tokens have local indices 0 .. n - 1 in ascending order of their index in the image. `sim` is
+// [n, ld] of ordered similarity keys, symmetric, kDead on the diagonal; n <= ld.
+#pragma once
+
+#include "contract.h"
+
+namespace vispruner {
+
+// Entries of a mask: a minimum with them leaves a similarity as it is or takes it out.
+constexpr int32_t kLives = INT32_MAX;
+constexpr int32_t kDead = INT32_MIN;
+constexpr int64_t kNoPair = INT64_MIN;
+
+struct Best {
+  int32_t value;
+  int32_t index;
+};
+
+// The published rule. residual[n] holds local indices by score; the kept ones end up in the array
+// that is returned, residual or next. Scratch: next[n], keys[n], mask[ld].
+template <class Block>
+int32_t* bipartite(Block& block, const int32_t* sim, int64_t ld, int32_t n, int32_t keep,
+                   int32_t step, int32_t* residual, int32_t* next, int64_t* keys, int32_t* mask) {
+  block.each(static_cast<int32_t>(ld), [=](int32_t j) { mask[j] = kDead; });
+  while (n > keep) {
+    const int32_t size_a = (n + 1) / 2;
+    int32_t drop = step < n - keep ? step : n - keep;
+    if (drop > size_a) drop = size_a;
+    // Phase 1: the mask shows b, the odd positions. What was dropped before was even then.
+    block.each(n, [=](int32_t p) { mask[residual[p]] = p % 2 ? kLives : kDead; });
+    // Phase 2: the nearest of b to each of a.
+    block.each_row(size_a, [=, &block](int32_t i) {
+      keys[i] = index_key(block.row_max(sim + residual[2 * i] * ld, mask, ld), i);
+    });
+    // Phase 3: a in sorted order less its first `drop`, then b as it was.
+    block.each_row(size_a, [=, &block](int32_t i) {
+      const int32_t rank = block.rank(keys, i, size_a);
+      if (rank >= drop) next[rank - drop] = residual[2 * i];
+    });
+    block.each(n / 2, [=](int32_t i) { next[size_a - drop + i] = residual[2 * i + 1]; });
+    int32_t* const swapped = residual;
+    residual = next;
+    next = swapped;
+    n -= drop;
+  }
+  return residual;
+}
+
+// The pairwise rule, in rounds: pairs that are the best of both their tokens are resolved at once.
+// place[n] is each token's position in the order by score. At the end mask[i] is kLives for the
+// kept tokens. Scratch: partner[n], fallen[n], pair[n], mask[ld].
+template <class Block>
+void pairwise(Block& block, const int32_t* sim, int64_t ld, int32_t n, int32_t keep,
+              const int32_t* place, int32_t* partner, int32_t* fallen, int64_t* pair,
+              int32_t* mask) {
+  const auto find_partner = [=, &block](int32_t i) {
+    const Best best = block.row_argmax(sim + i * ld, mask, ld);
+    partner[i] = best.value == kDead ? -1 : best.index;
+    pair[i] = best.value == kDead ? kNoPair : pair_key(best.value, i, best.index);
+  };
+  block.each(static_cast<int32_t>(ld), [=](int32_t j) { mask[j] = j < n ? kLives : kDead; });
+  block.each_row(n, find_partner);
+  const int32_t drop = n - keep;
+  for (;;) {
+    // Phase 1: the less important token of every mutual best pair. pair[i] stays: it felled i.
+    block.each(n, [=](int32_t i) {
+      const int32_t j = partner[i];
+      fallen[i] = mask[i] == kLives && j >= 0 && partner[j] == i && place[i] > place[j];
+    });
+    block.each(n, [=](int32_t i) {
+      if (fallen[i]) mask[i] = kDead;
+    });
+    // Phase 2: who lost the partner looks for another.
+    block.each_row(n, [=](int32_t i) {
+      if (mask[i] == kLives && partner[i] >= 0 && mask[partner[i]] == kDead) find_partner(i);
+    });
+    // A later removal has a pair that lives now: those above all living pairs are the first ones.
+    const int64_t top =
+        block.max(n, [=](int32_t i) { return mask[i] == kLives ? pair[i] : kNoPair; });
+    const int32_t certain =
+        block.count(n, [=](int32_t i) { return mask[i] == kDead && pair[i] > top; });
+    if (certain >= drop) break;
+  }
+  block.each(n, [=](int32_t i) {
+    if (mask[i] == kLives) pair[i] = kNoPair;
+  });
+  block.each_row(n, [=, &block](int32_t i) {
+    fallen[i] = pair[i] != kNoPair && block.rank(pair, i, n) < drop;
+  });
+  block.each(n, [=](int32_t i) { mask[i] = fallen[i] ? kDead : kLives; });
+}
+
+}  // namespace vispruner

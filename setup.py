@@ -1,0 +1,162 @@
+"""Builds vispruner_kernels._C, the C++ core, with pybind11 and ninja; the rest: pyproject.toml.
+
+Two environment variables, each auto (the default), 0 or 1:
+
+VISPRUNER_KERNELS_NATIVE   auto: build _C; where that fails, say so and install without it
+                           1: build _C or fail          0: install without it
+VISPRUNER_KERNELS_CUDA     auto: compile csrc/cuda/*.cu into _C where nvcc is found
+                           1: compile them or fail      0: leave them out
+"""
+
+import os
+import shlex
+import shutil
+import sys
+import sysconfig
+from itertools import dropwhile
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import BaseError, CompileError
+
+# No -march: one build serves every processor, functions choose their instruction set at run time.
+# No contraction and no fast math, on either device: the contract fixes every rounding.
+CXX_FLAGS = "-std=c++17 -O3 -g0 -fno-fast-math -ffp-contract=off -fPIC -fvisibility=hidden".split()
+CXX_FLAGS += "-pthread -Wall -Wextra".split()
+NVCC_FLAGS = "-std=c++17 -O3 -fmad=false -Xcompiler=-fPIC,-fvisibility=hidden,-pthread".split()
+
+
+def switch(name):
+    value = os.environ.get(name, "auto")
+    if value not in ("auto", "0", "1"):
+        raise SystemExit(f"{name} must be auto, 0 or 1, not {value!r}")
+    return value
+
+
+def find_cxx():
+    command = shlex.split(os.environ.get("CXX", ""))
+    command = command or [next(filter(shutil.which, ("c++", "g++", "clang++")), "c++")]
+    if not shutil.which(command[0]):
+        raise CompileError(f"the C++ compiler {command[0]} is not found")
+    return command
+
+
+def find_ninja():
+    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
+    ninja = shutil.which("ninja", path=path)
+    if not ninja:
+        raise CompileError("ninja is not found")
+    return ninja
+
+
+def find_cuda():
+    """nvcc and the sources for it, or None and no sources."""
+    home = os.environ.get("CUDA_HOME")
+    nvcc = (home and shutil.which(os.path.join(home, "bin", "nvcc"))) or shutil.which("nvcc")
+    sources = [] if CUDA == "0" else sorted(Path("csrc/cuda").glob("*.cu"))
+    if nvcc and sources:
+        return nvcc, sources
+    problem = (
+        "there is no csrc/cuda/*.cu to compile" if nvcc else "nvcc is not found (CUDA_HOME, PATH)"
+    )
+    if CUDA == "1":
+        raise CompileError(f"VISPRUNER_KERNELS_CUDA=1, but {problem}")
+    if sources:
+        print(f"vispruner_kernels: WITHOUT the CUDA kernels: {problem}", file=sys.stderr)
+    return None, []
+
+
+def ninja_path(path):
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def ninja_command(command):
+    return shlex.join(command).replace("$", "$$")
+
+
+class NinjaBuildExt(build_ext):
+    """Compiles the sources of an extension in parallel, and again only what changed."""
+
+    def build_extension(self, ext):
+        output = Path(self.get_ext_fullpath(ext.name))
+        try:
+            return self._build(ext, output)
+        except (BaseError, ImportError) as error:
+            problem = str(error)
+        # An older build must not pass for the one that just failed.
+        for stale in (output, Path(*ext.name.split(".")[:-1], output.name)):
+            stale.unlink(missing_ok=True)
+        if "1" in (NATIVE, CUDA):
+            raise CompileError(f"vispruner_kernels._C was not built: {problem}")
+        print(
+            f"vispruner_kernels: WITHOUT the native core, CPU operators run on the slower PyTorch "
+            f"reference: {problem}. VISPRUNER_KERNELS_NATIVE=1 makes this an error.",
+            file=sys.stderr,
+        )
+
+    def _build(self, ext, output):
+        if self.compiler.compiler_type != "unix":
+            raise CompileError(f"needs GCC or Clang, not {self.compiler.compiler_type}")
+        import pybind11
+
+        cxx, ninja = find_cxx(), find_ninja()
+        nvcc, cuda_sources = find_cuda()
+
+        # Python's own flags, and those of CXXFLAGS, CPPFLAGS and LDFLAGS, without its compiler.
+        compile_flags, link_flags = (
+            list(dropwhile(lambda word: not word.startswith("-"), command))
+            for command in (self.compiler.compiler_so_cxx, self.compiler.linker_so_cxx)
+        )
+        includes = ["-Icsrc", "-isystem", pybind11.get_include()]
+        includes += ["-isystem", sysconfig.get_path("include")]
+        defines = ["-DVISPRUNER_KERNELS_WITH_CUDA"] if cuda_sources else []
+        compile_cxx = [*cxx, *compile_flags, *CXX_FLAGS, *defines, *includes]
+        link = [nvcc, "-shared"] if cuda_sources else [*cxx, *link_flags, "-pthread"]
+
+        build_dir = Path(self.build_temp)
+        lines = [
+            f"builddir = {ninja_path(build_dir)}",
+            "rule cxx",
+            f"  command = {ninja_command(compile_cxx)} -MMD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "rule link",
+            f"  command = {ninja_command(link)} $in -o $out",
+        ]
+        if cuda_sources:
+            lines += [
+                "rule nvcc",
+                f"  command = {ninja_command([nvcc, *NVCC_FLAGS, *includes])} "
+                "-MD -MF $out.d -c $in -o $out",
+                "  depfile = $out.d",
+                "  deps = gcc",
+            ]
+        objects = []
+        for source in [*ext.sources, *cuda_sources]:
+            objects.append(ninja_path(build_dir / f"{source}.o"))
+            rule = "nvcc" if source in cuda_sources else "cxx"
+            lines.append(f"build {objects[-1]}: {rule} {ninja_path(source)}")
+        lines.append(f"build {ninja_path(output)}: link {' '.join(objects)}")
+
+        build_dir.mkdir(parents=True, exist_ok=True)
+        build_file = build_dir / "build.ninja"
+        build_file.write_text("\n".join(lines) + "\n")
+        self.spawn([ninja, "-f", str(build_file)])
+
+
+NATIVE = switch("VISPRUNER_KERNELS_NATIVE")
+CUDA = switch("VISPRUNER_KERNELS_CUDA")
+if (NATIVE, CUDA) == ("0", "1"):
+    raise SystemExit("VISPRUNER_KERNELS_CUDA=1 needs VISPRUNER_KERNELS_NATIVE=auto or 1, not 0")
+
+native = Extension(
+    "vispruner_kernels._C",
+    sources=["csrc/bindings.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))],
+    depends=sorted(map(str, Path("csrc").rglob("*.h"))),
+    optional="1" not in (NATIVE, CUDA),
+)
+setup(
+    ext_modules=[] if NATIVE == "0" else [native],
+    cmdclass={"build_ext": NinjaBuildExt},
+)

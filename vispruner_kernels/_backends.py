@@ -1,0 +1,155 @@
+"""Which implementation owns which operator on which device; the only place that registers.
+
+`OWNERS` is the table. VISPRUNER_KERNELS_BACKEND picks a backend by hand and
+VISPRUNER_KERNELS_CHECK=1 runs the reference beside every kernel; both are read once, here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from vispruner_kernels import _native, _schemas, reference
+
+# Device type -> dispatch key. HIP devices are "cuda" devices to PyTorch.
+KEYS = {"cpu": "CPU", "cuda": "CUDA"}
+# The devices a backend can serve, best backend first. An operator belongs to the first backend
+# that is installed, serves the device and has a function of the operator's name.
+BACKENDS: dict[str, tuple[ModuleType, tuple[str, ...]]] = {
+    "native": (_native, ("cpu",)),
+    "reference": (reference, ("cpu", "cuda")),
+}
+
+
+def _requested() -> str:
+    name = os.environ.get("VISPRUNER_KERNELS_BACKEND", "auto")
+    if name == "triton":
+        raise ImportError(
+            "VISPRUNER_KERNELS_BACKEND=triton: this version has no Triton kernels; "
+            "unset it or use auto, reference or native"
+        )
+    if name == "native" and not _native.INSTALLED:
+        raise ImportError(
+            "VISPRUNER_KERNELS_BACKEND=native: vispruner_kernels._C is not built "
+            f"({_native.REASON}); install a C++17 compiler and reinstall the package with "
+            "VISPRUNER_KERNELS_NATIVE=1, or use auto or reference"
+        )
+    if name not in ("auto", *BACKENDS):
+        raise ImportError(
+            f"VISPRUNER_KERNELS_BACKEND={name}: expected auto, reference, native or triton"
+        )
+    return name
+
+
+def _flag(name: str) -> bool:
+    value = os.environ.get(name, "0")
+    if value not in ("0", "1"):
+        raise ImportError(f"{name}={value}: expected 0 or 1")
+    return value == "1"
+
+
+REQUESTED = _requested()
+CHECKED = _flag("VISPRUNER_KERNELS_CHECK")
+
+
+def _owner(op: str, device: str) -> str:
+    def has(backend: str) -> bool:
+        module, devices = BACKENDS[backend]
+        return device in devices and op in getattr(module, "OPERATORS", (op,))
+
+    if REQUESTED != "auto" and has(REQUESTED):
+        return REQUESTED
+    return next(backend for backend in BACKENDS if has(backend))
+
+
+# (operator, device type) -> backend.
+OWNERS: dict[tuple[str, str], str] = {
+    (op, device): _owner(op, device) for op in _schemas.SCHEMAS for device in KEYS
+}
+
+
+def _implementation(op: str, backend: str) -> Callable[..., Any]:
+    function: Callable[..., Any] = getattr(BACKENDS[backend][0], op)
+    # The reference is made of differentiable operators; its results carry no gradient.
+    return torch.no_grad()(function) if backend == "reference" else function
+
+
+def _checked(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Argument check, then the implementation."""
+    check = _schemas.SCHEMAS[op].check
+
+    def entry(*args: Any, **kwargs: Any) -> Any:
+        check(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return entry
+
+
+def _compared(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """VISPRUNER_KERNELS_CHECK=1: finite inputs, and the reference's answer beside the kernel's."""
+    expected = _implementation(op, "reference")
+    signature = torch._C.parse_schema(f"{op}{_schemas.SCHEMAS[op].signature}")
+    names = [argument.name for argument in signature.arguments]
+
+    def entry(*args: Any, **kwargs: Any) -> Any:
+        from vispruner_kernels.testing import assert_matches
+
+        for name, value in [*zip(names, args, strict=False), *kwargs.items()]:
+            if isinstance(value, torch.Tensor) and not bool(torch.isfinite(value).all()):
+                raise ValueError(f"{op}: {name} has values that are not finite")
+        got = function(*args, **kwargs)
+        assert_matches(op, got, expected(*args, **kwargs), args, kwargs)
+        return got
+
+    return entry
+
+
+def _no_backward(op: str) -> Callable[..., Any]:
+    def backward(ctx: Any, *grads: Any) -> Any:
+        hint = (
+            "call vispruner_kernels.prune, or index the features with the indices of select"
+            if op == "prune"
+            else "use an attention kernel that has a backward, and cls_scores beside it"
+        )
+        raise RuntimeError(f"vispruner::{op} has no gradient (inference only); {hint}")
+
+    return backward
+
+
+def _mark_integers_and_scores(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.mark_non_differentiable(output[1])
+
+
+def _register() -> torch.library.Library:
+    library = torch.library.Library("vispruner", "DEF")
+    for op, schema in _schemas.SCHEMAS.items():
+        library.define(op + schema.signature, tags=(torch.Tag.pt2_compliant_tag,))
+        for device, key in KEYS.items():
+            function = _implementation(op, OWNERS[op, device])
+            if CHECKED:
+                function = _compared(op, function)
+            library.impl(op, _checked(op, function), key)
+        # Other devices: the check names the device; nothing comes behind it.
+        library.impl(op, _checked(op, _unreachable), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"vispruner::{op}", _checked(op, schema.fake), lib=library)
+        if schema.raises_on_backward:
+            torch.library.register_autograd(
+                f"vispruner::{op}",
+                _no_backward(op),
+                setup_context=_mark_integers_and_scores,
+                lib=library,
+            )
+        else:
+            library.impl(op, torch.library.fallthrough_kernel, "Autograd")
+    return library
+
+
+def _unreachable(*args: Any, **kwargs: Any) -> Any:
+    raise AssertionError("a device without an implementation passed the argument check")
+
+
+LIBRARY = _register()

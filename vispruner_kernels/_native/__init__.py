@@ -1,0 +1,255 @@
+"""The C++ core: tensors to pointers, and one call into `vispruner_kernels._C`.
+
+The arguments have been checked; what only a CPU can check, the values of offsets, is checked here.
+VISPRUNER_KERNELS_SIMD picks an instruction set by hand (see `python -m vispruner_kernels`); it is
+read once at import.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from vispruner_kernels import reference
+from vispruner_kernels._schemas import MATCHINGS, check_offsets
+
+try:
+    from vispruner_kernels import _C
+except ImportError as error:
+    _C = None
+    REASON = str(error)
+else:
+    REASON = ""
+
+INSTALLED = _C is not None
+OPERATORS: tuple[str, ...] = (
+    (
+        "select",
+        "prune",
+        "select_varlen",
+        "select_topk",
+        "select_rows",
+        "cls_attention",
+        "cls_scores",
+        "received_scores",
+        "received_scores_varlen",
+    )
+    if INSTALLED
+    else ()
+)
+
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_MATCHINGS = {name: number for number, name in enumerate(MATCHINGS)}
+# Threads of a block that the passes of `select` are walked with; any number gives the same bits.
+_BLOCK_THREADS = 1
+
+
+def _use_simd(name: str) -> None:
+    if not INSTALLED or name == "auto":
+        return
+    if name not in _C.simd_sets():
+        raise ImportError(
+            f"VISPRUNER_KERNELS_SIMD={name}: expected auto or one of this processor's "
+            f"instruction sets, {', '.join(_C.simd_sets())}"
+        )
+    _C.use_simd(name)
+
+
+_use_simd(os.environ.get("VISPRUNER_KERNELS_SIMD", "auto"))
+
+
+def _tokens(x: Tensor) -> tuple[int, int, int, int]:
+    """[B, N, ...] as address, dtype, stride of an image, stride of a token."""
+    return x.data_ptr(), _DTYPES[x.dtype], x.stride(0), x.stride(1)
+
+
+def _packed(x: Tensor) -> tuple[int, int, int, int]:
+    """[total, ...]"""
+    return x.data_ptr(), _DTYPES[x.dtype], 0, x.stride(0)
+
+
+def _rule(important_ratio: float, step: int, matching: str) -> tuple[float, int, int, int]:
+    return important_ratio, step, _MATCHINGS[matching], _BLOCK_THREADS
+
+
+def select(
+    features: Tensor,
+    scores: Tensor,
+    keep: int,
+    important_ratio: float = 0.5,
+    step: int = 8,
+    matching: str = "bipartite",
+) -> Tensor:
+    batch, n, channels = features.shape
+    indices = torch.empty((batch, keep), dtype=torch.int64)
+    _C.select(
+        _tokens(features),
+        _tokens(scores),
+        batch,
+        n,
+        channels,
+        keep,
+        _rule(important_ratio, step, matching),
+        torch.get_num_threads(),
+        indices.data_ptr(),
+        0,
+    )
+    return indices
+
+
+def prune(
+    features: Tensor,
+    scores: Tensor,
+    keep: int,
+    important_ratio: float = 0.5,
+    step: int = 8,
+    matching: str = "bipartite",
+) -> tuple[Tensor, Tensor]:
+    batch, n, channels = features.shape
+    indices = torch.empty((batch, keep), dtype=torch.int64)
+    kept = torch.empty((batch, keep, channels), dtype=features.dtype)
+    _C.select(
+        _tokens(features),
+        _tokens(scores),
+        batch,
+        n,
+        channels,
+        keep,
+        _rule(important_ratio, step, matching),
+        torch.get_num_threads(),
+        indices.data_ptr(),
+        kept.data_ptr(),
+    )
+    return kept, indices
+
+
+def select_varlen(
+    features: Tensor,
+    scores: Tensor,
+    cu_seqlens: Tensor,
+    cu_keep: Tensor,
+    max_seqlen: int,
+    total_keep: int,
+    important_ratio: float = 0.5,
+    step: int = 8,
+    matching: str = "bipartite",
+) -> Tensor:
+    total, channels = features.shape
+    check_offsets("select_varlen", total, cu_seqlens, max_seqlen, cu_keep, total_keep)
+    cu_seqlens, cu_keep = cu_seqlens.contiguous(), cu_keep.contiguous()
+    indices = torch.zeros(total_keep, dtype=torch.int64)
+    _C.select_varlen(
+        _packed(features),
+        _packed(scores),
+        cu_seqlens.data_ptr(),
+        cu_keep.data_ptr(),
+        len(cu_seqlens) - 1,
+        channels,
+        _rule(important_ratio, step, matching),
+        torch.get_num_threads(),
+        indices.data_ptr(),
+    )
+    return indices
+
+
+def select_topk(scores: Tensor, keep: int) -> Tensor:
+    batch, n = scores.shape
+    indices = torch.empty((batch, keep), dtype=torch.int64)
+    _C.select_topk(
+        _tokens(scores), batch, n, keep, torch.get_num_threads(), indices.data_ptr()
+    )
+    return indices
+
+
+def select_rows(scores: Tensor, width: int, rows: int) -> Tensor:
+    batch, n = scores.shape
+    indices = torch.empty((batch, rows * width), dtype=torch.int64)
+    _C.select_rows(
+        _tokens(scores), batch, n, width, rows, torch.get_num_threads(), indices.data_ptr()
+    )
+    return indices
+
+
+def _heads(x: Tensor) -> tuple[int, int, int, int]:
+    """[B, S, H, D] or [total, H, D] as address, stride of an image, of a token, of a head."""
+    return x.data_ptr(), x.stride(0) if x.dim() == 4 else 0, x.stride(-3), x.stride(-2)
+
+
+def _lse(lse: Tensor | None) -> tuple[int, int, int, int]:
+    """[B, H, S] or [H, total] likewise; address 0 if there is none."""
+    if lse is None:
+        return 0, 0, 0, 0
+    return lse.data_ptr(), lse.stride(0) if lse.dim() == 3 else 0, lse.stride(-1), lse.stride(-2)
+
+
+def _shape(
+    q: Tensor, images: int, scale: float | None, num_prefix: int
+) -> tuple[int, int, int, int, int, float, int]:
+    sequence, heads, head_dim = q.shape[-3:]
+    scale = head_dim**-0.5 if scale is None else scale
+    return _DTYPES[q.dtype], images, sequence, heads, head_dim, scale, num_prefix
+
+
+def cls_scores(q: Tensor, k: Tensor, scale: float | None = None, num_prefix: int = 1) -> Tensor:
+    scores = torch.empty((q.shape[0], q.shape[1] - num_prefix), dtype=torch.float32)
+    _C.cls_scores(
+        _heads(q),
+        _heads(k),
+        _shape(q, q.shape[0], scale, num_prefix),
+        torch.get_num_threads(),
+        scores.data_ptr(),
+    )
+    return scores
+
+
+def cls_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, num_prefix: int = 1
+) -> tuple[Tensor, Tensor]:
+    scores = cls_scores(q, k, scale, num_prefix)
+    return reference.attention(q, k, v, scale), scores
+
+
+def received_scores(
+    q: Tensor,
+    k: Tensor,
+    scale: float | None = None,
+    num_prefix: int = 0,
+    lse: Tensor | None = None,
+) -> Tensor:
+    scores = torch.empty((q.shape[0], q.shape[1] - num_prefix), dtype=torch.float32)
+    _C.received_scores(
+        _heads(q),
+        _heads(k),
+        _lse(lse),
+        _shape(q, q.shape[0], scale, num_prefix),
+        torch.get_num_threads(),
+        scores.data_ptr(),
+    )
+    return scores
+
+
+def received_scores_varlen(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float | None = None,
+    lse: Tensor | None = None,
+) -> Tensor:
+    total = q.shape[0]
+    check_offsets("received_scores_varlen", total, cu_seqlens, max_seqlen)
+    cu_seqlens = cu_seqlens.contiguous()
+    scores = torch.empty(total, dtype=torch.float32)
+    _C.received_scores_varlen(
+        _heads(q),
+        _heads(k),
+        _lse(lse),
+        cu_seqlens.data_ptr(),
+        total,
+        _shape(q, len(cu_seqlens) - 1, scale, 0),
+        torch.get_num_threads(),
+        scores.data_ptr(),
+    )
+    return scores

@@ -1,0 +1,414 @@
+"""Every operator's schema, argument check and fake, defined once for all backends.
+
+A check raises ``TypeError`` for a wrong dtype and ``ValueError`` for a shape, range, stride or
+device. `_backends` runs it in front of every implementation and every fake, so a bad call gets the
+same exception whoever serves it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+MAX_TOKENS = 16384
+# The int32 sum of the two mixed products of 7-bit halves reaches C * 2 * 127**2 < 2**31.
+MAX_CHANNELS = 65536
+MAX_HEAD_DIM = 256
+MATCHINGS = ("bipartite", "pairwise")
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+# "meta" is served by the fakes.
+DEVICES = ("cpu", "cuda", "meta")
+
+
+class Schema(NamedTuple):
+    """One operator: `signature` is its schema without the namespace."""
+
+    signature: str
+    check: Callable[..., None]
+    fake: Callable[..., Any]
+    # False: the outputs carry no gradient. True: a gradient is a clear error.
+    raises_on_backward: bool = False
+
+
+def _holds(condition: Any) -> bool:
+    """The truth of a condition; one that a compiler cannot decide while tracing does not hold."""
+    if isinstance(condition, bool):
+        return condition
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    return guard_or_false(condition)
+
+
+def _dtype(op: str, name: str, tensor: Tensor, wanted: tuple[torch.dtype, ...]) -> None:
+    if tensor.dtype not in wanted:
+        names = " or ".join(str(dtype) for dtype in wanted)
+        raise TypeError(f"{op}: {name} has dtype {tensor.dtype}, expected {names}")
+
+
+def _device(op: str, name: str, tensor: Tensor, first: str, like: Tensor) -> None:
+    if tensor.device != like.device:
+        raise ValueError(
+            f"{op}: {name} is on {tensor.device}, expected the device of {first}, {like.device}"
+        )
+
+
+def _supported_device(op: str, name: str, tensor: Tensor) -> None:
+    if tensor.device.type not in DEVICES:
+        raise ValueError(f"{op}: {name} is on {tensor.device}, expected a cpu, cuda or hip device")
+
+
+def _dims(op: str, name: str, tensor: Tensor, layout: str) -> None:
+    if tensor.dim() != layout.count(",") + 1:
+        raise ValueError(f"{op}: {name} has shape {list(tensor.shape)}, expected {layout}")
+
+
+def _shape(op: str, name: str, tensor: Tensor, layout: str, wanted: tuple[Any, ...]) -> None:
+    if tensor.dim() != len(wanted) or any(
+        _holds(got != want) for got, want in zip(tensor.shape, wanted, strict=True)
+    ):
+        raise ValueError(
+            f"{op}: {name} has shape {list(tensor.shape)}, expected {layout} = {list(wanted)}"
+        )
+
+
+def _last_stride(op: str, name: str, tensor: Tensor) -> None:
+    # A dimension of size 1 has no stride rule, and neither has a tensor without elements.
+    if (
+        _holds(tensor.stride(-1) != 1)
+        and not _holds(tensor.shape[-1] == 1)
+        and not _holds(tensor.numel() == 0)
+    ):
+        raise ValueError(
+            f"{op}: {name} has stride {tensor.stride(-1)} in its last dimension, expected 1; "
+            f"call .contiguous() on it"
+        )
+
+
+def _range(op: str, name: str, value: Any, low: Any, high: Any, meaning: str = "") -> None:
+    if _holds(value < low) or _holds(value > high):
+        raise ValueError(f"{op}: {name} is {value}, expected {low} <= {name} <= {high}{meaning}")
+
+
+def _tokens(op: str, name: str, tokens: Any) -> None:
+    if _holds(tokens < 1) or _holds(tokens > MAX_TOKENS):
+        raise ValueError(
+            f"{op}: {name} has {tokens} tokens per image, expected 1 <= N <= {MAX_TOKENS}"
+        )
+
+
+def _rule(op: str, important_ratio: float, step: int, matching: str) -> None:
+    # Written so that NaN fails.
+    if not 0.0 <= important_ratio <= 1.0:
+        raise ValueError(
+            f"{op}: important_ratio is {important_ratio}, expected 0 <= important_ratio <= 1"
+        )
+    if step < 1:
+        raise ValueError(f"{op}: step is {step}, expected step >= 1")
+    if matching not in MATCHINGS:
+        raise ValueError(f"{op}: matching is {matching!r}, expected 'bipartite' or 'pairwise'")
+
+
+def _features(op: str, features: Tensor, layout: str) -> None:
+    _supported_device(op, "features", features)
+    _dtype(op, "features", features, FLOATS)
+    _dims(op, "features", features, layout)
+    channels = features.shape[-1]
+    if _holds(channels < 1) or _holds(channels > MAX_CHANNELS):
+        raise ValueError(
+            f"{op}: features has {channels} channels, expected 1 <= C <= {MAX_CHANNELS}"
+        )
+    _last_stride(op, "features", features)
+
+
+def _selection_check(op: str) -> Callable[..., None]:
+    def check(
+        features: Tensor,
+        scores: Tensor,
+        keep: Any,
+        important_ratio: float = 0.5,
+        step: int = 8,
+        matching: str = "bipartite",
+    ) -> None:
+        _features(op, features, "[B, N, C]")
+        _dtype(op, "scores", scores, FLOATS)
+        _shape(op, "scores", scores, "[B, N]", tuple(features.shape[:2]))
+        _device(op, "scores", scores, "features", features)
+        _tokens(op, "features", features.shape[1])
+        _range(op, "keep", keep, 1, features.shape[1], " = N")
+        _rule(op, important_ratio, step, matching)
+
+    return check
+
+
+def _select_varlen_check(
+    features: Tensor,
+    scores: Tensor,
+    cu_seqlens: Tensor,
+    cu_keep: Tensor,
+    max_seqlen: Any,
+    total_keep: Any,
+    important_ratio: float = 0.5,
+    step: int = 8,
+    matching: str = "bipartite",
+) -> None:
+    op = "select_varlen"
+    _features(op, features, "[total, C]")
+    _dtype(op, "scores", scores, FLOATS)
+    _shape(op, "scores", scores, "[total]", tuple(features.shape[:1]))
+    _device(op, "scores", scores, "features", features)
+    _offsets(op, "cu_seqlens", cu_seqlens, "features", features)
+    _offsets(op, "cu_keep", cu_keep, "features", features)
+    _shape(op, "cu_keep", cu_keep, "the shape of cu_seqlens", tuple(cu_seqlens.shape))
+    _range(op, "max_seqlen", max_seqlen, 0, MAX_TOKENS)
+    _range(op, "total_keep", total_keep, 0, features.shape[0], " = total")
+    _rule(op, important_ratio, step, matching)
+
+
+def _offsets(op: str, name: str, offsets: Tensor, first: str, like: Tensor) -> None:
+    _dtype(op, name, offsets, (torch.int32,))
+    if offsets.dim() != 1 or _holds(offsets.shape[0] < 1):
+        raise ValueError(f"{op}: {name} has shape {list(offsets.shape)}, expected [B + 1]")
+    _device(op, name, offsets, first, like)
+
+
+def check_offsets(
+    op: str,
+    total: int,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    cu_keep: Tensor | None = None,
+    total_keep: int = 0,
+) -> tuple[list[int], list[int]]:
+    """Checks the values of offsets and returns them as lists; copies them to the host.
+
+    Every CPU implementation of a varlen operator calls it, the fakes cannot.
+    """
+    seq = cu_seqlens.tolist()
+    _rising(op, "cu_seqlens", seq)
+    if seq[-1] > total:
+        raise ValueError(f"{op}: cu_seqlens ends at {seq[-1]}, expected at most {total} = total")
+    lengths = [b - a for a, b in zip(seq, seq[1:], strict=False)]
+    if max(lengths, default=0) > max_seqlen:
+        raise ValueError(
+            f"{op}: max_seqlen is {max_seqlen}, expected at least {max(lengths)}, "
+            f"the longest of cu_seqlens"
+        )
+    if cu_keep is None:
+        return seq, []
+    keep = cu_keep.tolist()
+    _rising(op, "cu_keep", keep)
+    if keep[-1] > total_keep:
+        raise ValueError(
+            f"{op}: total_keep is {total_keep}, expected at least {keep[-1]}, the end of cu_keep"
+        )
+    for i, tokens in enumerate(lengths):
+        if keep[i + 1] - keep[i] > tokens:
+            raise ValueError(
+                f"{op}: cu_keep keeps {keep[i + 1] - keep[i]} tokens of image {i}, expected at "
+                f"most its {tokens}"
+            )
+    return seq, keep
+
+
+def _rising(op: str, name: str, offsets: list[int]) -> None:
+    if offsets[0] != 0:
+        raise ValueError(f"{op}: {name} starts at {offsets[0]}, expected 0")
+    for i, (a, b) in enumerate(zip(offsets, offsets[1:], strict=False)):
+        if b < a:
+            raise ValueError(
+                f"{op}: {name} falls from {a} to {b} at position {i + 1}, expected offsets that "
+                f"do not fall"
+            )
+
+
+def _scores_check(op: str, scores: Tensor) -> None:
+    _supported_device(op, "scores", scores)
+    _dtype(op, "scores", scores, FLOATS)
+    _dims(op, "scores", scores, "[B, N]")
+    _tokens(op, "scores", scores.shape[1])
+
+
+def _select_topk_check(scores: Tensor, keep: Any) -> None:
+    _scores_check("select_topk", scores)
+    _range("select_topk", "keep", keep, 1, scores.shape[1], " = N")
+
+
+def _select_rows_check(scores: Tensor, width: Any, rows: Any) -> None:
+    op = "select_rows"
+    _scores_check(op, scores)
+    tokens = scores.shape[1]
+    _range(op, "width", width, 1, tokens, " = N")
+    if _holds(tokens % width != 0):
+        raise ValueError(f"{op}: width is {width}, expected a divisor of N = {tokens}")
+    _range(op, "rows", rows, 1, tokens // width, " = N // width")
+
+
+def _attention(op: str, tensors: dict[str, Tensor], layout: str, scale: float | None) -> None:
+    q = tensors["q"]
+    _supported_device(op, "q", q)
+    _dtype(op, "q", q, FLOATS)
+    _dims(op, "q", q, layout)
+    _last_stride(op, "q", q)
+    heads, head_dim = q.shape[-2:]
+    if _holds(heads < 1):
+        raise ValueError(f"{op}: q has shape {list(q.shape)}, expected at least one head")
+    if _holds(head_dim < 1) or _holds(head_dim > MAX_HEAD_DIM):
+        raise ValueError(
+            f"{op}: q has head dimension {head_dim}, expected 1 <= D <= {MAX_HEAD_DIM}"
+        )
+    for name, tensor in tensors.items():
+        if name == "q":
+            continue
+        _dtype(op, name, tensor, (q.dtype,))
+        _shape(op, name, tensor, "the shape of q", tuple(q.shape))
+        _device(op, name, tensor, "q", q)
+        _last_stride(op, name, tensor)
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"{op}: scale is {scale}, expected a finite number")
+
+
+def _prefix(op: str, q: Tensor, num_prefix: Any, low: int) -> None:
+    sequence = q.shape[1]
+    if _holds(sequence < low + 1):
+        raise ValueError(f"{op}: q has {sequence} tokens, expected at least {low + 1}")
+    _range(op, "num_prefix", num_prefix, low, sequence - 1, " = S - 1")
+    _tokens(op, "q", sequence - num_prefix)
+
+
+def _lse(op: str, lse: Tensor | None, layout: str, wanted: tuple[Any, ...], q: Tensor) -> None:
+    if lse is not None:
+        _dtype(op, "lse", lse, (torch.float32,))
+        _shape(op, "lse", lse, layout, wanted)
+        _device(op, "lse", lse, "q", q)
+
+
+def _cls_attention_check(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, num_prefix: int = 1
+) -> None:
+    _attention("cls_attention", {"q": q, "k": k, "v": v}, "[B, S, H, D]", scale)
+    _prefix("cls_attention", q, num_prefix, 1)
+
+
+def _cls_scores_check(
+    q: Tensor, k: Tensor, scale: float | None = None, num_prefix: int = 1
+) -> None:
+    _attention("cls_scores", {"q": q, "k": k}, "[B, S, H, D]", scale)
+    _prefix("cls_scores", q, num_prefix, 1)
+
+
+def _received_scores_check(
+    q: Tensor,
+    k: Tensor,
+    scale: float | None = None,
+    num_prefix: int = 0,
+    lse: Tensor | None = None,
+) -> None:
+    op = "received_scores"
+    _attention(op, {"q": q, "k": k}, "[B, S, H, D]", scale)
+    _prefix(op, q, num_prefix, 0)
+    _lse(op, lse, "[B, H, S]", (q.shape[0], q.shape[2], q.shape[1]), q)
+
+
+def _received_scores_varlen_check(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: Any,
+    scale: float | None = None,
+    lse: Tensor | None = None,
+) -> None:
+    op = "received_scores_varlen"
+    _attention(op, {"q": q, "k": k}, "[total, H, D]", scale)
+    _offsets(op, "cu_seqlens", cu_seqlens, "q", q)
+    _range(op, "max_seqlen", max_seqlen, 0, MAX_TOKENS)
+    _lse(op, lse, "[H, total]", (q.shape[1], q.shape[0]), q)
+
+
+def _indices(like: Tensor, *shape: Any) -> Tensor:
+    return like.new_empty(shape, dtype=torch.int64)
+
+
+def _cls_scores_fake(
+    q: Tensor, k: Tensor, scale: float | None = None, num_prefix: int = 1
+) -> Tensor:
+    return q.new_empty((q.shape[0], q.shape[1] - num_prefix), dtype=torch.float32)
+
+
+def _received_scores_fake(
+    q: Tensor,
+    k: Tensor,
+    scale: float | None = None,
+    num_prefix: int = 0,
+    lse: Tensor | None = None,
+) -> Tensor:
+    return q.new_empty((q.shape[0], q.shape[1] - num_prefix), dtype=torch.float32)
+
+
+_RULE = 'float important_ratio=0.5, int step=8, str matching="bipartite"'
+
+SCHEMAS: dict[str, Schema] = {
+    "select": Schema(
+        f"(Tensor features, Tensor scores, SymInt keep, {_RULE}) -> Tensor",
+        _selection_check("select"),
+        lambda features, scores, keep, *rule, **kw: _indices(scores, scores.shape[0], keep),
+    ),
+    "prune": Schema(
+        f"(Tensor features, Tensor scores, SymInt keep, {_RULE}) -> (Tensor kept, Tensor indices)",
+        _selection_check("prune"),
+        lambda features, scores, keep, *rule, **kw: (
+            features.new_empty((features.shape[0], keep, features.shape[2])),
+            _indices(scores, scores.shape[0], keep),
+        ),
+        raises_on_backward=True,
+    ),
+    "select_varlen": Schema(
+        "(Tensor features, Tensor scores, Tensor cu_seqlens, Tensor cu_keep, SymInt max_seqlen, "
+        f"SymInt total_keep, {_RULE}) -> Tensor",
+        _select_varlen_check,
+        lambda features, scores, cu_seqlens, cu_keep, max_seqlen, total_keep, *rule, **kw: _indices(
+            scores, total_keep
+        ),
+    ),
+    "select_topk": Schema(
+        "(Tensor scores, SymInt keep) -> Tensor",
+        _select_topk_check,
+        lambda scores, keep: _indices(scores, scores.shape[0], keep),
+    ),
+    "select_rows": Schema(
+        "(Tensor scores, SymInt width, SymInt rows) -> Tensor",
+        _select_rows_check,
+        lambda scores, width, rows: _indices(scores, scores.shape[0], rows * width),
+    ),
+    "cls_attention": Schema(
+        "(Tensor q, Tensor k, Tensor v, float? scale=None, int num_prefix=1)"
+        " -> (Tensor out, Tensor scores)",
+        _cls_attention_check,
+        lambda q, k, v, scale=None, num_prefix=1: (
+            q.new_empty(q.shape),
+            _cls_scores_fake(q, k, scale, num_prefix),
+        ),
+        raises_on_backward=True,
+    ),
+    "cls_scores": Schema(
+        "(Tensor q, Tensor k, float? scale=None, int num_prefix=1) -> Tensor",
+        _cls_scores_check,
+        _cls_scores_fake,
+    ),
+    "received_scores": Schema(
+        "(Tensor q, Tensor k, float? scale=None, int num_prefix=0, Tensor? lse=None) -> Tensor",
+        _received_scores_check,
+        _received_scores_fake,
+    ),
+    "received_scores_varlen": Schema(
+        "(Tensor q, Tensor k, Tensor cu_seqlens, SymInt max_seqlen, float? scale=None, "
+        "Tensor? lse=None) -> Tensor",
+        _received_scores_varlen_check,
+        lambda q, k, cu_seqlens, max_seqlen, scale=None, lse=None: q.new_empty(
+            (q.shape[0],), dtype=torch.float32
+        ),
+    ),
+}

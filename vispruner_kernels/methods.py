@@ -1,0 +1,166 @@
+"""The three systems by name, over the operators: scores they need, tokens they keep.
+
+    method = VisPruner(keep=64)
+    scores = method.attention_scores(q, k)         # q, k of the layer whose output is `features`
+    indices = method.select(features, scores)      # int64 [B, 64]
+
+A budget is a count of tokens (an int) or a fraction of N (a float in (0, 1]).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from vispruner_kernels import ops
+
+Scores = Literal["cls", "received"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """Base of the methods: the budget and the scores."""
+
+    keep: int | float
+
+    # Which attention scores `select` needs; None if it needs none.
+    scores: ClassVar[Scores | None] = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.keep, bool) or not isinstance(self.keep, int | float):
+            raise TypeError(f"keep is {self.keep!r}, expected an int or a float")
+        if isinstance(self.keep, float) and not 0.0 < self.keep <= 1.0:
+            raise ValueError(f"keep is {self.keep}, expected a fraction in (0, 1] or an int")
+        if isinstance(self.keep, int) and self.keep < 1:
+            raise ValueError(f"keep is {self.keep}, expected at least 1")
+
+    def retained_tokens(self, n: int) -> int:
+        """Tokens kept of an image of `n`, known without data: a fraction is rounded down to whole
+        tokens, but never to none."""
+        keep = max(1, int(n * self.keep)) if isinstance(self.keep, float) else self.keep
+        if not 1 <= keep <= n:
+            raise ValueError(f"keep is {keep}, expected 1 <= keep <= {n}, the tokens of the image")
+        return keep
+
+    def attention_scores(
+        self, q: Tensor, k: Tensor, scale: float | None = None, num_prefix: int = 1
+    ) -> Tensor | None:
+        """Scores [B, N] from q, k [B, S, H, D] of the layer whose output is the feature."""
+        if self.scores == "cls":
+            return ops.cls_scores(q, k, scale, num_prefix)
+        if self.scores == "received":
+            return ops.received_scores(q, k, scale, num_prefix)
+        return None
+
+    def select(self, features: Tensor, scores: Tensor | None) -> Tensor:
+        """Indices int64 [B, retained_tokens(N)], ascending, from features [B, N, C]."""
+        raise NotImplementedError
+
+    def _needed(self, scores: Tensor | None) -> Tensor:
+        if scores is None:
+            name = type(self).__name__
+            raise ValueError(
+                f"{name}: scores is None, expected [B, N] {self.scores} scores; "
+                f"see {name}.attention_scores"
+            )
+        return scores
+
+
+@dataclass(frozen=True)
+class VisPruner(Method):
+    """Important tokens by the CLS row, diverse ones by duplicate removal (arXiv 2412.01818v2)."""
+
+    important_ratio: float = 0.5
+    step: int = 8
+    matching: str = "bipartite"
+
+    scores: ClassVar[Scores | None] = "cls"
+
+    def select(self, features: Tensor, scores: Tensor | None) -> Tensor:
+        """`ops.select` with this method's budget and rule."""
+        keep = self.retained_tokens(features.shape[1])
+        return ops.select(
+            features, self._needed(scores), keep, self.important_ratio, self.step, self.matching
+        )
+
+
+@dataclass(frozen=True)
+class FasterVLM(Method):
+    """The tokens of the highest CLS score (arXiv 2412.01818v1)."""
+
+    scores: ClassVar[Scores | None] = "cls"
+
+    def select(self, features: Tensor, scores: Tensor | None) -> Tensor:
+        """`ops.select_topk` with this method's budget."""
+        return ops.select_topk(self._needed(scores), self.retained_tokens(features.shape[1]))
+
+
+@dataclass(frozen=True)
+class FoPru(Method):
+    """Tokens ("rank") or whole rows of the patch grid ("row") by attention received
+    (arXiv 2411.14164; the aggregation is our reading).
+
+    `width` is the tokens of a grid row, by default the side of a square grid. With "row" a count
+    must be a multiple of it; a fraction is rounded down to whole rows, but never to none.
+    """
+
+    strategy: str = "rank"
+    width: int | None = None
+
+    scores: ClassVar[Scores | None] = "received"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.strategy not in ("rank", "row"):
+            raise ValueError(f"strategy is {self.strategy!r}, expected 'rank' or 'row'")
+        if self.width is not None and self.width < 1:
+            raise ValueError(f"width is {self.width}, expected at least 1")
+
+    def grid_width(self, n: int) -> int:
+        """Tokens of a row of the grid of `n` tokens."""
+        width = math.isqrt(n) if self.width is None else self.width
+        if n % width or (self.width is None and width * width != n):
+            raise ValueError(
+                f"width is {self.width}, expected a divisor of the image's {n} tokens"
+                + (" (they are no square grid)" if self.width is None else "")
+            )
+        return width
+
+    def retained_tokens(self, n: int) -> int:
+        """As `Method.retained_tokens`, in whole rows for the row strategy."""
+        if self.strategy == "rank":
+            return super().retained_tokens(n)
+        width = self.grid_width(n)
+        if isinstance(self.keep, float):
+            return max(1, int(n // width * self.keep)) * width
+        keep = super().retained_tokens(n)
+        if keep % width:
+            raise ValueError(f"keep is {keep}, expected a multiple of the grid width {width}")
+        return keep
+
+    def select(self, features: Tensor, scores: Tensor | None) -> Tensor:
+        """`ops.select_topk` or `ops.select_rows` with this method's budget."""
+        n = features.shape[1]
+        keep = self.retained_tokens(n)
+        if self.strategy == "rank":
+            return ops.select_topk(self._needed(scores), keep)
+        width = self.grid_width(n)
+        return ops.select_rows(self._needed(scores), width, keep // width)
+
+
+@dataclass(frozen=True)
+class Random(Method):
+    """A control: tokens drawn by a seed, the same for every image, so no batch changes them."""
+
+    seed: int = 0
+
+    def select(self, features: Tensor, scores: Tensor | None = None) -> Tensor:
+        """`seed` and N alone decide; features and scores are not read."""
+        batch, n = features.shape[:2]
+        generator = torch.Generator().manual_seed(self.seed)
+        kept = torch.randperm(n, generator=generator)[: self.retained_tokens(n)].sort().values
+        return kept.to(features.device).expand(batch, -1).contiguous()

@@ -1,0 +1,267 @@
+"""The reference: every operator in plain PyTorch, as docs/contract.md words it.
+
+Runs on any device and owns an operator wherever no kernel does. One image at a time, so that the
+batch cannot change a bit and scratch stays at one image's. The arguments have been checked.
+`select`, `prune` and the dense operators never synchronise on a GPU; the varlen operators copy their
+offsets to the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from vispruner_kernels._schemas import check_offsets
+
+# A token whose largest magnitude is below this, or that is not finite, is similar to nothing.
+MIN_MAGNITUDE = 1e-30
+# 127 * 128: the largest fixed-point value whose two 7-bit halves fit int8.
+FIXED_POINT_MAX = 16256.0
+# Query rows per block of attention, so that no S x S matrix exists.
+BLOCK_ROWS = 64
+
+
+def order(scores: Tensor) -> Tensor:
+    """Token indices by score [N] descending; ties by index; NaN last; -0.0 equals 0.0."""
+    bits = scores.float().view(torch.int32)
+    # Negative floats have descending bits: flip them. 0x80000000 is -0.0.
+    keys = torch.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)
+    keys = torch.where(bits == -(2**31), 0, keys)
+    keys = torch.where((bits & 0x7FFFFFFF) > 0x7F800000, -(2**31), keys)
+    return torch.sort(keys, descending=True, stable=True).indices
+
+
+def fixed_point(features: Tensor) -> Tensor:
+    """Features [N, C] scaled per token to integers in [-16256, 16256], as int64."""
+    x = features.float()
+    magnitude = x.abs().amax(-1, keepdim=True)
+    usable = torch.isfinite(magnitude) & (magnitude >= MIN_MAGNITUDE)
+    # Tensor by tensor: `scalar / tensor` is a reciprocal and a product in PyTorch.
+    scale = torch.full_like(magnitude, FIXED_POINT_MAX) / torch.where(usable, magnitude, 1.0)
+    return torch.where(usable, torch.trunc(x * scale), 0.0).long()
+
+
+def similarity(features: Tensor) -> Tensor:
+    """Fixed-point cosine similarity [N, N] float32 of features [N, C], exact to the bit."""
+    q = fixed_point(features).double()
+    # Integers below 2**53: the product is exact in any order of summation.
+    gram = q @ q.T
+    g = gram.diagonal().float()
+    # float32 torch.sqrt is not correctly rounded on a CPU; through float64 it is.
+    root = g.double().sqrt().float()
+    r = torch.where(g > 0, torch.ones_like(g) / torch.where(g > 0, root, 1.0), 0.0)
+    return gram.float() * (r[:, None] * r[None, :])
+
+
+def bipartite(sim: Tensor, residual: Tensor, keep: int, step: int) -> Tensor:
+    """Drops up to `step` tokens of the even positions per pass until `keep` of `residual` live."""
+    while len(residual) > keep:
+        a, b = residual[0::2], residual[1::2]
+        r = min(step, len(residual) - keep, len(a))
+        nearest = sim[a][:, b].amax(-1)
+        by_similarity = torch.sort(nearest, descending=True, stable=True).indices
+        residual = torch.cat([a[by_similarity[r:]], b])
+    return residual
+
+
+def pairwise(sim: Tensor, residual: Tensor, keep: int) -> Tensor:
+    """Drops the less important token of the most similar living pair until `keep` tokens live.
+
+    In rounds: pairs that are the best of both their tokens are resolved at once.
+    """
+    tokens, place = torch.sort(residual)  # place: position in order, of tokens by index
+    n = len(tokens)
+    own = torch.arange(n, device=sim.device)
+    sim = sim[tokens][:, tokens].clone()
+    sim.fill_diagonal_(-torch.inf)
+    alive = torch.ones(n, dtype=torch.bool, device=sim.device)
+    # The pair that removed a token: similarity, smaller index, larger index.
+    pair_sim = torch.full_like(sim[0], -torch.inf)
+    pair_low, pair_high = own.clone(), own.clone()
+    # Every round removes a token at least. Leaving early needs a look at the data, which is free
+    # on a CPU and a synchronisation elsewhere.
+    for _ in range(n - 1):
+        if sim.device.type == "cpu" and alive.sum() == 1:
+            break
+        living = torch.where(alive[:, None] & alive[None, :], sim, -torch.inf)
+        # argmax gives the first maximum: for one token, ascending partners are ascending pairs.
+        best_sim, best = living.amax(-1), living.argmax(-1)
+        mutual = (best[best] == own) & (best_sim > -torch.inf)
+        victim = mutual & (place > place[best])
+        pair_sim = torch.where(victim, best_sim, pair_sim)
+        pair_low = torch.where(victim, torch.minimum(own, best), pair_low)
+        pair_high = torch.where(victim, torch.maximum(own, best), pair_high)
+        alive = alive & ~victim
+    removals = torch.sort(pair_high, stable=True).indices
+    removals = removals[torch.sort(pair_low[removals], stable=True).indices]
+    removals = removals[torch.sort(pair_sim[removals], descending=True, stable=True).indices]
+    return tokens[removals[n - keep :]]
+
+
+def _select(
+    features: Tensor, scores: Tensor, keep: int, important_ratio: float, step: int, matching: str
+) -> Tensor:
+    """`select` of one image: features [N, C], scores [N] -> [keep]."""
+    by_score = order(scores)
+    important, residual = by_score.tensor_split([int(keep * important_ratio)])
+    diverse = keep - len(important)
+    if diverse == 0:
+        residual = residual[:0]
+    elif len(residual) > diverse:
+        sim = similarity(features)
+        if matching == "bipartite":
+            residual = bipartite(sim, residual, diverse, step)
+        else:
+            residual = pairwise(sim, residual, diverse)
+    return torch.sort(torch.cat([important, residual])).values
+
+
+def _stack(rows: Iterable[Tensor], like: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    rows = list(rows)
+    return torch.stack(rows) if rows else like.new_empty((0, width), dtype=dtype)
+
+
+def select(
+    features: Tensor,
+    scores: Tensor,
+    keep: int,
+    important_ratio: float = 0.5,
+    step: int = 8,
+    matching: str = "bipartite",
+) -> Tensor:
+    rows = (
+        _select(x, s, keep, important_ratio, step, matching)
+        for x, s in zip(features, scores, strict=True)
+    )
+    return _stack(rows, scores, keep, torch.int64)
+
+
+def prune(
+    features: Tensor,
+    scores: Tensor,
+    keep: int,
+    important_ratio: float = 0.5,
+    step: int = 8,
+    matching: str = "bipartite",
+) -> tuple[Tensor, Tensor]:
+    indices = select(features, scores, keep, important_ratio, step, matching)
+    kept = features.gather(1, indices[:, :, None].expand(-1, -1, features.shape[2]))
+    return kept, indices
+
+
+def select_varlen(
+    features: Tensor,
+    scores: Tensor,
+    cu_seqlens: Tensor,
+    cu_keep: Tensor,
+    max_seqlen: int,
+    total_keep: int,
+    important_ratio: float = 0.5,
+    step: int = 8,
+    matching: str = "bipartite",
+) -> Tensor:
+    seq, keeps = check_offsets(
+        "select_varlen", features.shape[0], cu_seqlens, max_seqlen, cu_keep, total_keep
+    )
+    out = torch.zeros(total_keep, dtype=torch.int64, device=features.device)
+    for i in range(len(seq) - 1):
+        image, place = slice(seq[i], seq[i + 1]), slice(keeps[i], keeps[i + 1])
+        keep = place.stop - place.start
+        if keep > 0:
+            out[place] = image.start + _select(
+                features[image], scores[image], keep, important_ratio, step, matching
+            )
+    return out
+
+
+def select_topk(scores: Tensor, keep: int) -> Tensor:
+    rows = (torch.sort(order(s)[:keep]).values for s in scores)
+    return _stack(rows, scores, keep, torch.int64)
+
+
+def select_rows(scores: Tensor, width: int, rows: int) -> Tensor:
+    grid = scores.float().unflatten(1, (-1, width))
+    total = grid[:, :, 0]
+    for column in range(1, width):  # left to right, which `sum` is not
+        total = total + grid[:, :, column]
+    columns = torch.arange(width, device=scores.device)
+    kept = select_topk(total, rows)
+    return (kept[:, :, None] * width + columns).flatten(1)
+
+
+def _scale(q: Tensor, scale: float | None) -> float:
+    return q.shape[-1] ** -0.5 if scale is None else scale
+
+
+def cls_scores(q: Tensor, k: Tensor, scale: float | None = None, num_prefix: int = 1) -> Tensor:
+    def image(q: Tensor, k: Tensor) -> Tensor:  # [S, H, D] -> [N]
+        logits = (q[0].double() * k.double()).sum(-1) * _scale(q, scale)  # [S, H]
+        return logits.softmax(0).mean(-1)[num_prefix:].float()
+
+    rows = (image(*qk) for qk in zip(q, k, strict=True))
+    return _stack(rows, q, q.shape[1] - num_prefix, torch.float32)
+
+
+def cls_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, num_prefix: int = 1
+) -> tuple[Tensor, Tensor]:
+    return attention(q, k, v, scale), cls_scores(q, k, scale, num_prefix)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    """Attention output [B, S, H, D] by PyTorch's own kernels."""
+    if q.numel() == 0:
+        return q.new_empty(q.shape)
+    out = torch.nn.functional.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (q, k, v)), scale=_scale(q, scale)
+    )
+    return out.transpose(1, 2).contiguous()
+
+
+def _received(q: Tensor, k: Tensor, scale: float | None, lse: Tensor | None) -> Tensor:
+    """Attention received by each key of one image: q, k [S, H, D], lse [H, S] -> [S] float64."""
+    q, k = q.double().movedim(1, 0), k.double().movedim(1, 0)  # [H, S, D]
+    total = torch.zeros(k.shape[1], dtype=torch.float64, device=k.device)
+    for start in range(0, q.shape[1], BLOCK_ROWS):
+        rows = slice(start, start + BLOCK_ROWS)
+        logits = q[:, rows] @ k.mT * _scale(q, scale)  # [H, BLOCK_ROWS, S]
+        if lse is None:
+            weights = logits.softmax(-1)
+        else:
+            weights = (logits - lse[:, rows, None].double()).exp()
+        total += weights.sum((0, 1))
+    return total / (q.shape[0] * q.shape[1])
+
+
+def received_scores(
+    q: Tensor,
+    k: Tensor,
+    scale: float | None = None,
+    num_prefix: int = 0,
+    lse: Tensor | None = None,
+) -> Tensor:
+    rows = (
+        _received(q[i], k[i], scale, None if lse is None else lse[i])[num_prefix:].float()
+        for i in range(q.shape[0])
+    )
+    return _stack(rows, q, q.shape[1] - num_prefix, torch.float32)
+
+
+def received_scores_varlen(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float | None = None,
+    lse: Tensor | None = None,
+) -> Tensor:
+    seq, _ = check_offsets("received_scores_varlen", q.shape[0], cu_seqlens, max_seqlen)
+    out = torch.zeros(q.shape[0], dtype=torch.float32, device=q.device)
+    for start, stop in zip(seq, seq[1:], strict=False):
+        if stop > start:
+            image = slice(start, stop)
+            part = None if lse is None else lse[:, image]
+            out[image] = _received(q[image], k[image], scale, part).float()
+    return out
