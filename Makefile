@@ -24,8 +24,8 @@ demo: dev ## prune a photograph with every method; writes demo.png (DEMO_ARGS=..
 test: dev ## the quick tests, on the CPU (PYTEST_ARGS=...)
 	$(PY) -m pytest $(PYTEST_ARGS)
 
-test-slow: dev ## all tests that need no GPU
-	$(PY) -m pytest -m "not gpu" $(PYTEST_ARGS)
+test-slow: dev ## the long tests that need no GPU
+	$(PY) -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
 
 dev: .venv/stamp-native ## .venv: dependencies, tools, the package (editable), the native core
 

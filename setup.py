@@ -18,7 +18,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import BaseError, CompileError
+from setuptools.errors import BaseError
 
 # No -march: one build serves every processor, functions choose their instruction set at run time.
 # No contraction and no fast math, on either device: the contract fixes every rounding.
@@ -38,7 +38,7 @@ def find_cxx():
     command = shlex.split(os.environ.get("CXX", ""))
     command = command or [next(filter(shutil.which, ("c++", "g++", "clang++")), "c++")]
     if not shutil.which(command[0]):
-        raise CompileError(f"the C++ compiler {command[0]} is not found")
+        raise BaseError(f"the C++ compiler {command[0]} is not found")
     return command
 
 
@@ -46,7 +46,7 @@ def find_ninja():
     path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
     ninja = shutil.which("ninja", path=path)
     if not ninja:
-        raise CompileError("ninja is not found")
+        raise BaseError("ninja is not found")
     return ninja
 
 
@@ -61,7 +61,7 @@ def find_cuda():
         "there is no csrc/cuda/*.cu to compile" if nvcc else "nvcc is not found (CUDA_HOME, PATH)"
     )
     if CUDA == "1":
-        raise CompileError(f"VISPRUNER_KERNELS_CUDA=1, but {problem}")
+        raise BaseError(f"VISPRUNER_KERNELS_CUDA=1, but {problem}")
     if sources:
         print(f"vispruner_kernels: WITHOUT the CUDA kernels: {problem}", file=sys.stderr)
     return None, []
@@ -88,7 +88,7 @@ class NinjaBuildExt(build_ext):
         for stale in (output, Path(*ext.name.split(".")[:-1], output.name)):
             stale.unlink(missing_ok=True)
         if "1" in (NATIVE, CUDA):
-            raise CompileError(f"vispruner_kernels._C was not built: {problem}")
+            raise BaseError(f"vispruner_kernels._C was not built: {problem}")
         print(
             f"vispruner_kernels: WITHOUT the native core, CPU operators run on the slower PyTorch "
             f"reference: {problem}. VISPRUNER_KERNELS_NATIVE=1 makes this an error.",
@@ -97,7 +97,7 @@ class NinjaBuildExt(build_ext):
 
     def _build(self, ext, output):
         if self.compiler.compiler_type != "unix":
-            raise CompileError(f"needs GCC or Clang, not {self.compiler.compiler_type}")
+            raise BaseError(f"needs GCC or Clang, not {self.compiler.compiler_type}")
         import pybind11
 
         cxx, ninja = find_cxx(), find_ninja()

@@ -55,7 +55,7 @@ SelectRule select_rule(const Rule& rule) {
 
 AttentionShape attention_shape(const Shape& shape) {
   const auto& [dtype, images, sequence, heads, head_dim, scale, num_prefix] = shape;
-  return {static_cast<DType>(dtype), images,  sequence, heads, head_dim,
+  return {static_cast<DType>(dtype), images,    sequence, heads, head_dim,
           static_cast<float>(scale), num_prefix};
 }
 

@@ -1,14 +1,16 @@
 // Duplicate removal over the similarities of one image, as bulk-synchronous phases.
 //
-// The caller's Block says what a thread block is. `each(n, f)` runs f(0) .. f(n - 1) in any order or
-// at once and ends with a barrier; `each_row` does the same where f calls one of the row functions,
-// so that a GPU gives it a warp. No f reads what another f of its phase writes. Everything is
-// integer, so every Block gives the same bits: a loop on a CPU (cpu/block.h), threads on a GPU.
+// The caller's Block says what a thread block is. `each(n, f)` runs f(0) .. f(n - 1) in any order
+// or at once and ends with a barrier; `each_row` does the same where f calls one of the row
+// functions, so that a GPU gives it a warp. No f reads what another f of its phase writes.
+// Everything is integer, so every Block gives the same bits: a loop on a CPU (cpu/block.h), threads
+// on a GPU.
 //
 //   Block::row_max(row, mask, n)     max over j of min(row[j], mask[j])
 //   Block::row_argmax(row, mask, n)  that maximum and the first j that attains it
 //   Block::rank(keys, i, n)          how many keys are larger than keys[i]
-//   Block::max(n, f), Block::count(n, f)   reductions over f(0) .. f(n - 1), the same in every thread
+//   Block::max(n, f), Block::count(n, f)   reductions over f(0) .. f(n - 1), the same in every
+//   thread
 //
 // Tokens have local indices 0 .. n - 1 in ascending order of their index in the image. `sim` is
 // [n, ld] of ordered similarity keys, symmetric, kDead on the diagonal; n <= ld.

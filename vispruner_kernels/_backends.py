@@ -102,7 +102,10 @@ def _compared(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
             if isinstance(value, torch.Tensor) and not bool(torch.isfinite(value).all()):
                 raise ValueError(f"{op}: {name} has values that are not finite")
         got = function(*args, **kwargs)
-        assert_matches(op, got, expected(*args, **kwargs), args, kwargs)
+        try:
+            assert_matches(op, got, expected(*args, **kwargs), args, kwargs)
+        except AssertionError as error:
+            raise RuntimeError(f"{op}: the kernel and the reference disagree: {error}") from error
         return got
 
     return entry

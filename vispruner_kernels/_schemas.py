@@ -7,6 +7,7 @@ same exception whoever serves it.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -100,7 +101,8 @@ def _tokens(op: str, name: str, tokens: Any) -> None:
         )
 
 
-def _rule(op: str, important_ratio: float, step: int, matching: str) -> None:
+def check_rule(op: str, important_ratio: float, step: int, matching: str) -> None:
+    """The settings of `select` that need no tensor."""
     # Written so that NaN fails.
     if not 0.0 <= important_ratio <= 1.0:
         raise ValueError(
@@ -139,7 +141,7 @@ def _selection_check(op: str) -> Callable[..., None]:
         _device(op, "scores", scores, "features", features)
         _tokens(op, "features", features.shape[1])
         _range(op, "keep", keep, 1, features.shape[1], " = N")
-        _rule(op, important_ratio, step, matching)
+        check_rule(op, important_ratio, step, matching)
 
     return check
 
@@ -165,7 +167,7 @@ def _select_varlen_check(
     _shape(op, "cu_keep", cu_keep, "the shape of cu_seqlens", tuple(cu_seqlens.shape))
     _range(op, "max_seqlen", max_seqlen, 0, MAX_TOKENS)
     _range(op, "total_keep", total_keep, 0, features.shape[0], " = total")
-    _rule(op, important_ratio, step, matching)
+    check_rule(op, important_ratio, step, matching)
 
 
 def _offsets(op: str, name: str, offsets: Tensor, first: str, like: Tensor) -> None:
@@ -191,7 +193,7 @@ def check_offsets(
     _rising(op, "cu_seqlens", seq)
     if seq[-1] > total:
         raise ValueError(f"{op}: cu_seqlens ends at {seq[-1]}, expected at most {total} = total")
-    lengths = [b - a for a, b in zip(seq, seq[1:], strict=False)]
+    lengths = [b - a for a, b in itertools.pairwise(seq)]
     if max(lengths, default=0) > max_seqlen:
         raise ValueError(
             f"{op}: max_seqlen is {max_seqlen}, expected at least {max(lengths)}, "
@@ -217,7 +219,7 @@ def check_offsets(
 def _rising(op: str, name: str, offsets: list[int]) -> None:
     if offsets[0] != 0:
         raise ValueError(f"{op}: {name} starts at {offsets[0]}, expected 0")
-    for i, (a, b) in enumerate(zip(offsets, offsets[1:], strict=False)):
+    for i, (a, b) in enumerate(itertools.pairwise(offsets)):
         if b < a:
             raise ValueError(
                 f"{op}: {name} falls from {a} to {b} at position {i + 1}, expected offsets that "

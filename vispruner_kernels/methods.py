@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from vispruner_kernels import ops
+from vispruner_kernels._schemas import check_rule
 
 Scores = Literal["cls", "received"]
 
@@ -79,6 +80,10 @@ class VisPruner(Method):
     matching: str = "bipartite"
 
     scores: ClassVar[Scores | None] = "cls"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_rule("VisPruner", self.important_ratio, self.step, self.matching)
 
     def select(self, features: Tensor, scores: Tensor | None) -> Tensor:
         """`ops.select` with this method's budget and rule."""

@@ -2,12 +2,12 @@
 
 Runs on any device and owns an operator wherever no kernel does. One image at a time, so that the
 batch cannot change a bit and scratch stays at one image's. The arguments have been checked.
-`select`, `prune` and the dense operators never synchronise on a GPU; the varlen operators copy their
-offsets to the host.
+Only the varlen operators synchronise on a GPU: they copy their offsets to the host.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 
 import torch
@@ -214,9 +214,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
     """Attention output [B, S, H, D] by PyTorch's own kernels."""
     if q.numel() == 0:
         return q.new_empty(q.shape)
-    out = torch.nn.functional.scaled_dot_product_attention(
-        *(x.transpose(1, 2) for x in (q, k, v)), scale=_scale(q, scale)
-    )
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=_scale(q, scale))
     return out.transpose(1, 2).contiguous()
 
 
@@ -259,7 +258,7 @@ def received_scores_varlen(
 ) -> Tensor:
     seq, _ = check_offsets("received_scores_varlen", q.shape[0], cu_seqlens, max_seqlen)
     out = torch.zeros(q.shape[0], dtype=torch.float32, device=q.device)
-    for start, stop in zip(seq, seq[1:], strict=False):
+    for start, stop in itertools.pairwise(seq):
         if stop > start:
             image = slice(start, stop)
             part = None if lse is None else lse[:, image]

@@ -46,8 +46,8 @@ void cls_head(const Simd& simd, const Rows& q, const Rows& k, const AttentionSha
   const auto logits = scratch<float>(n);
   read_query(simd, q, 0, shape, query.get());
   for (int64_t j = 0; j < n; ++j) {
-    logits[j] = simd.dot(query.get(), k.read(simd, j, shape.head_dim, buffer.get()),
-                         shape.head_dim);
+    logits[j] =
+        simd.dot(query.get(), k.read(simd, j, shape.head_dim, buffer.get()), shape.head_dim);
   }
   const double sum = simd.exp_sum(logits.get(), simd.max(logits.get(), n), n);
   std::fill(weights, weights + n, 0.0);

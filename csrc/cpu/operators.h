@@ -39,15 +39,15 @@ void select(const Features& features, const Scores& scores, int64_t images, int6
 
 // cu_seqlens and cu_keep [images + 1] are consistent; indices [cu_keep[images]].
 void select_varlen(const Features& features, const Scores& scores, const int32_t* cu_seqlens,
-                   const int32_t* cu_keep, int64_t images, int64_t channels,
-                   const SelectRule& rule, int threads, int64_t* indices);
+                   const int32_t* cu_keep, int64_t images, int64_t channels, const SelectRule& rule,
+                   int threads, int64_t* indices);
 
 void select_topk(const Scores& scores, int64_t images, int64_t tokens, int64_t keep, int threads,
                  int64_t* indices);
 
 // indices [B, rows * width].
-void select_rows(const Scores& scores, int64_t images, int64_t tokens, int64_t width,
-                 int64_t rows, int threads, int64_t* indices);
+void select_rows(const Scores& scores, int64_t images, int64_t tokens, int64_t width, int64_t rows,
+                 int threads, int64_t* indices);
 
 // q or k: [B, S, H, D] with last stride 1, or packed [total, H, D] with `batch` unused.
 struct Heads {

@@ -89,8 +89,8 @@ void select(const Features& features, const Scores& scores, int64_t images, int6
 }
 
 void select_varlen(const Features& features, const Scores& scores, const int32_t* cu_seqlens,
-                   const int32_t* cu_keep, int64_t images, int64_t channels,
-                   const SelectRule& rule, int threads, int64_t* indices) {
+                   const int32_t* cu_keep, int64_t images, int64_t channels, const SelectRule& rule,
+                   int threads, int64_t* indices) {
   const Simd& simd = vispruner::simd();
   const Split split = split_threads(images, threads);
   parallel_for(images, split.outer, [&](int64_t image) {
@@ -102,9 +102,8 @@ void select_varlen(const Features& features, const Scores& scores, const int32_t
     const Scores part = {scores.data + start * scores.token * element_size(scores.dtype),
                          scores.dtype, 0, scores.token};
     int64_t* const out = indices + cu_keep[image];
-    select_image(simd, rows, channels,
-                 score_keys(simd, part, 0, cu_seqlens[image + 1] - start), keep, rule,
-                 split.inner, out);
+    select_image(simd, rows, channels, score_keys(simd, part, 0, cu_seqlens[image + 1] - start),
+                 keep, rule, split.inner, out);
     for (int64_t i = 0; i < keep; ++i) out[i] += start;
   });
 }

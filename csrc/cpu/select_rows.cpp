@@ -9,8 +9,8 @@ namespace vispruner {
 // Threads pay from about this many scores on.
 constexpr int64_t kRowsThreadWork = 1 << 18;
 
-void select_rows(const Scores& scores, int64_t images, int64_t tokens, int64_t width,
-                 int64_t rows, int threads, int64_t* indices) {
+void select_rows(const Scores& scores, int64_t images, int64_t tokens, int64_t width, int64_t rows,
+                 int threads, int64_t* indices) {
   const Simd& simd = vispruner::simd();
   const int64_t size = element_size(scores.dtype);
   parallel_for(images, images * tokens < kRowsThreadWork ? 1 : threads, [&](int64_t image) {

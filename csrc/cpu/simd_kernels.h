@@ -193,8 +193,7 @@ float dot(const float* a, const float* b, int64_t n) {
 }
 
 template <int Vectors>
-inline void logits_tile(const float* q, const float* kt, int64_t head_dim, int64_t ld,
-                        float* out) {
+inline void logits_tile(const float* q, const float* kt, int64_t head_dim, int64_t ld, float* out) {
   Float32x16 sums[kQueryRows][Vectors] = {};
   for (int64_t d = 0; d < head_dim; ++d) {
     for (int v = 0; v < Vectors; ++v) {
@@ -271,7 +270,19 @@ void accumulate(const float* x, double weight, double* total, int64_t n) {
   for (int64_t i = 0; i < n; ++i) total[i] += x[i] * weight;
 }
 
-constexpr Simd kSimd = {VISPRUNER_SET_NAME, from_float16,    from_bfloat16, max_magnitude,
-                        fixed_point,        energy,          gram_tile,     similarity_tile,
-                        row_max,            row_argmax,      rank,          dot,
-                        logits,             vispruner::VISPRUNER_SPACE::max, exp_sum, accumulate};
+constexpr Simd kSimd = {VISPRUNER_SET_NAME,
+                        from_float16,
+                        from_bfloat16,
+                        max_magnitude,
+                        fixed_point,
+                        energy,
+                        gram_tile,
+                        similarity_tile,
+                        row_max,
+                        row_argmax,
+                        rank,
+                        dot,
+                        logits,
+                        vispruner::VISPRUNER_SPACE::max,
+                        exp_sum,
+                        accumulate};

@@ -18,7 +18,7 @@ from vispruner_kernels._schemas import MATCHINGS, check_offsets
 try:
     from vispruner_kernels import _C
 except ImportError as error:
-    _C = None
+    _C = None  # type: ignore[assignment]
     REASON = str(error)
 else:
     REASON = ""
@@ -157,9 +157,7 @@ def select_varlen(
 def select_topk(scores: Tensor, keep: int) -> Tensor:
     batch, n = scores.shape
     indices = torch.empty((batch, keep), dtype=torch.int64)
-    _C.select_topk(
-        _tokens(scores), batch, n, keep, torch.get_num_threads(), indices.data_ptr()
-    )
+    _C.select_topk(_tokens(scores), batch, n, keep, torch.get_num_threads(), indices.data_ptr())
     return indices
 
 

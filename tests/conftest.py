@@ -1,0 +1,39 @@
+"""Fixtures: the backends that are installed, one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from vispruner_kernels import _native, _schemas, reference
+
+needs_native = pytest.mark.skipif(not _native.INSTALLED, reason="vispruner_kernels._C is not built")
+
+
+@pytest.fixture(
+    params=[
+        "registered",
+        "reference",
+        pytest.param("native", marks=needs_native),
+    ]
+)
+def backend(request: pytest.FixtureRequest) -> Any:
+    """The operators of one backend, by name; "registered" is whoever owns them."""
+    if request.param == "registered":
+        return SimpleNamespace(
+            **{op: getattr(torch.ops.vispruner, op).default for op in _schemas.SCHEMAS}
+        )
+    return reference if request.param == "reference" else _native
+
+
+@pytest.fixture(params=_native._C.simd_sets() if _native.INSTALLED else [])
+def simd(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The native core with each instruction set of this processor in turn."""
+    before = _native._C.simd()
+    _native._C.use_simd(request.param)
+    yield request.param
+    _native._C.use_simd(before)

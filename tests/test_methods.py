@@ -1,0 +1,95 @@
+"""The methods: budgets known without data, scores they need, selection through the operators."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vispruner_kernels import cls_scores, received_scores, select, select_rows, select_topk
+from vispruner_kernels.methods import FasterVLM, FoPru, Random, VisPruner
+from vispruner_kernels.testing import sample_qkv
+
+
+@pytest.fixture(scope="module")
+def layer():
+    q, k, _ = sample_qkv(2, 145, 3, 16, torch.float32, 0)
+    features = torch.randn(2, 144, 32, generator=torch.Generator().manual_seed(1))
+    return q, k, features
+
+
+def test_scores_are_those_each_method_names(layer):
+    q, k, _ = layer
+    cls, received = cls_scores(q, k), received_scores(q, k, num_prefix=1)
+    for method in (VisPruner(8), FasterVLM(8)):
+        assert method.scores == "cls"
+        assert torch.equal(method.attention_scores(q, k), cls)
+    assert FoPru(8).scores == "received"
+    assert torch.equal(FoPru(8).attention_scores(q, k), received)
+    assert Random(8).scores is None
+    assert Random(8).attention_scores(q, k) is None
+
+
+def test_selection_goes_through_the_operators(layer):
+    q, k, features = layer
+    scores = cls_scores(q, k)
+    cases = {
+        VisPruner(32): select(features, scores, 32),
+        VisPruner(32, 0.25, 4, "pairwise"): select(features, scores, 32, 0.25, 4, "pairwise"),
+        FasterVLM(32): select_topk(scores, 32),
+        FoPru(32): select_topk(scores, 32),
+        FoPru(36, "row"): select_rows(scores, 12, 3),
+        FoPru(36, "row", width=18): select_rows(scores, 18, 2),
+    }
+    for method, expected in cases.items():
+        assert torch.equal(method.select(features, scores), expected), method
+        assert method.retained_tokens(144) == expected.shape[1]
+
+
+def test_random_is_a_set_of_its_seed(layer):
+    features = layer[2]
+    kept = Random(40, seed=3).select(features, None)
+    assert kept.shape == (2, 40)
+    assert torch.equal(kept[0], kept[1])
+    assert torch.equal(kept[0], kept[0].unique())
+    assert torch.equal(kept[:1], Random(40, seed=3).select(features[:1], None))
+    assert not torch.equal(kept, Random(40, seed=4).select(features, None))
+
+
+def test_budgets():
+    assert VisPruner(64).retained_tokens(576) == 64
+    assert FasterVLM(0.25).retained_tokens(576) == 144
+    assert FasterVLM(0.001).retained_tokens(576) == 1
+    assert FasterVLM(1.0).retained_tokens(7) == 7
+    assert FoPru(0.25, "row").retained_tokens(576) == 144
+    assert FoPru(0.2, "row").retained_tokens(576) == 4 * 24
+    assert FoPru(0.01, "row").retained_tokens(576) == 24
+    assert FoPru(60, "row", width=30).retained_tokens(900) == 60
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "names"),
+    [
+        (lambda: VisPruner(0), ValueError, "keep is 0"),
+        (lambda: VisPruner(-3), ValueError, "keep is -3"),
+        (lambda: VisPruner(1.5), ValueError, "keep is 1.5"),
+        (lambda: VisPruner(0.0), ValueError, "keep is 0.0"),
+        (lambda: VisPruner(float("nan")), ValueError, "keep is nan"),
+        (lambda: VisPruner(True), TypeError, "keep is True"),
+        (lambda: VisPruner("64"), TypeError, "keep is '64'"),
+        (lambda: VisPruner(577).retained_tokens(576), ValueError, "keep is 577"),
+        (lambda: VisPruner(8, important_ratio=1.5), ValueError, "important_ratio is 1.5"),
+        (lambda: VisPruner(8, important_ratio=float("nan")), ValueError, "important_ratio is nan"),
+        (lambda: VisPruner(8, step=0), ValueError, "step is 0"),
+        (lambda: VisPruner(8, matching="best"), ValueError, "matching is 'best'"),
+        (lambda: FoPru(8, "column"), ValueError, "strategy is 'column'"),
+        (lambda: FoPru(8, "row", width=0), ValueError, "width is 0"),
+        (lambda: FoPru(25, "row").retained_tokens(576), ValueError, "keep is 25"),
+        (lambda: FoPru(600, "row").retained_tokens(576), ValueError, "keep is 600"),
+        (lambda: FoPru(8, "row").retained_tokens(575), ValueError, "width is None"),
+        (lambda: FoPru(8, "row", width=7).retained_tokens(576), ValueError, "width is 7"),
+        (lambda: FasterVLM(3).select(torch.ones(1, 9, 2), None), ValueError, "scores is None"),
+    ],
+)
+def test_bad_arguments(make, error, names):
+    with pytest.raises(error, match=names):
+        make()

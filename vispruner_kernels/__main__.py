@@ -1,0 +1,67 @@
+"""``python -m vispruner_kernels``: versions, what is built, and who owns which operator."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import sys
+
+import torch
+
+from vispruner_kernels import __version__, _backends, _native
+from vispruner_kernels._schemas import SCHEMAS
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _gpu() -> str:
+    if torch.cuda.is_available():
+        kind = "hip" if torch.version.hip else "cuda"
+        return f"{torch.cuda.get_device_name()} ({kind})"
+    return "none"
+
+
+def _native_state() -> str:
+    if not _native.INSTALLED:
+        return (
+            f"not built ({_native.REASON}); the reference serves the CPU. For the fast core "
+            "install a C++17 compiler and reinstall with VISPRUNER_KERNELS_NATIVE=1"
+        )
+    sets = ", ".join(_native._C.simd_sets())
+    return f"C++, {_native._C.simd()} in use (this processor has {sets})"
+
+
+def report() -> str:
+    """The text that is printed."""
+    facts = {
+        "vispruner_kernels": __version__,
+        "Python": f"{platform.python_version()}, {platform.system()} {platform.machine()}",
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "transformers": _version("transformers"),
+        "GPU": _gpu(),
+        "native core": _native_state(),
+        "CUDA kernels": "none in this version",
+        "Triton kernels": "none in this version",
+        "backend": f"{_backends.REQUESTED} (VISPRUNER_KERNELS_BACKEND)",
+        "checks": f"{'on' if _backends.CHECKED else 'off'} (VISPRUNER_KERNELS_CHECK)",
+    }
+    lines = [f"{name:<18} {value}" for name, value in facts.items()]
+    devices = list(_backends.KEYS)
+    # HIP devices are "cuda" devices to PyTorch and have the same owner.
+    heads = ["cpu", "cuda, hip"]
+    lines += ["", f"{'operator':<24}" + "".join(f"{head:<12}" for head in heads)]
+    for op in SCHEMAS:
+        owners = "".join(f"{_backends.OWNERS[op, device]:<12}" for device in devices)
+        lines.append(f"{op:<24}{owners}".rstrip())
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(report())
+    sys.exit(0)

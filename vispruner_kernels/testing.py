@@ -1,0 +1,195 @@
+"""Sample inputs, bounds and comparisons, shared by tests, benchmarks and VISPRUNER_KERNELS_CHECK=1.
+
+Everything is drawn on the CPU from a seed, so a case is the same on every machine.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+FEATURE_KINDS = ("normal", "clustered", "duplicates", "constant", "outliers", "broken")
+SCORE_KINDS = ("softmax", "uniform", "ties", "constant", "broken")
+
+# Largest error of an attention output relative to the largest |v|, whatever computed it.
+OUT_TOLERANCE = {torch.float32: 4e-6, torch.float16: 2**-9, torch.bfloat16: 2**-6}
+
+
+def sample_features(
+    kind: str, batch: int, tokens: int, channels: int, generator: torch.Generator
+) -> Tensor:
+    """float32 [batch, tokens, channels].
+
+    "clustered" is like an encoder's output (a few scenes and noise), "outliers" has channels that
+    dwarf the others, "constant" has the largest sums of products, "broken" has zero rows, NaN, inf
+    and magnitudes at the ends of the range.
+    """
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    def some(share: float, *shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator) < share
+
+    shape = (batch, tokens, channels)
+    if kind == "normal":
+        return normal(*shape)
+    if kind == "clustered":
+        centres = normal(batch, max(1, tokens // 12), channels)
+        pick = torch.randint(0, centres.shape[1], (batch, tokens), generator=generator)
+        return centres.gather(1, pick[:, :, None].expand(shape)) + 0.4 * normal(*shape)
+    if kind == "duplicates":
+        few = normal(batch, max(1, tokens // 3), channels)
+        pick = torch.randint(0, few.shape[1], (batch, tokens), generator=generator)
+        return few.gather(1, pick[:, :, None].expand(shape))
+    if kind == "constant":
+        return torch.where(some(0.02, batch, tokens, 1), -1.0, 1.0).expand(shape).clone()
+    if kind == "outliers":
+        return normal(*shape) * (1.0 + 200.0 * some(0.02, channels))
+    x = normal(*shape)
+    x[some(0.1, batch, tokens)] = 0.0
+    x[some(0.02, batch, tokens, channels)] = torch.nan
+    x[some(0.02, batch, tokens, channels)] = torch.inf
+    x[some(0.1, batch, tokens)] *= 1e-31
+    x[some(0.1, batch, tokens)] *= 1e30
+    return x
+
+
+def sample_scores(kind: str, batch: int, tokens: int, generator: torch.Generator) -> Tensor:
+    """float32 [batch, tokens]; "softmax" is like a CLS row, "broken" has NaN, inf and -0.0."""
+    if kind == "softmax":
+        return (2.0 * torch.randn(batch, tokens, generator=generator)).softmax(-1)
+    if kind == "constant":
+        return torch.zeros(batch, tokens)
+    x = torch.rand(batch, tokens, generator=generator) - 0.3
+    if kind == "ties":
+        return (x * 6.0).round() / 6.0
+    if kind == "broken":
+        for value in (torch.nan, torch.inf, -torch.inf, 0.0, -0.0):
+            x[torch.rand(batch, tokens, generator=generator) < 0.15] = value
+    return x
+
+
+def strided(x: Tensor, rng: random.Random) -> Tensor:
+    """The same values as a view with other strides; the last stride stays 1."""
+    layout = rng.choice(["contiguous", "prefix", "packed", "swapped"])
+    if layout == "prefix":  # hidden[:, 1:]
+        return torch.cat([torch.full_like(x[:, :1], torch.nan), x], 1)[:, 1:]
+    if layout == "packed":  # a slice of channels
+        return torch.cat([x, torch.full_like(x, torch.nan)], -1)[..., : x.shape[-1]]
+    if layout == "swapped":
+        return x.transpose(0, 1).contiguous().transpose(0, 1)
+    return x
+
+
+class Case(NamedTuple):
+    """Arguments of `select`."""
+
+    features: Tensor
+    scores: Tensor
+    keep: int
+    important_ratio: float
+    step: int
+    matching: str
+
+
+def random_case(seed: int, max_tokens: int = 64, matching: str | None = None) -> Case:
+    """One of an endless row of cases: kinds, dtypes, layouts, odd sizes, every part of the rule."""
+    rng = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    batch = rng.choice([0, 1, 1, 2, 3])
+    tokens = rng.choice([1, 2, 3, rng.randint(1, max_tokens), rng.randint(1, max_tokens)])
+    channels = rng.choice([1, 2, 3, 16, 31, 64, 100])
+    features = sample_features(rng.choice(FEATURE_KINDS), batch, tokens, channels, generator)
+    scores = sample_scores(rng.choice(SCORE_KINDS), batch, tokens, generator)
+    return Case(
+        strided(features.to(rng.choice(DTYPES)), rng),
+        strided(scores.to(rng.choice(DTYPES))[:, :, None], rng)[:, :, 0],
+        rng.choice([1, tokens, rng.randint(1, tokens), rng.randint(1, tokens)]),
+        rng.choice([0.0, 0.25, 0.3, 0.5, 0.5, 0.75, rng.random(), 1.0]),
+        rng.choice([1, 2, 3, 8, 8, 8, 2**40]),
+        matching or rng.choice(["bipartite", "pairwise"]),
+    )
+
+
+def sample_qkv(
+    batch: int, sequence: int, heads: int, head_dim: int, dtype: torch.dtype, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v [batch, sequence, heads, head_dim]: slices of a packed qkv, a CLS row with a peak."""
+    generator = torch.Generator().manual_seed(seed)
+    qkv = torch.randn(batch, sequence, 3, heads, head_dim, generator=generator)
+    qkv[:, 0, 0] *= 2.0
+    q, k, v = qkv.to(dtype).unbind(2)
+    return q, k, v
+
+
+def sample_offsets(lengths: list[int]) -> Tensor:
+    """int32 offsets of sequences of these lengths."""
+    return torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+def max_logit(q: Tensor, k: Tensor, scale: float | None) -> float:
+    """The largest |logit| of any query and key of the same image and head."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if q.numel() == 0:
+        return 0.0
+    logits = q.double().movedim(-3, -2) @ k.double().movedim(-3, -2).mT
+    return float(logits.abs().max()) * abs(scale)
+
+
+def scores_bound(q: Tensor, k: Tensor, scale: float | None) -> float:
+    """How far scores may be from exact ones (docs/contract.md, section 4)."""
+    return max(1e-6, 2**-22 * max_logit(q, k, scale))
+
+
+def _require(condition: bool, message: str) -> None:
+    # No assert statement: VISPRUNER_KERNELS_CHECK=1 must also work under python -O.
+    if not condition:
+        raise AssertionError(message)
+
+
+def assert_same_bits(got: Tensor, expected: Tensor) -> None:
+    """Equal values, NaN included, shape, dtype, device and strides."""
+    _require(got.dtype == expected.dtype, f"dtype {got.dtype}, expected {expected.dtype}")
+    _require(got.shape == expected.shape, f"shape {got.shape}, expected {expected.shape}")
+    _require(got.device == expected.device, f"device {got.device}, expected {expected.device}")
+    _require(got.stride() == expected.stride(), f"{got.stride()}, expected {expected.stride()}")
+    if got.is_floating_point():
+        integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[got.element_size()]
+        got, expected = got.view(integer), expected.view(integer)
+    differ = (got != expected).nonzero()
+    _require(len(differ) == 0, f"{len(differ)} elements differ, the first at {differ[:1].tolist()}")
+
+
+def assert_close(got: Tensor, expected: Tensor, bound: float) -> None:
+    """Every element within `bound`, and NaN only where NaN is expected."""
+    _require(got.shape == expected.shape, f"shape {got.shape}, expected {expected.shape}")
+    _require(torch.equal(got.isnan(), expected.isnan()), "NaN in other places")
+    error = (got.double() - expected.double()).abs().nan_to_num(0.0)
+    worst = float(error.max()) if error.numel() else 0.0
+    _require(worst <= bound, f"error {worst:.3g}, expected at most {bound:.3g}")
+
+
+def assert_matches(
+    op: str, got: Any, expected: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """One answer of an operator against the reference's: selections to the bit, scores and outputs
+    within their bounds."""
+    if op in ("select", "select_varlen", "select_topk", "select_rows"):
+        assert_same_bits(got, expected)
+    elif op == "prune":
+        for one, other in zip(got, expected, strict=True):
+            assert_same_bits(one, other)
+    else:
+        q, k = args[:2]
+        place = {"cls_attention": 3, "received_scores_varlen": 4}.get(op, 2)
+        scale = args[place] if len(args) > place else kwargs.get("scale")
+        if op == "cls_attention":
+            largest = float(args[2].abs().max()) if args[2].numel() else 0.0
+            assert_close(got[0], expected[0], OUT_TOLERANCE[q.dtype] * largest)
+            got, expected = got[1], expected[1]
+        assert_close(got, expected, scores_bound(q, k, scale))
