@@ -11,8 +11,6 @@ namespace vispruner {
 
 // Tokens of a panel: rows and columns of a tile of the Gram matrix, lanes of a vector.
 constexpr int kPanel = 16;
-// Channels whose energy is known; features are padded to a multiple with zeros.
-constexpr int kEnergyBlock = 32;
 // Query rows of a tile of attention logits.
 constexpr int kQueryRows = 4;
 
@@ -26,11 +24,10 @@ struct Simd {
   int32_t (*max_magnitude)(const float* x, int64_t n);
   // q = trunc(x * scale); n is the padded length, x has `channels` elements.
   void (*fixed_point)(const float* x, float scale, int64_t channels, int16_t* q, int64_t n);
-  // Sums of squares of each kEnergyBlock values; n % kEnergyBlock == 0.
-  void (*energy)(const int16_t* q, int64_t n, int64_t* sums);
-  // gram[16][16] of two panels [pairs][16][2]; an int32 holds any `widen` pairs' sum.
-  void (*gram_tile)(const int32_t* a, const int32_t* b, int64_t pairs, int64_t widen,
-                    int64_t* gram);
+  // n % kSafeProducts == 0, here and in `pairs`.
+  int64_t (*squared_norm)(const int16_t* q, int64_t n);
+  // gram[16][16] of two panels [pairs][16][2].
+  void (*gram_tile)(const int32_t* a, const int32_t* b, int64_t pairs, int64_t* gram);
   // Ordered keys of float(gram[i][j]) * (ri[i] * rj[j]), and their transpose.
   void (*similarity_tile)(const int64_t* gram, const float* ri, const float* rj, int32_t* keys,
                           int32_t* transposed);

@@ -51,20 +51,25 @@ void fixed_point(const float* x, float scale, int64_t channels, int16_t* q, int6
   for (int64_t i = channels; i < n; ++i) q[i] = 0;
 }
 
-void energy(const int16_t* q, int64_t n, int64_t* sums) {
-  for (int64_t block = 0; block < n / kEnergyBlock; ++block, q += kEnergyBlock) {
-    int32_t pairs[kEnergyBlock / 2];
-    for (int i = 0; i < kEnergyBlock / 2; ++i) {
-      pairs[i] = q[2 * i] * q[2 * i] + q[2 * i + 1] * q[2 * i + 1];
-    }
-    int64_t sum = 0;
-    for (int i = 0; i < kEnergyBlock / 2; ++i) sum += pairs[i];
-    sums[block] = sum;
+int64_t squared_norm(const int16_t* q, int64_t n) {
+  int64_t sum = 0;
+  for (int64_t k = 0; k < n; k += kSafeProducts) {
+    int32_t part = 0;
+    for (int i = 0; i < kSafeProducts; ++i) part += q[k + i] * q[k + i];
+    sum += part;
   }
+  return sum;
 }
 
-// sums[16][16] += a b^T over `pairs` pairs of channels.
-inline void gram_part(const int32_t* a, const int32_t* b, int64_t pairs, int64_t* gram) {
+// Adds int32 sums in two parts, high * 2^16 + low, which is faster than widening them to int64.
+inline void widen_row(Int32x16 sums, int32_t* high, int32_t* low) {
+  *reinterpret_cast<Int32x16*>(high) += sums >> 16;
+  *reinterpret_cast<Int32x16*>(low) += sums & 0xffff;
+}
+
+// high, low [16][16] += a b^T over as many channels as an int32 can add up.
+inline void gram_part(const int32_t* a, const int32_t* b, int32_t* high, int32_t* low) {
+  constexpr int64_t pairs = kSafeProducts / 2;
 #if VISPRUNER_SET >= 3
   __m512i sums[kPanel];
   for (int i = 0; i < kPanel; ++i) sums[i] = _mm512_setzero_si512();
@@ -80,9 +85,7 @@ inline void gram_part(const int32_t* a, const int32_t* b, int64_t pairs, int64_t
     }
   }
   for (int i = 0; i < kPanel; ++i) {
-    int32_t part[kPanel];
-    _mm512_storeu_si512(part, sums[i]);
-    for (int j = 0; j < kPanel; ++j) gram[i * kPanel + j] += part[j];
+    widen_row(reinterpret_cast<const Int32x16&>(sums[i]), high + i * kPanel, low + i * kPanel);
   }
 #elif VISPRUNER_SET == 2
   // Four rows at a time: eight sums, two columns and a row fit sixteen registers.
@@ -99,11 +102,9 @@ inline void gram_part(const int32_t* a, const int32_t* b, int64_t pairs, int64_t
         sums[i][1] = _mm256_add_epi32(sums[i][1], _mm256_madd_epi16(row, right));
       }
     }
-    int32_t part[4][kPanel];
     for (int i = 0; i < 4; ++i) {
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(part[i]), sums[i][0]);
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(part[i] + 8), sums[i][1]);
-      for (int j = 0; j < kPanel; ++j) gram[(i0 + i) * kPanel + j] += part[i][j];
+      const int64_t row = (i0 + i) * kPanel;
+      widen_row(reinterpret_cast<const Int32x16&>(sums[i]), high + row, low + row);
     }
   }
 #else
@@ -120,18 +121,20 @@ inline void gram_part(const int32_t* a, const int32_t* b, int64_t pairs, int64_t
       }
     }
     for (int i = 0; i < 4; ++i) {
-      for (int j = 0; j < kPanel; ++j) gram[(i0 + i) * kPanel + j] += sums[i][j];
+      widen_row(sums[i], high + (i0 + i) * kPanel, low + (i0 + i) * kPanel);
     }
   }
 #endif
 }
 
-void gram_tile(const int32_t* a, const int32_t* b, int64_t pairs, int64_t widen, int64_t* gram) {
-  for (int i = 0; i < kPanel * kPanel; ++i) gram[i] = 0;
-  for (int64_t k = 0; k < pairs; k += widen) {
-    const int64_t count = widen < pairs - k ? widen : pairs - k;
-    gram_part(a + k * kPanel, b + k * kPanel, count, gram);
+void gram_tile(const int32_t* a, const int32_t* b, int64_t pairs, int64_t* gram) {
+  // 65536 channels are 8192 parts: each of these sums stays below 2^30.
+  int32_t high[kPanel * kPanel] = {};
+  int32_t low[kPanel * kPanel] = {};
+  for (int64_t k = 0; k < pairs; k += kSafeProducts / 2) {
+    gram_part(a + k * kPanel, b + k * kPanel, high, low);
   }
+  for (int i = 0; i < kPanel * kPanel; ++i) gram[i] = int64_t{high[i]} * 65536 + low[i];
 }
 
 void similarity_tile(const int64_t* gram, const float* ri, const float* rj, int32_t* keys,
@@ -275,7 +278,7 @@ constexpr Simd kSimd = {VISPRUNER_SET_NAME,
                         from_bfloat16,
                         max_magnitude,
                         fixed_point,
-                        energy,
+                        squared_norm,
                         gram_tile,
                         similarity_tile,
                         row_max,

@@ -1,7 +1,6 @@
 #include "cpu/similarity.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 
 #include "cpu/parallel.h"
@@ -12,16 +11,12 @@ namespace {
 // Threads pay from about this many multiply-adds on.
 constexpr int64_t kThreadWork = 1 << 22;
 
-// The fixed-point values of kPanel tokens, interleaved in pairs of channels: [pairs][16][2] int16.
-// Returns the number of channels, a multiple of kEnergyBlock or kSafeProducts, whose products of
-// any two tokens an int32 can add up: by Cauchy and Schwarz the sum over a stretch of channels is
-// at most the larger of the two tokens' energies there.
-int64_t make_panel(const Simd& simd, const Rows& features, int64_t channels, int64_t width,
-                   const int32_t* tokens, int32_t count, int32_t* panel, float* inverse_norm) {
-  const auto buffer = scratch<float>(width);
+// The fixed-point values of kPanel tokens, interleaved in pairs of channels: [width / 2][16][2]
+// int16.
+void make_panel(const Simd& simd, const Rows& features, int64_t channels, int64_t width,
+                const int32_t* tokens, int32_t count, int32_t* panel, float* inverse_norm) {
+  const auto buffer = scratch<float>(channels);
   const auto q = scratch<int16_t>(width);
-  const auto energies = scratch<int64_t>(width / kEnergyBlock);
-  int64_t safe = width;
   for (int32_t lane = 0; lane < kPanel; ++lane) {
     inverse_norm[lane] = 0.0f;
     const float* const x =
@@ -37,48 +32,28 @@ int64_t make_panel(const Simd& simd, const Rows& features, int64_t channels, int
     for (int64_t k = 0; k < width / 2; ++k) {
       memcpy(panel + k * kPanel + lane, q.get() + 2 * k, sizeof(int32_t));
     }
-
-    simd.energy(q.get(), width, energies.get());
-    int64_t total = 0;
-    for (int64_t i = 0; i < width / kEnergyBlock; ++i) total += energies[i];
-    // The IEEE square root and division of the contract.
-    if (total > 0) inverse_norm[lane] = 1.0f / std::sqrt(static_cast<float>(total));
-    const auto fits = [&](int64_t stretch) {
-      if (stretch == kSafeProducts) return true;
-      const int64_t blocks = stretch / kEnergyBlock;
-      for (int64_t i = 0; i < width / kEnergyBlock; i += blocks) {
-        int64_t sum = 0;
-        for (int64_t j = i; j < std::min(i + blocks, width / kEnergyBlock); ++j) sum += energies[j];
-        if (sum > INT32_MAX) return false;
-      }
-      return true;
-    };
-    while (!fits(safe)) {
-      safe = safe > kEnergyBlock ? (safe / kEnergyBlock + 1) / 2 * kEnergyBlock : kSafeProducts;
-    }
+    // The IEEE square root and division of the contract; the largest value is not 0.
+    inverse_norm[lane] = 1.0f / std::sqrt(static_cast<float>(simd.squared_norm(q.get(), width)));
   }
-  return safe;
 }
 
 }  // namespace
 
 void similarity(const Simd& simd, const Rows& features, int64_t channels, const int32_t* tokens,
                 int32_t n, int threads, int32_t* sim) {
-  const int64_t width = (channels + kEnergyBlock - 1) / kEnergyBlock * kEnergyBlock;
+  const int64_t width = (channels + kSafeProducts - 1) / kSafeProducts * kSafeProducts;
   const int64_t pairs = width / 2;
   const int64_t ld = padded(n);
   const int64_t panels = ld / kPanel;
   if (ld * ld / 2 * width < kThreadWork) threads = 1;
   const auto panel = scratch<int32_t>(ld * pairs);
   const auto inverse_norm = scratch<float>(ld);
-  const auto safe = scratch<int64_t>(panels);
   parallel_for(panels, threads, [&](int64_t i) {
     const int32_t first = static_cast<int32_t>(i * kPanel);
-    safe[i] = make_panel(simd, features, channels, width, tokens + first,
-                         std::min<int32_t>(n - first, kPanel), panel.get() + first * pairs,
-                         inverse_norm.get() + first);
+    make_panel(simd, features, channels, width, tokens + first,
+               std::min<int32_t>(n - first, kPanel), panel.get() + first * pairs,
+               inverse_norm.get() + first);
   });
-  const int64_t widen = *std::min_element(safe.get(), safe.get() + panels) / 2;
   // A task is a row of tiles from the diagonal on, the longest first.
   parallel_for(panels, threads, [&](int64_t i) {
     int64_t gram[kPanel * kPanel];
@@ -86,7 +61,7 @@ void similarity(const Simd& simd, const Rows& features, int64_t channels, const 
     int32_t transposed[kPanel * kPanel];
     for (int64_t j = i; j < panels; ++j) {
       simd.gram_tile(panel.get() + i * kPanel * pairs, panel.get() + j * kPanel * pairs, pairs,
-                     widen, gram);
+                     gram);
       simd.similarity_tile(gram, inverse_norm.get() + i * kPanel, inverse_norm.get() + j * kPanel,
                            keys, transposed);
       if (i == j) {

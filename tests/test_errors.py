@@ -1,0 +1,604 @@
+"""Bad calls: every rule of docs/contract.md, the same error from every way into an operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor, FakeTensorMode
+
+import vispruner_kernels
+from vispruner_kernels import _backends
+from vispruner_kernels.testing import (
+    OUT_TOLERANCE,
+    assert_close,
+    assert_same_bits,
+    sample_features,
+    sample_offsets,
+    sample_qkv,
+    sample_scores,
+)
+
+SELECT = ("select", "prune")
+SELECT_ALL = (*SELECT, "select_varlen")
+SCORES = ("select_topk", "select_rows")
+CLS = ("cls_attention", "cls_scores")
+DENSE = (*CLS, "received_scores")
+ATTENTION = (*DENSE, "received_scores_varlen")
+OPERATORS = (*SELECT_ALL, *SCORES, *ATTENTION)
+
+BACKENDS = [
+    name for name, (module, _) in _backends.BACKENDS.items() if getattr(module, "INSTALLED", True)
+]
+
+
+def arguments(op: str) -> dict[str, Any]:
+    """A right call: 2 images of 12 tokens (7 with attention), or packed images of 5, 0 and 7."""
+    generator = torch.Generator().manual_seed(1)
+    features = sample_features("normal", 2, 12, 6, generator)
+    scores = sample_scores("uniform", 2, 12, generator)
+    q, k, v = sample_qkv(2, 7, 3, 8, torch.float32, seed=1)
+    lengths = {"cu_seqlens": sample_offsets([5, 0, 7]), "max_seqlen": 7}
+    rule = {"important_ratio": 0.5, "step": 8, "matching": "bipartite"}
+    if op in SELECT:
+        return {"features": features, "scores": scores, "keep": 5, **rule}
+    if op == "select_varlen":
+        return {
+            "features": features[0],
+            "scores": scores[0],
+            "cu_seqlens": lengths["cu_seqlens"],
+            "cu_keep": sample_offsets([2, 0, 3]),
+            "max_seqlen": 7,
+            "total_keep": 5,
+            **rule,
+        }
+    if op == "select_topk":
+        return {"scores": scores, "keep": 5}
+    if op == "select_rows":
+        return {"scores": scores, "width": 4, "rows": 2}
+    if op == "cls_attention":
+        return {"q": q, "k": k, "v": v, "scale": None, "num_prefix": 1}
+    if op == "cls_scores":
+        return {"q": q, "k": k, "scale": None, "num_prefix": 1}
+    if op == "received_scores":
+        lse = torch.zeros(2, 3, 7)
+        return {"q": q, "k": k, "scale": None, "num_prefix": 0, "lse": lse}
+    packed = {"q": q.flatten(0, 1)[:12], "k": k.flatten(0, 1)[:12]}
+    return {**packed, **lengths, "scale": None, "lse": torch.zeros(3, 12)}
+
+
+class Bad(NamedTuple):
+    """One wrong thing: `changes` are values of arguments, or functions of the right ones."""
+
+    ops: tuple[str, ...]
+    argument: str  # the one the message names, and
+    got: str  # what it says about it
+    error: type[Exception]
+    changes: dict[str, Any]
+    # What only the values in a tensor show; a fake has none.
+    hidden: bool = False
+
+
+def double(x: Tensor) -> Tensor:
+    return x.double()
+
+
+def integer(x: Tensor) -> Tensor:
+    return x.int()
+
+
+def half(x: Tensor) -> Tensor:
+    return x.half()
+
+
+def meta(x: Tensor) -> Tensor:
+    # x.to("meta") would make the strides contiguous.
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+
+def one_dimension_more(x: Tensor) -> Tensor:
+    return x[None]
+
+
+def every_second(x: Tensor) -> Tensor:
+    """The same shape with a last stride of 2."""
+    return x.repeat_interleave(2, -1)[..., ::2]
+
+
+def shape(*sizes: int) -> Callable[[Tensor], Tensor]:
+    return lambda x: x.new_zeros(sizes)
+
+
+def cut(dim: int) -> Callable[[Tensor], Tensor]:
+    return lambda x: x.narrow(dim, 0, x.shape[dim] - 1)
+
+
+def offsets(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def qkv(change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    return {"q": change, "k": change, "v": change}
+
+
+NAN, INF = float("nan"), float("inf")
+
+# fmt: off
+TABLE = [
+    # Dtypes.
+    *(Bad(SELECT_ALL, name, f"dtype {dtype}", TypeError, {name: lambda x, d=dtype: x.to(d)})
+      for name in ("features", "scores")
+      for dtype in (torch.float64, torch.int64, torch.bool, torch.complex64)),
+    Bad(SCORES, "scores", "dtype torch.float64", TypeError, {"scores": double}),
+    Bad(SCORES, "scores", "dtype torch.int32", TypeError, {"scores": integer}),
+    Bad(ATTENTION, "q", "dtype torch.float64", TypeError, {"q": double}),
+    Bad(ATTENTION, "k", "dtype torch.float16", TypeError, {"k": half}),
+    Bad(("cls_attention",), "v", "dtype torch.float16", TypeError, {"v": half}),
+    Bad(ATTENTION, "q", "dtype torch.float64", TypeError, qkv(double)),
+    Bad(ATTENTION, "q", "dtype torch.int32", TypeError, qkv(integer)),
+    Bad(ATTENTION[2:], "lse", "dtype torch.float64", TypeError, {"lse": double}),
+    Bad(ATTENTION[2:], "lse", "dtype torch.float16", TypeError, {"lse": half}),
+    *(Bad(ops, name, "dtype torch.int64", TypeError, {name: lambda x: x.long()})
+      for name, ops in [("cu_seqlens", ("select_varlen", "received_scores_varlen")),
+                        ("cu_keep", ("select_varlen",))]),
+    # Dimensions and shapes.
+    Bad(SELECT, "features", "[1, 2, 12, 6]", ValueError, {"features": one_dimension_more}),
+    Bad(SELECT, "features", "[12, 6]", ValueError, {"features": lambda x: x[0]}),
+    Bad(SELECT, "features", "[]", ValueError, {"features": shape()}),
+    Bad(("select_varlen",), "features", "[1, 12, 6]", ValueError, {"features": one_dimension_more}),
+    Bad(("select_varlen",), "features", "[12]", ValueError, {"features": lambda x: x[:, 0]}),
+    Bad(SELECT, "scores", "[2, 11]", ValueError, {"scores": cut(1)}),
+    Bad(SELECT, "scores", "[1, 12]", ValueError, {"scores": cut(0)}),
+    Bad(SELECT, "scores", "[1, 2, 12]", ValueError, {"scores": one_dimension_more}),
+    Bad(SELECT, "scores", "[12]", ValueError, {"scores": lambda x: x[0]}),
+    Bad(("select_varlen",), "scores", "[11]", ValueError, {"scores": cut(0)}),
+    Bad(("select_varlen",), "scores", "[1, 12]", ValueError, {"scores": one_dimension_more}),
+    Bad(SCORES, "scores", "[12]", ValueError, {"scores": lambda x: x[0]}),
+    Bad(SCORES, "scores", "[1, 2, 12]", ValueError, {"scores": one_dimension_more}),
+    Bad(DENSE, "q", "[7, 3, 8]", ValueError, qkv(lambda x: x[0])),
+    Bad(ATTENTION[3:], "q", "[1, 12, 3, 8]", ValueError, qkv(one_dimension_more)),
+    Bad(DENSE, "k", "[1, 7, 3, 8]", ValueError, {"k": cut(0)}),
+    Bad(DENSE, "k", "[2, 6, 3, 8]", ValueError, {"k": cut(1)}),
+    Bad(DENSE, "k", "[2, 7, 2, 8]", ValueError, {"k": cut(2)}),
+    Bad(DENSE, "k", "[2, 7, 3, 7]", ValueError, {"k": cut(3)}),
+    Bad(DENSE, "k", "[7, 3, 8]", ValueError, {"k": lambda x: x[0]}),
+    Bad(ATTENTION[3:], "k", "[11, 3, 8]", ValueError, {"k": cut(0)}),
+    Bad(("cls_attention",), "v", "[2, 6, 3, 8]", ValueError, {"v": cut(1)}),
+    Bad(("received_scores",), "lse", "[2, 3, 6]", ValueError, {"lse": cut(2)}),
+    Bad(("received_scores",), "lse", "[2, 7, 3]", ValueError, {"lse": shape(2, 7, 3)}),
+    Bad(("received_scores",), "lse", "[3, 7]", ValueError, {"lse": shape(3, 7)}),
+    Bad(ATTENTION[3:], "lse", "[3, 11]", ValueError, {"lse": cut(1)}),
+    Bad(ATTENTION[3:], "lse", "[1, 3, 12]", ValueError, {"lse": one_dimension_more}),
+    *(Bad(ops, name, got, ValueError, {name: change})
+      for name, ops in [("cu_seqlens", ("select_varlen", "received_scores_varlen")),
+                        ("cu_keep", ("select_varlen",))]
+      for got, change in [("[1, 4]", one_dimension_more), ("[0]", shape(0)), ("[]", shape())]),
+    Bad(("select_varlen",), "cu_keep", "[3]", ValueError, {"cu_keep": cut(0)}),
+    # Devices.
+    *(Bad(ops, name, "on meta", ValueError, {name: meta})
+      for name, ops in [("scores", SELECT_ALL), ("k", ATTENTION), ("v", CLS[:1]),
+                        ("cu_seqlens", ("select_varlen", "received_scores_varlen")),
+                        ("cu_keep", ("select_varlen",)), ("lse", ATTENTION[2:])]),
+    Bad(SELECT_ALL, "scores", "on cpu", ValueError, {"features": meta}),
+    Bad(ATTENTION, "k", "on cpu", ValueError, {"q": meta}),
+    # Strides.
+    Bad(SELECT_ALL, "features", "stride 2", ValueError, {"features": every_second}),
+    Bad(SELECT_ALL, "features", "stride 0", ValueError,
+        {"features": lambda x: x[..., :1].expand(x.shape)}),
+    Bad(SELECT, "features", "stride 12", ValueError, {"features": lambda x: x.mT.contiguous().mT}),
+    *(Bad(ops, name, "stride 2", ValueError, {name: every_second})
+      for name, ops in [("q", ATTENTION), ("k", ATTENTION), ("v", CLS[:1])]),
+    # Sizes.
+    *(Bad(SELECT, "features", f"{n} tokens", ValueError,
+          {"features": shape(2, n, 6), "scores": shape(2, n)}) for n in (0, 16385)),
+    *(Bad(SCORES, "scores", f"{n} tokens", ValueError, {"scores": shape(2, n)})
+      for n in (0, 16385)),
+    *(Bad(SELECT, "features", f"{c} channels", ValueError, {"features": shape(2, 12, c)})
+      for c in (0, 65537)),
+    *(Bad(("select_varlen",), "features", f"{c} channels", ValueError, {"features": shape(12, c)})
+      for c in (0, 65537)),
+    *(Bad(DENSE, "q", f"dimension {d}", ValueError, qkv(shape(2, 7, 3, d))) for d in (0, 257)),
+    *(Bad(ATTENTION[3:], "q", f"dimension {d}", ValueError, qkv(shape(12, 3, d)))
+      for d in (0, 257)),
+    Bad(DENSE, "q", "[2, 7, 0, 8]", ValueError, qkv(shape(2, 7, 0, 8))),
+    Bad(ATTENTION[3:], "q", "[12, 0, 8]", ValueError, qkv(shape(12, 0, 8))),
+    Bad(CLS, "q", "0 tokens", ValueError, qkv(shape(2, 0, 3, 8))),
+    Bad(CLS, "q", "1 tokens", ValueError, qkv(shape(2, 1, 3, 8))),
+    Bad(DENSE[2:], "q", "0 tokens", ValueError, qkv(shape(2, 0, 3, 8)) | {"lse": None}),
+    Bad(CLS, "q", "16385 tokens", ValueError, qkv(shape(1, 16386, 1, 1))),
+    Bad(CLS, "q", "16385 tokens", ValueError, qkv(shape(1, 16387, 1, 1)) | {"num_prefix": 2}),
+    Bad(DENSE[2:], "q", "16385 tokens", ValueError, qkv(shape(1, 16385, 1, 1)) | {"lse": None}),
+    # Ranges.
+    *(Bad((*SELECT, "select_topk"), "keep", f"is {keep},", ValueError, {"keep": keep})
+      for keep in (0, -1, 13, 2**62, -(2**62))),
+    *(Bad(SELECT_ALL, "important_ratio", f"is {ratio},", ValueError, {"important_ratio": ratio})
+      for ratio in (-0.1, 1.5, NAN, INF, -INF, -5e-324, 1.0000000000000002)),
+    *(Bad(SELECT_ALL, "step", f"is {step},", ValueError, {"step": step}) for step in (0, -1)),
+    *(Bad(SELECT_ALL, "matching", f"is {matching!r},", ValueError, {"matching": matching})
+      for matching in ("nearest", "", "Bipartite")),
+    *(Bad(ATTENTION, "scale", f"is {scale},", ValueError, {"scale": scale})
+      for scale in (NAN, INF, -INF)),
+    *(Bad(CLS, "num_prefix", f"is {prefix},", ValueError, {"num_prefix": prefix})
+      for prefix in (0, -1, 7, 8)),
+    *(Bad(DENSE[2:], "num_prefix", f"is {prefix},", ValueError, {"num_prefix": prefix})
+      for prefix in (-1, 7, 8)),
+    *(Bad(("select_rows",), "width", f"is {width},", ValueError, {"width": width})
+      for width in (0, -1, 5, 8, 13, 24)),
+    *(Bad(("select_rows",), "rows", f"is {rows},", ValueError, {"rows": rows})
+      for rows in (0, -1, 4)),
+    *(Bad(("select_varlen", "received_scores_varlen"), "max_seqlen", f"is {longest},", ValueError,
+          {"max_seqlen": longest}) for longest in (-1, 16385)),
+    *(Bad(("select_varlen",), "total_keep", f"is {total},", ValueError, {"total_keep": total})
+      for total in (-1, 13)),
+    # Offsets.
+    *(Bad(("select_varlen", "received_scores_varlen"), argument, got, ValueError, changes, True)
+      for argument, got, changes in [
+          ("cu_seqlens", "starts at 1", {"cu_seqlens": offsets(1, 5, 5, 12)}),
+          ("cu_seqlens", "starts at -1", {"cu_seqlens": offsets(-1, 5, 5, 12)}),
+          ("cu_seqlens", "from 5 to 4", {"cu_seqlens": offsets(0, 5, 4, 11)}),
+          ("cu_seqlens", "from 0 to -3", {"cu_seqlens": offsets(0, -3, 4, 11)}),
+          ("cu_seqlens", "ends at 13", {"cu_seqlens": offsets(0, 5, 6, 13)}),
+          ("cu_seqlens", "ends at 2147483647", {"cu_seqlens": offsets(0, 5, 5, 2**31 - 1)}),
+          ("max_seqlen", "is 6", {"max_seqlen": 6}),
+          ("max_seqlen", "is 0", {"max_seqlen": 0}),
+      ]),
+    *(Bad(("select_varlen",), argument, got, ValueError, changes, True)
+      for argument, got, changes in [
+          ("cu_keep", "starts at 1", {"cu_keep": offsets(1, 2, 2, 5)}),
+          ("cu_keep", "from 2 to 1", {"cu_keep": offsets(0, 2, 1, 5)}),
+          ("total_keep", "is 4", {"total_keep": 4}),
+          ("cu_keep", "6 tokens of image 0", {"cu_keep": offsets(0, 6, 6, 6), "total_keep": 6}),
+          ("cu_keep", "1 tokens of image 1", {"cu_keep": offsets(0, 2, 3, 5)}),
+          ("cu_keep", "8 tokens of image 2", {"cu_keep": offsets(0, 2, 2, 10), "total_keep": 10}),
+      ]),
+]
+# fmt: on
+
+CASES = [
+    pytest.param(op, bad, id=f"{op}-{bad.argument}-{bad.got}") for bad in TABLE for op in bad.ops
+]
+
+
+def bad_arguments(op: str, bad: Bad) -> dict[str, Any]:
+    kwargs = arguments(op)
+    for name, change in bad.changes.items():
+        if name in kwargs:
+            kwargs[name] = change(kwargs[name]) if callable(change) else change
+    return kwargs
+
+
+def tensors(kwargs: dict[str, Any], change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    return {n: change(x) if isinstance(x, Tensor) else x for n, x in kwargs.items()}
+
+
+def run_fake(op: str, kwargs: dict[str, Any]) -> Any:
+    mode = FakeTensorMode()
+    return getattr(vispruner_kernels, op)(**tensors(kwargs, mode.from_tensor))
+
+
+def run_meta(op: str, kwargs: dict[str, Any]) -> Any:
+    return getattr(vispruner_kernels, op)(**tensors(kwargs, meta))
+
+
+def run_positional(op: str, kwargs: dict[str, Any]) -> Any:
+    return getattr(torch.ops.vispruner, op).default(*kwargs.values())
+
+
+def run_backend(backend: str) -> Callable[[str, dict[str, Any]], Any]:
+    """The operator as it would be registered were `backend` its owner."""
+
+    def run(op: str, kwargs: dict[str, Any]) -> Any:
+        return _backends._checked(op, _backends._implementation(op, backend))(**kwargs)
+
+    return run
+
+
+# Every way into an operator that sees the values of tensors, and every way that does not.
+CALLS: dict[str, Callable[[str, dict[str, Any]], Any]] = {
+    "function": lambda op, kwargs: getattr(vispruner_kernels, op)(**kwargs),
+    "torch.ops": lambda op, kwargs: getattr(torch.ops.vispruner, op)(**kwargs),
+    "torch.ops by position": run_positional,
+    **{backend: run_backend(backend) for backend in BACKENDS},
+}
+FAKES = {"fake": run_fake, "meta": run_meta}
+
+
+def snapshot(kwargs: dict[str, Any]) -> dict[str, tuple[Tensor, int]]:
+    on_cpu = {n: x for n, x in kwargs.items() if isinstance(x, Tensor) and x.device.type == "cpu"}
+    return {n: (x.clone(), x._version) for n, x in on_cpu.items()}
+
+
+def assert_unchanged(kwargs: dict[str, Any], before: dict[str, tuple[Tensor, int]]) -> None:
+    for name, (values, version) in before.items():
+        assert kwargs[name]._version == version, name
+        assert torch.equal(kwargs[name], values), name
+
+
+def error_of(call: Callable[[str, dict[str, Any]], Any], op: str, kwargs: Any) -> Exception:
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        call(op, kwargs)
+    return caught.value
+
+
+@pytest.mark.parametrize(("op", "bad"), CASES)
+def test_error(op, bad):
+    kwargs = bad_arguments(op, bad)
+    before = snapshot(kwargs)
+    mixed = len({x.device for x in kwargs.values() if isinstance(x, Tensor)}) > 1
+    calls = CALLS if bad.hidden or mixed else {**CALLS, **FAKES}
+    errors = {name: error_of(call, op, kwargs) for name, call in calls.items()}
+    message = str(errors["function"])
+    assert message.startswith(f"{op}: {bad.argument} ")
+    assert bad.got in message
+    assert ", expected " in message
+    assert {name: (type(e), str(e)) for name, e in errors.items()} == dict.fromkeys(
+        errors, (bad.error, message)
+    )
+    assert_unchanged(kwargs, before)
+
+
+def test_the_table_covers_every_argument():
+    assert set(OPERATORS) == set(vispruner_kernels.__all__)
+    covered = {(op, bad.argument) for bad in TABLE for op in bad.ops}
+    assert {(op, name) for op in OPERATORS for name in arguments(op)} <= covered
+
+
+@pytest.mark.parametrize("op", OPERATORS)
+@pytest.mark.parametrize("call", [*CALLS, *FAKES])
+def test_the_right_call_passes(op, call):
+    # Else every case above could fail for another reason.
+    kwargs = arguments(op)
+    before = snapshot(kwargs)
+    {**CALLS, **FAKES}[call](op, kwargs)
+    assert_unchanged(kwargs, before)
+
+
+@pytest.mark.parametrize("op", [*SELECT_ALL, *ATTENTION])
+def test_fakes_on_two_devices(op):
+    for name, value in arguments(op).items():
+        if isinstance(value, Tensor):
+            mode = FakeTensorMode()
+            kwargs = tensors(arguments(op), mode.from_tensor)
+            kwargs[name] = FakeTensor(mode, meta(value), torch.device("cuda:0"))
+            error = error_of(CALLS["function"], op, kwargs)
+            assert isinstance(error, ValueError)
+            assert str(error).startswith(f"{op}: ")
+            assert "expected the device of" in str(error)
+            assert {"cpu", "cuda:0"} <= set(str(error).replace(",", "").split())
+
+
+@pytest.mark.parametrize("op", OPERATORS)
+@pytest.mark.parametrize("device", ["mps:0", "xpu:0"])
+def test_unsupported_device(op, device):
+    # Tensors of a device that this PyTorch cannot allocate on: fakes.
+    mode = FakeTensorMode()
+    kwargs = tensors(arguments(op), lambda x: FakeTensor(mode, meta(x), torch.device(device)))
+    first = next(iter(kwargs))
+    message = f"{op}: {first} is on {device}, expected a cpu, cuda or hip device"
+    for call in CALLS.values():
+        error = error_of(call, op, kwargs)
+        assert (type(error), str(error)) == (ValueError, message)
+    # The dispatcher has a kernel there too, the same check; sparse tensors below run it.
+    key = device[:3].upper()
+    assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"vispruner::{op}", key)
+
+
+@pytest.mark.parametrize("op", OPERATORS)
+def test_sparse_tensors(op):
+    for name, value in arguments(op).items():
+        if isinstance(value, Tensor):
+            kwargs = arguments(op) | {name: value.to_sparse()}
+            with pytest.raises(ValueError, match=f"^{op}: {name} "):
+                getattr(vispruner_kernels, op)(**kwargs)
+
+
+COMPILED = [
+    ("select", "keep", "is 13"),
+    ("select_varlen", "features", "dtype torch.float64"),
+    ("select_rows", "width", "is 5"),
+    ("cls_attention", "v", "[2, 6, 3, 8]"),
+    ("received_scores_varlen", "max_seqlen", "is 16385"),
+]
+
+
+def find(op: str, argument: str, got: str) -> Bad:
+    return next(
+        bad for bad in TABLE if op in bad.ops and bad.argument == argument and got in bad.got
+    )
+
+
+@pytest.mark.parametrize(("op", "argument", "got"), COMPILED)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_message_is_inside_what_dynamo_raises(
+    op: str, argument: str, got: str, dynamic: bool
+) -> None:
+    torch._dynamo.reset()
+    kwargs = bad_arguments(op, find(op, argument, got))
+    message = str(error_of(CALLS["function"], op, kwargs))
+    before = snapshot(kwargs)
+    function = torch.compile(
+        getattr(vispruner_kernels, op), fullgraph=True, dynamic=dynamic, backend="aot_eager"
+    )
+    assert message in str(error_of(lambda op, kwargs: function(**kwargs), op, kwargs))
+    assert_unchanged(kwargs, before)
+
+
+def test_bad_offsets_in_a_compiled_function():
+    # The fake lets them pass; the kernel does not.
+    torch._dynamo.reset()
+    kwargs = bad_arguments("select_varlen", find("select_varlen", "cu_seqlens", "from 5 to 4"))
+    function = torch.compile(
+        vispruner_kernels.select_varlen, fullgraph=True, dynamic=False, backend="aot_eager"
+    )
+    with pytest.raises(ValueError, match="cu_seqlens falls from 5 to 4 at position 2"):
+        function(**kwargs)
+
+
+# Right calls at the edges, on every backend.
+
+
+@pytest.fixture(params=BACKENDS)
+def right(request):
+    run = run_backend(request.param)
+    return lambda op, **changes: run(op, arguments(op) | changes)
+
+
+def leaves(got: Any) -> tuple[Tensor, ...]:
+    return got if isinstance(got, tuple) else (got,)
+
+
+def assert_same_answer(got: Any, expected: Any) -> None:
+    for one, other in zip(leaves(got), leaves(expected), strict=True):
+        assert_same_bits(one, other)
+
+
+def test_keep_everything_and_keep_one(right):
+    best = arguments("select")["scores"].argmax(-1, keepdim=True)
+    everything = torch.arange(12).expand(2, 12)
+    for op in ("select", "select_topk"):
+        assert torch.equal(right(op, keep=12), everything)
+    assert torch.equal(right("select_topk", keep=1), best)
+    assert torch.equal(right("select", keep=1, important_ratio=1.0), best)
+    assert right("select", keep=1, important_ratio=0.0).shape == (2, 1)
+    kept, indices = right("prune", keep=12)
+    assert torch.equal(indices, everything)
+    assert_same_bits(kept, arguments("prune")["features"])
+    assert torch.equal(right("select_rows", width=12, rows=1), everything)
+    assert torch.equal(right("select_rows", width=1, rows=12), everything)
+    assert torch.equal(right("select_rows", width=1, rows=1), best)
+
+
+@pytest.mark.parametrize("matching", ["bipartite", "pairwise"])
+def test_ratios_and_steps_at_the_ends(right, matching):
+    for ratio in (0.0, -0.0, 1.0, 5e-324):
+        for step in (1, 12, 2**63 - 1):
+            indices = right("select", important_ratio=ratio, step=step, matching=matching)
+            assert indices.shape == (2, 5)
+            assert (indices.diff() > 0).all()
+
+
+def test_most_tokens(right):
+    scores = torch.arange(16384.0)[None]
+    expected = torch.arange(16377, 16384)[None]
+    assert torch.equal(right("select_topk", scores=scores, keep=7), expected)
+    assert torch.equal(right("select_rows", scores=scores, width=1, rows=7), expected)
+    case = {"features": torch.zeros(1, 16384, 1), "scores": scores, "keep": 7}
+    assert torch.equal(right("select", **case, important_ratio=1.0), expected)
+    assert torch.equal(right("prune", **case, important_ratio=1.0)[1], expected)
+    packed = {"cu_seqlens": offsets(0, 16384), "cu_keep": offsets(0, 7), "max_seqlen": 16384}
+    case = {"features": case["features"][0], "scores": scores[0], "total_keep": 7, **packed}
+    assert torch.equal(right("select_varlen", **case, important_ratio=1.0), expected[0])
+    q = torch.zeros(1, 16385, 1, 1)
+    assert torch.allclose(right("cls_scores", q=q, k=q), torch.full((1, 16384), 1 / 16385))
+
+
+def test_channels_and_head_dimensions_at_the_ends(right):
+    scores = torch.tensor([[3.0, 2.0, 1.0]])
+    for channels in (1, 65536):
+        # Tokens 0 and 1 point the same way, token 2 the other way.
+        features = torch.tensor([1.0, 1.0, -1.0])[None, :, None].repeat(1, 1, channels)
+        case = {"features": features, "scores": scores, "keep": 2, "important_ratio": 0.0}
+        assert right("select", **case, matching="pairwise").tolist() == [[0, 2]]
+        assert right("select", **case, matching="bipartite").tolist() == [[1, 2]]
+    for head_dim in (1, 256):
+        q, k, v = sample_qkv(1, 4, 2, head_dim, torch.float32, seed=3)
+        assert right("cls_scores", q=q, k=k).shape == (1, 3)
+        assert right("received_scores", q=q, k=k, lse=None).sum().item() == pytest.approx(1.0)
+        assert right("cls_attention", q=q, k=k, v=v)[0].shape == (1, 4, 2, head_dim)
+
+
+def test_sequences_of_the_least_length(right):
+    q, k, v = sample_qkv(2, 3, 2, 8, torch.float32, seed=4)
+    assert right("cls_scores", q=q, k=k, num_prefix=2).shape == (2, 1)
+    assert right("cls_attention", q=q, k=k, v=v, num_prefix=2)[1].shape == (2, 1)
+    assert right("received_scores", q=q, k=k, num_prefix=2, lse=None).shape == (2, 1)
+    q, k = q[:, :1], k[:, :1]
+    assert torch.equal(right("received_scores", q=q, k=k, lse=None), torch.ones(2, 1))
+
+
+@pytest.mark.parametrize("op", [*SELECT, *SCORES, *DENSE])
+@pytest.mark.parametrize("name", CALLS)
+def test_no_images(op, name):
+    kwargs = tensors(arguments(op), lambda x: x[:0])
+    one = CALLS["function"](op, tensors(arguments(op), lambda x: x[:1]))
+    for got, like in zip(leaves(CALLS[name](op, kwargs)), leaves(one), strict=True):
+        assert_same_bits(got, like.new_empty((0, *like.shape[1:])))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_no_packed_tokens(name):
+    for images in (0, 1, 3):
+        none = torch.zeros(images + 1, dtype=torch.int32)
+        kwargs = arguments("select_varlen") | {
+            "features": torch.zeros(0, 6),
+            "scores": torch.zeros(0),
+            "cu_seqlens": none,
+            "cu_keep": none,
+            "max_seqlen": 0,
+            "total_keep": 0,
+        }
+        got = CALLS[name]("select_varlen", kwargs)
+        assert_same_bits(got, torch.empty(0, dtype=torch.int64))
+        kwargs = arguments("received_scores_varlen") | {
+            "q": torch.zeros(0, 3, 8),
+            "k": torch.zeros(0, 3, 8),
+            "cu_seqlens": none,
+            "max_seqlen": 0,
+            "lse": torch.zeros(3, 0),
+        }
+        assert_same_bits(CALLS[name]("received_scores_varlen", kwargs), torch.empty(0))
+
+
+def test_packed_images_without_tokens_or_kept_tokens(right):
+    sizes = {"cu_seqlens": offsets(0, 0, 5, 5, 12, 12), "cu_keep": offsets(0, 0, 0, 0, 7, 7)}
+    got = right("select_varlen", **sizes, total_keep=7)
+    assert torch.equal(got, torch.arange(5, 12))
+    # Room to spare, and tokens that belong to no image.
+    sizes = {"cu_seqlens": offsets(0, 5), "cu_keep": offsets(0, 5), "max_seqlen": 16384}
+    got = right("select_varlen", **sizes, total_keep=12)
+    assert torch.equal(got[:5], torch.arange(5))
+    assert ((got >= 0) & (got < 12)).all()
+    received = right("received_scores_varlen", cu_seqlens=offsets(0, 0, 5), max_seqlen=16384)
+    assert torch.equal(received[5:], torch.zeros(7))
+    assert (received[:5] != 0).all()
+
+
+def test_strided_offsets_and_lse(right):
+    spread = {n: arguments("select_varlen")[n] for n in ("cu_seqlens", "cu_keep")}
+    spread = {n: x.repeat_interleave(2)[::2] for n, x in spread.items()}
+    assert_same_answer(right("select_varlen", **spread), right("select_varlen"))
+    for op in ATTENTION[2:]:
+        kwargs = tensors(arguments(op), lambda x: x)
+        plain = torch.randn(kwargs["lse"].shape, generator=torch.Generator().manual_seed(6))
+        expected = right(op, lse=plain)
+        assert_same_answer(right(op, lse=plain.mT.contiguous().mT), expected)
+        assert_same_answer(right(op, lse=every_second(plain)), expected)
+
+
+def with_last_stride(x: Tensor, stride: int) -> Tensor:
+    return torch.as_strided(x.contiguous(), x.shape, (*x.contiguous().stride()[:-1], stride))
+
+
+@pytest.mark.parametrize("stride", [0, 5, 1000])
+def test_a_dimension_of_size_1_has_no_stride_rule(right, stride):
+    for op in (*SELECT_ALL, *ATTENTION):
+        names = [n for n in ("features", "q", "k", "v") if n in arguments(op)]
+        plain = {n: arguments(op)[n][..., :1].contiguous() for n in names}
+        strange = {n: with_last_stride(x, stride) for n, x in plain.items()}
+        assert [x.stride(-1) for x in strange.values()] == [stride] * len(names)
+        got, expected = right(op, **strange), right(op, **plain)
+        if op == "cls_attention":
+            # PyTorch's attention takes another path for such strides.
+            bound = OUT_TOLERANCE[torch.float32] * plain["v"].abs().max().item()
+            assert_close(got[0], expected[0], bound)
+            got, expected = got[1], expected[1]
+        assert_same_answer(got, expected)
+
+
+def test_no_elements_have_no_stride_rule(right):
+    for op in (*SELECT, *DENSE):
+        kwargs = tensors(arguments(op), lambda x: every_second(x)[:0])
+        assert all(len(x) == 0 for x in leaves(right(op, **kwargs)))

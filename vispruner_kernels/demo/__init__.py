@@ -1,0 +1,246 @@
+"""The demo: one photograph, three pruning systems and a control, one picture.
+
+```
+python -m vispruner_kernels.demo [IMAGE] [--keep 64] [--out FILE.png] [--model PATH_OR_NAME]
+```
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vispruner_kernels.demo import encoder
+from vispruner_kernels.demo.compare import Duel, Result, duel, evaluate
+from vispruner_kernels.demo.picture import (
+    CHANCE,
+    DIVERSE,
+    IMPORTANT,
+    InputError,
+    Panel,
+    draw,
+    load_photo,
+    sample_photo,
+    to_tensor,
+)
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo.
+
+    Args:
+        argv: the command line without the program's name; that of the process if None.
+
+    Returns:
+        The exit status: 0, or 2 after one line on stderr that says what is wrong.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        _run(arguments)
+    except InputError as error:
+        print("vispruner_kernels.demo:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m vispruner_kernels.demo",
+        description="Prune the visual tokens of one photograph with VisPruner, FasterVLM, FoPru "
+        "and a random control; print a comparison and write one picture.",
+    )
+    parser.add_argument(
+        "image",
+        nargs="?",
+        type=Path,
+        help="a photograph, cropped to the square in its middle (default: one of matplotlib's)",
+    )
+    parser.add_argument("--keep", type=int, default=64, help="tokens to keep (default: 64)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("vispruner_demo.png"),
+        metavar="FILE.png",
+        help="where the picture goes (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--model",
+        metavar="PATH_OR_NAME",
+        help="a CLIP vision tower, from a folder or the Hugging Face hub, through transformers "
+        "(default: a small encoder made by rule, no download)",
+    )
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    _require_extras()
+    keep, out = arguments.keep, arguments.out
+    _check_out(out)
+    _check_keep(keep, None if arguments.model else encoder.GRID**2)
+    path = arguments.image or sample_photo()
+    name = _printable(path.name)
+    shown = name if len(name) <= 60 else f"{name[:40]}...{name[-17:]}"
+    photo = load_photo(path)
+    if arguments.model:
+        from vispruner_kernels.demo.clip import encode as encode_clip
+
+        encoded = encode_clip(photo, arguments.model)
+        _check_keep(keep, encoded.side**2)
+    else:
+        encoded = encoder.encode(to_tensor(photo, encoder.GRID * encoder.PATCH))
+
+    n, side = encoded.side**2, encoded.side
+    contest = duel(encoded, keep)
+    for line in [*_duel_lines(contest, keep, n), *_conditions(contest, encoded.features)]:
+        _say(line)
+    _say(
+        f"  {shown}, cropped to the square in its middle, {side} x {side} patches, "
+        f"{encoded.label}\n"
+    )
+    results = evaluate(encoded, keep)
+    _say(_table(results, n))
+    if keep >= side > 1 and keep % side:
+        _say(f"  FoPru row keeps whole rows of {side}: {keep // side * side} of {keep} tokens")
+    elif keep < side:
+        _say(f"  FoPru row is left out: a row of the grid has {side} tokens, more than {keep}")
+    heading = [
+        f"{n} visual tokens, {keep} kept",
+        f"{shown}, patches scored by a {encoded.label}",
+        "attention: share of the CLS token's attention that is kept; "
+        "coverage: mean of the largest cosine to a kept token",
+    ]
+    png = draw(photo, side, heading, _panels(results, keep, side))
+    try:
+        out.write_bytes(png)
+    except OSError as error:
+        raise InputError(f"cannot write {out}: {error.strerror or error}") from None
+    _say(f"\npicture: {_printable(out)}")
+
+
+def _say(text: str) -> None:
+    """Print. Where nobody reads on, as in `| head -2`, the picture is still wanted."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _printable(path: Path | str) -> str:
+    """The path without the bytes that no terminal and no font can show."""
+    return str(path).encode("utf-8", "replace").decode()
+
+
+def _require_extras() -> None:
+    try:
+        import matplotlib  # noqa: F401
+        import numpy  # noqa: F401
+        import PIL  # noqa: F401
+    except ImportError as error:
+        raise InputError(
+            f"the demo needs {error.name}: pip install vispruner_kernels[demo]"
+        ) from None
+
+
+def _check_out(out: Path) -> None:
+    if out.suffix.lower() != ".png":
+        raise InputError(f"--out {out}: the picture is a PNG, so the name must end in .png")
+    if os.path.isdir(out):
+        raise InputError(f"--out {out} is a directory")
+    if not os.path.isdir(out.parent):
+        raise InputError(f"--out {out}: there is no folder {out.parent}")
+    if not os.access(out if os.path.exists(out) else out.parent, os.W_OK):
+        raise InputError(f"--out {out} cannot be written")
+
+
+def _check_keep(keep: int, n: int | None) -> None:
+    if keep < 1 or (n is not None and keep > n):
+        wanted = f"1 to {n}, the tokens of the picture" if n else "1 or more"
+        raise InputError(f"--keep {keep} is out of range: want {wanted}")
+
+
+def _duel_lines(contest: Duel, keep: int, n: int) -> list[str]:
+    """The first two lines of the output."""
+    at = "" if contest.keep == keep else f"; at {contest.keep} tokens, near the {keep} asked for"
+    ours = contest.ours.median
+    if contest.published is None:
+        first = f"published loop fails at every budget of {n} tokens, ours {ours:.2f} ms"
+    else:
+        published = contest.published.median
+        first = (
+            f"published loop {published:.2f} ms, ours {ours:.2f} ms, "
+            f"ratio {published / ours:.1f}, {contest.equal} of "
+            f"{contest.keep} tokens equal to the float64 loop (the loop in float32: "
+            f"{contest.published_equal}){at}"
+        )
+    if contest.broken_keep is None:
+        second = f"published loop runs at every budget of {n} tokens, and so does ours"
+    else:
+        second = (
+            f"published loop {contest.failure} at a budget of {contest.broken_keep} tokens, "
+            f"ours keeps exactly {contest.exact}"
+        )
+    return [first, second]
+
+
+def _conditions(contest: Duel, features: Tensor) -> list[str]:
+    """What the numbers of the first line were measured on, and how steady they were."""
+    shape = ", ".join(str(size) for size in features.shape)
+    ours, published = contest.ours, contest.published
+    spread = f"ours {ours.low:.2f} to {ours.high:.2f} ms"
+    if published is not None:
+        spread = f"published {published.low:.2f} to {published.high:.2f} ms, {spread}"
+    lines = [
+        f"  float32 features [{shape}] on the {features.device.type}, "
+        f"1 thread, median of {ours.runs} runs after warm-up "
+        f"({spread})"
+    ]
+    if published is not None and contest.equal < (contest.keep or 0):
+        lines.append(
+            "  tokens differ where cosines nearly tie: they cover "
+            f"{contest.coverage:.3f} (ours) and {contest.published_coverage:.3f} (float64 loop)"
+        )
+    return lines
+
+
+def _table(results: Sequence[Result], n: int) -> str:
+    lines = ["system      tokens   share  attention  coverage  redundancy  selection"]
+    for result in results:
+        redundancy = f"{result.redundancy:.3f}" if result.redundancy == result.redundancy else "-"
+        lines.append(
+            f"{result.name:10}  {len(result.kept):6}  {len(result.kept) / n:6.1%}  "
+            f"{result.attention:9.1%}  {result.coverage:8.3f}  {redundancy:>10}  "
+            f"{result.ms:6.3f} ms"
+        )
+    return "\n".join(
+        [
+            *lines,
+            "  attention: share of the CLS token's attention to patches that went to kept ones",
+            "  coverage: mean over all tokens of the largest cosine to a kept one (more is better)",
+            "  redundancy: mean over kept tokens of the largest cosine to another (less is better)",
+        ]
+    )
+
+
+def _panels(results: Sequence[Result], keep: int, side: int) -> list[Panel]:
+    panels = []
+    for result in results:
+        others = result.kept[~torch.isin(result.kept, result.important)]
+        colour = DIVERSE if result.name == "VisPruner" else CHANCE
+        caption = (
+            f"{len(result.kept)} tokens, attention {result.attention:.0%}, "
+            f"coverage {result.coverage:.2f}"
+        )
+        groups = [(IMPORTANT, result.important), (colour, others)]
+        panels.append(Panel(result.name, caption, groups))
+    if keep < side:
+        note = f"a row has {side} tokens,\nmore than the budget of {keep}"
+        panels.insert(3, Panel("FoPru row", "left out", [], note))
+    return panels

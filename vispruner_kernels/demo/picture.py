@@ -1,0 +1,246 @@
+"""Photographs in, one picture out. Pillow, NumPy and matplotlib are imported when needed."""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL.Image import Image
+
+# Okabe and Ito's colours, told apart with any colour vision, and white for the control.
+IMPORTANT = "#E69F00"
+DIVERSE = "#56B4E9"
+CHANCE = "#FFFFFF"
+
+COLUMNS, ROWS = 3, 2
+# All in pixels of the picture; 456 is 24 patches of 19 pixels.
+PANEL, GAP, HEADER, CAPTION, FOOTER = 456, 18, 124, 74, 82
+WIDTH = COLUMNS * PANEL + (COLUMNS + 1) * GAP
+HEIGHT = HEADER + ROWS * (CAPTION + PANEL) + FOOTER
+_DPI = 120
+_INK, _QUIET = "#1A1A1A", "#5A5A5A"
+
+
+class InputError(Exception):
+    """Something the caller can mend; its text is one line for them."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One system's panel.
+
+    Attributes:
+        title: the name of the system.
+        caption: what it kept, in a few words.
+        groups: outline colour and token indices, in raster order; all other tokens are pruned.
+        note: words across the middle, where there is nothing to show.
+    """
+
+    title: str
+    caption: str
+    groups: Sequence[tuple[str, Tensor]]
+    note: str = ""
+
+
+def sample_photo() -> Path:
+    """The photograph that matplotlib ships."""
+    from matplotlib import cbook
+
+    try:
+        return Path(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))
+    except (OSError, ValueError):
+        raise InputError("matplotlib came without its sample photograph; name an IMAGE") from None
+
+
+def load_photo(path: Path) -> Image:
+    """Read a picture of any mode, upright, as RGB, cropped to the square in its middle."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    if os.path.isdir(path):
+        raise InputError(f"{path} is a directory, not an image")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path) as opened:
+                photo = _to_rgb(ImageOps.exif_transpose(opened))
+    except FileNotFoundError:
+        raise InputError(f"no such image: {path}") from None
+    except UnidentifiedImageError:
+        raise InputError(f"{path} is not an image that Pillow can read") from None
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{path} is too large: {error}") from None
+    # Decoders of broken files raise what they like.
+    except Exception as error:
+        raise InputError(f"cannot read the image {path}: {error}") from None
+    side = min(photo.size)
+    left, top = (photo.width - side) // 2, (photo.height - side) // 2
+    return photo.crop((left, top, left + side, top + side))
+
+
+def _to_rgb(photo: Image) -> Image:
+    import numpy as np
+    from PIL import Image
+
+    if photo.mode[0] in "IF":
+        # 16 bits and floats: Pillow would clip at 255.
+        values = np.nan_to_num(np.asarray(photo, dtype=np.float64), posinf=0, neginf=0)
+        low, high = min(values.min(), 0.0), values.max()
+        if photo.mode != "F":
+            high = max(high, 255.0) if high <= 255 else max(high, 65535.0)
+        scaled = (values - low) * (255 / max(high - low, 1e-12))
+        return Image.fromarray(scaled.round().astype(np.uint8)).convert("RGB")
+    if photo.has_transparency_data:
+        rgba = photo.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return photo.convert("RGB")
+
+
+def to_tensor(photo: Image, size: int) -> Tensor:
+    """`[3, size, size]` float32 between 0 and 1, resized as CLIP does it (bicubic)."""
+    import numpy as np
+    from PIL import Image
+
+    resized = np.array(photo.resize((size, size), Image.Resampling.BICUBIC))
+    return torch.from_numpy(resized).permute(2, 0, 1) / 255
+
+
+def panel_pixels(photo: Image, side: int, kept: Tensor) -> np.ndarray:
+    """`[h, w, 3]` uint8: the photograph with every patch that is not in `kept` dark and grey."""
+    import numpy as np
+    from PIL import Image
+
+    cell = max(2, round(PANEL / side))
+    bright = np.array(photo.resize((side * cell,) * 2, Image.Resampling.LANCZOS), dtype=np.float64)
+    grey = bright @ [0.299, 0.587, 0.114]
+    dark = 0.30 * grey[..., None] + 0.06 * bright + 10
+    mask = np.zeros(side * side, dtype=bool)
+    mask[kept.tolist()] = True
+    mask = mask.reshape(side, side).repeat(cell, 0).repeat(cell, 1)
+    return np.where(mask[..., None], bright, np.minimum(dark, bright)).round().astype(np.uint8)
+
+
+def panel_origin(index: int) -> tuple[int, int]:
+    """Left and top pixel of panel `index` (0 is the photograph) in the picture."""
+    row, column = divmod(index, COLUMNS)
+    return GAP + column * (PANEL + GAP), HEADER + CAPTION + row * (CAPTION + PANEL)
+
+
+def draw(photo: Image, side: int, heading: Sequence[str], panels: Sequence[Panel]) -> bytes:
+    """Draw the photograph and up to five panels, whatever the user's matplotlib settings.
+
+    Args:
+        photo: the square photograph.
+        side: patches along one side.
+        heading: the large line at the top, and small ones under it, three at most in all.
+        panels: one per system.
+
+    Returns:
+        A PNG of `WIDTH` x `HEIGHT` pixels.
+    """
+    import matplotlib
+
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        matplotlib.rcdefaults()
+        # A file name may hold letters that the font lacks.
+        warnings.simplefilter("ignore")
+        return _draw(photo, side, heading, panels)
+
+
+def _draw(photo: Image, side: int, heading: Sequence[str], panels: Sequence[Panel]) -> bytes:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH / _DPI, HEIGHT / _DPI), dpi=_DPI, facecolor="white")
+    FigureCanvasAgg(figure)
+
+    def write(x: float, y: float, words: str, size: float, **style: Any) -> None:
+        figure.text(x / WIDTH, 1 - y / HEIGHT, words, fontsize=size, parse_math=False, **style)
+
+    write(GAP, 45, heading[0], 19, weight="bold", color=_INK)
+    for line, words in enumerate(heading[1:]):
+        write(GAP, 78 + 25 * line, words, 11.5, color=_QUIET)
+    first = Panel("Photograph", f"{side} x {side} patches = {side * side} visual tokens", [])
+    for index, panel in enumerate([first, *panels]):
+        left, top = panel_origin(index)
+        write(left, top - 38, panel.title, 14, weight="bold", color=_INK)
+        write(left, top - 12, panel.caption, 11.5, color=_QUIET)
+        box = (left / WIDTH, 1 - (top + PANEL) / HEIGHT, PANEL / WIDTH, PANEL / HEIGHT)
+        axes = figure.add_axes(box)
+        axes.set_axis_off()
+        axes.set_xlim(0, side)
+        axes.set_ylim(side, 0)
+        groups = panel.groups if index else [("", torch.arange(side * side))]
+        kept = torch.cat([tokens for _, tokens in groups]) if groups else torch.arange(0)
+        pixels = panel_pixels(photo, side, kept)
+        axes.imshow(pixels, extent=(0, side, side, 0), interpolation="antialiased")
+        if not index:
+            lines = range(1, side)
+            axes.vlines(lines, 0, side, color="white", linewidth=0.5, alpha=0.3)
+            axes.hlines(lines, 0, side, color="white", linewidth=0.5, alpha=0.3)
+        for colour, tokens in panel.groups:
+            axes.add_collection(_outlines(tokens, side, colour))
+        if panel.note:
+            half = side / 2
+            axes.text(half, half, panel.note, ha="center", va="center", color="white", fontsize=12)
+    _legend(figure)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=_DPI, facecolor="white")
+    return buffer.getvalue()
+
+
+def _outlines(tokens: Tensor, side: int, colour: str) -> Any:
+    """A thin frame just inside every patch, so that neighbours keep frames of their own."""
+    from matplotlib.collections import PolyCollection
+
+    inset = 0.06
+    corners = [(inset, inset), (1 - inset, inset), (1 - inset, 1 - inset), (inset, 1 - inset)]
+    squares = [
+        [(token % side + x, token // side + y) for x, y in corners] for token in tokens.tolist()
+    ]
+    width = min(1.2, 29 / side)
+    return PolyCollection(squares, facecolors="none", edgecolors=colour, linewidths=width)
+
+
+def _legend(figure: Any) -> None:
+    """On a dark strip, like the panels, so that every outline shows."""
+    from matplotlib.patches import Patch, Rectangle
+
+    height = FOOTER - 2 * GAP
+    corner, width = (GAP / WIDTH, GAP / HEIGHT), 1 - 2 * GAP / WIDTH
+    strip = Rectangle(
+        corner, width, height / HEIGHT, transform=figure.transFigure, facecolor="#1C1C1C"
+    )
+    figure.add_artist(strip)
+    entries = [
+        ("#8A8A8A", IMPORTANT, "kept for its attention"),
+        ("#8A8A8A", DIVERSE, "kept for diversity: duplicates removed"),
+        ("#8A8A8A", CHANCE, "kept by chance (control)"),
+        ("#3A3A3A", "#3A3A3A", "pruned"),
+    ]
+    handles = [
+        Patch(facecolor=face, edgecolor=edge, linewidth=2, label=label)
+        for face, edge, label in entries
+    ]
+    legend = figure.legend(
+        handles=handles,
+        loc="center",
+        ncols=len(handles),
+        frameon=False,
+        fontsize=12,
+        labelcolor="white",
+        handlelength=1.2,
+        handleheight=1.2,
+        columnspacing=2.4,
+        bbox_to_anchor=(0.5, (GAP + height / 2) / HEIGHT),
+    )
+    legend.set_zorder(strip.get_zorder() + 1)
