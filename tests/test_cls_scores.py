@@ -92,13 +92,13 @@ def assert_scores(
     assert_close(got, torch.from_numpy(exact), scores_bound(q, k, scale))
 
 
-def sample_nonfinite(where: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """q and k [2, 21, 2, 4] of which only image 0 has a value that is not finite."""
-    q, k, _ = (x.contiguous() for x in sample_qkv(2, 21, 2, 4, dtype, 21))
+def sample_nonfinite(where: str, sequence: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """q and k [2, S, 2, 4] of which only image 0 has a value that is not finite."""
+    q, k, _ = (x.contiguous() for x in sample_qkv(2, sequence, 2, 4, dtype, 21))
     # The sign of this channel decides between +inf and -inf among the logits.
     q[:, :, :, 3] = q[:, :, :, 3].abs() + 0.5
     tensor, place, value = where.split()
-    row = {"first": 0, "middle": 7, "last": 20}[place]
+    row = {"first": 0, "middle": sequence // 2, "last": -1}[place]
     {"q": q, "k": k}[tensor][0, row, 1, 3] = float(value)
     return q, k
 
@@ -327,9 +327,10 @@ def test_float16_at_the_ends_of_its_range(backend):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sequence", [5, 21])
 @pytest.mark.parametrize("where", NONFINITE)
-def test_not_finite_as_eager_softmax(backend, where, dtype):
-    q, k = sample_nonfinite(where, dtype)
+def test_not_finite_as_eager_softmax(backend, where, sequence, dtype):
+    q, k = sample_nonfinite(where, sequence, dtype)
     logits = torch.einsum("bhd,bshd->bhs", q[:, 0].double(), k.double()) / 2
     eager = logits.softmax(-1).mean(1)[:, 1:]
     assert not eager[1].isnan().any()

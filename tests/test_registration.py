@@ -109,7 +109,7 @@ def samples(op: str, dtype: torch.dtype = torch.float32, size: int = 0) -> list[
         lse = torch.randn(batch, q.shape[2], q.shape[1], generator=generator)
         return [(q, k), (q, k, 0.2, 3, lse)]
     q, k = q.flatten(0, 1), k.flatten(0, 1)
-    lengths = [5, 0, len(q) - 5]
+    lengths = [5, 0, 1, len(q) - 6]
     lse = torch.randn(q.shape[1], len(q), generator=generator)
     sizes = (sample_offsets(lengths), max(lengths))
     return [(q, k, *sizes), (q, k, *sizes, 0.2, lse)]

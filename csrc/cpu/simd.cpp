@@ -14,8 +14,9 @@
   VISPRUNER_PRAGMA(clang attribute push(__attribute__((target(options))), apply_to = function))
 #define VISPRUNER_TARGET_END VISPRUNER_PRAGMA(clang attribute pop)
 #else
-#define VISPRUNER_TARGET(options) \
-  VISPRUNER_PRAGMA(GCC push_options) VISPRUNER_PRAGMA(GCC target(options))
+#define VISPRUNER_TARGET(options)    \
+  VISPRUNER_PRAGMA(GCC push_options) \
+  VISPRUNER_PRAGMA(GCC target(options, "prefer-vector-width=512"))
 #define VISPRUNER_TARGET_END VISPRUNER_PRAGMA(GCC pop_options)
 #endif
 
@@ -48,7 +49,7 @@ VISPRUNER_TARGET_END
 #define VISPRUNER_SET 3
 #define VISPRUNER_SET_NAME "avx512"
 #define VISPRUNER_SPACE avx512
-VISPRUNER_TARGET("avx2,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
+VISPRUNER_TARGET("avx2,avx512f,avx512bw,avx512dq,avx512vl")
 namespace avx512 {
 #include "cpu/simd_kernels.h"
 }
@@ -60,7 +61,7 @@ VISPRUNER_TARGET_END
 #define VISPRUNER_SET 4
 #define VISPRUNER_SET_NAME "avx512_vnni"
 #define VISPRUNER_SPACE avx512_vnni
-VISPRUNER_TARGET("avx2,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,prefer-vector-width=512")
+VISPRUNER_TARGET("avx2,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
 namespace avx512_vnni {
 #include "cpu/simd_kernels.h"
 }

@@ -62,9 +62,10 @@ int64_t squared_norm(const int16_t* q, int64_t n) {
 }
 
 // Adds int32 sums in two parts, high * 2^16 + low, which is faster than widening them to int64.
-inline void widen_row(Int32x16 sums, int32_t* high, int32_t* low) {
-  *reinterpret_cast<Int32x16*>(high) += sums >> 16;
-  *reinterpret_cast<Int32x16*>(low) += sums & 0xffff;
+inline void widen_row(const void* sums, int32_t* high, int32_t* low) {
+  const Int32x16& row = *static_cast<const Int32x16*>(sums);
+  *reinterpret_cast<Int32x16*>(high) += row >> 16;
+  *reinterpret_cast<Int32x16*>(low) += row & 0xffff;
 }
 
 // high, low [16][16] += a b^T over as many channels as an int32 can add up.
@@ -85,7 +86,7 @@ inline void gram_part(const int32_t* a, const int32_t* b, int32_t* high, int32_t
     }
   }
   for (int i = 0; i < kPanel; ++i) {
-    widen_row(reinterpret_cast<const Int32x16&>(sums[i]), high + i * kPanel, low + i * kPanel);
+    widen_row(&sums[i], high + i * kPanel, low + i * kPanel);
   }
 #elif VISPRUNER_SET == 2
   // Four rows at a time: eight sums, two columns and a row fit sixteen registers.
@@ -104,7 +105,7 @@ inline void gram_part(const int32_t* a, const int32_t* b, int32_t* high, int32_t
     }
     for (int i = 0; i < 4; ++i) {
       const int64_t row = (i0 + i) * kPanel;
-      widen_row(reinterpret_cast<const Int32x16&>(sums[i]), high + row, low + row);
+      widen_row(&sums[i], high + row, low + row);
     }
   }
 #else
@@ -121,7 +122,7 @@ inline void gram_part(const int32_t* a, const int32_t* b, int32_t* high, int32_t
       }
     }
     for (int i = 0; i < 4; ++i) {
-      widen_row(sums[i], high + (i0 + i) * kPanel, low + (i0 + i) * kPanel);
+      widen_row(&sums[i], high + (i0 + i) * kPanel, low + (i0 + i) * kPanel);
     }
   }
 #endif
