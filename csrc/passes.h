@@ -8,7 +8,10 @@
 //
 //   Block::row_max(row, mask, n)     max over j of min(row[j], mask[j])
 //   Block::row_argmax(row, mask, n)  that maximum and the first j that attains it
-//   Block::rank(keys, i, n)          how many keys are larger than keys[i]
+//   Block::nearest(row, mask, n, list)  the kNeighbours largest of min(row[j], mask[j]),
+//   descending;
+//                                    entries for which there is none keep their index
+//   Block::each_ranked(keys, n, f)   f(i, how many keys are larger than keys[i]), as each
 //   Block::max(n, f), Block::count(n, f)   reductions over f(0) .. f(n - 1), the same in every
 //   thread
 //
@@ -30,25 +33,53 @@ struct Best {
   int32_t index;
 };
 
+// Nearest neighbours in a list. Among 16 is one of b in more than 99 % of the look-ups
+// (docs/measured.md).
+constexpr int32_t kNeighbours = 16;
+// Tokens from which lists pay on a CPU: below, reading a row is faster than listing it.
+constexpr int32_t kListsFrom = 1536;
+
 // The published rule. residual[n] holds local indices by score; the kept ones end up in the array
-// that is returned, residual or next. Scratch: next[n], keys[n], mask[ld].
+// that is returned, residual or next. Scratch: next[n], keys[n], mask[ld], and
+// lists[n][kNeighbours] or null.
 template <class Block>
 int32_t* bipartite(Block& block, const int32_t* sim, int64_t ld, int32_t n, int32_t keep,
-                   int32_t step, int32_t* residual, int32_t* next, int64_t* keys, int32_t* mask) {
+                   int32_t step, int32_t* residual, int32_t* next, int64_t* keys, int32_t* mask,
+                   Best* lists) {
+  // The nearest of the masked tokens: the first in the list that is one, else all are looked at.
+  const auto nearest = [=, &block](int32_t token) {
+    if (lists) {
+      const Best* const list = lists + int64_t{token} * kNeighbours;
+      for (int32_t k = 0; k < kNeighbours; ++k) {
+        if (mask[list[k].index] == kLives) return list[k].value;
+      }
+    }
+    return block.row_max(sim + token * ld, mask, ld);
+  };
   block.each(static_cast<int32_t>(ld), [=](int32_t j) { mask[j] = kDead; });
+  int32_t listed = INT32_MAX;
   while (n > keep) {
+    // Lists of the living tokens, made anew when half of those listed are gone.
+    if (lists && n <= listed / 2) {
+      block.each(n, [=](int32_t p) { mask[residual[p]] = kLives; });
+      block.each_row(n, [=, &block](int32_t p) {
+        const int32_t token = residual[p];
+        Best* const list = lists + int64_t{token} * kNeighbours;
+        // The token itself is even whenever its list is read, so never a neighbour.
+        for (int32_t k = 0; k < kNeighbours; ++k) list[k] = {kDead, token};
+        block.nearest(sim + token * ld, mask, ld, list);
+      });
+      listed = n;
+    }
     const int32_t size_a = (n + 1) / 2;
     int32_t drop = step < n - keep ? step : n - keep;
     if (drop > size_a) drop = size_a;
     // Phase 1: the mask shows b, the odd positions. What was dropped before was even then.
     block.each(n, [=](int32_t p) { mask[residual[p]] = p % 2 ? kLives : kDead; });
     // Phase 2: the nearest of b to each of a.
-    block.each_row(size_a, [=, &block](int32_t i) {
-      keys[i] = index_key(block.row_max(sim + residual[2 * i] * ld, mask, ld), i);
-    });
+    block.each_row(size_a, [=](int32_t i) { keys[i] = index_key(nearest(residual[2 * i]), i); });
     // Phase 3: a in sorted order less its first `drop`, then b as it was.
-    block.each_row(size_a, [=, &block](int32_t i) {
-      const int32_t rank = block.rank(keys, i, size_a);
+    block.each_ranked(keys, size_a, [=](int32_t i, int32_t rank) {
       if (rank >= drop) next[rank - drop] = residual[2 * i];
     });
     block.each(n / 2, [=](int32_t i) { next[size_a - drop + i] = residual[2 * i + 1]; });
@@ -98,9 +129,8 @@ void pairwise(Block& block, const int32_t* sim, int64_t ld, int32_t n, int32_t k
   block.each(n, [=](int32_t i) {
     if (mask[i] == kLives) pair[i] = kNoPair;
   });
-  block.each_row(n, [=, &block](int32_t i) {
-    fallen[i] = pair[i] != kNoPair && block.rank(pair, i, n) < drop;
-  });
+  block.each_ranked(
+      pair, n, [=](int32_t i, int32_t rank) { fallen[i] = pair[i] != kNoPair && rank < drop; });
   block.each(n, [=](int32_t i) { mask[i] = fallen[i] ? kDead : kLives; });
 }
 

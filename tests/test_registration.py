@@ -264,7 +264,9 @@ def test_scale_defaults_to_the_root_of_the_head_dimension():
 # opcheck and fakes.
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, *(pytest.param(d, marks=pytest.mark.slow) for d in DTYPES[1:])]
+)
 @pytest.mark.parametrize(("op", "number"), CASES)
 def test_opcheck(op, number, dtype):
     torch.library.opcheck(overload(op), samples(op, dtype)[number])
@@ -502,14 +504,13 @@ def test_without_gradients(op, number, mode):
             assert_same_answer(results, expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("op", "number"), CASES)
-def test_autocast_changes_nothing(op, number, kernel, dtype):
-    args = samples(op, dtype)[number]
-    expected = kernel(op)(*args)
-    for lower in (torch.bfloat16, torch.float16):
-        with torch.autocast("cpu", dtype=lower):
-            assert_same_answer(kernel(op)(*args), expected)
+@pytest.mark.parametrize("op", OPERATORS)
+def test_autocast_changes_nothing(op, kernel):
+    for dtype, lower in itertools.product(DTYPES, (torch.bfloat16, torch.float16)):
+        for args in samples(op, dtype):
+            expected = kernel(op)(*args)
+            with torch.autocast("cpu", dtype=lower):
+                assert_same_answer(kernel(op)(*args), expected)
 
 
 @pytest.mark.parametrize("op", OPERATORS)

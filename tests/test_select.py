@@ -251,6 +251,19 @@ def test_largest_sizes(backend):
     assert_same_bits(backend.select(features, scores, 5000, 1.0), select_topk(scores, 5000))
 
 
+@needs_native
+@pytest.mark.parametrize("kind", ["clustered", "duplicates", "constant"])
+def test_lists_of_neighbours(monkeypatch, kind):
+    """Images that are long enough for them; among equal tokens lists end without an answer."""
+    for tokens, keep, threads in ((1600, 8, 1), (1800, 300, 64)):
+        generator = torch.Generator().manual_seed(tokens)
+        features = sample_features(kind, 1, tokens, 16, generator)
+        scores = sample_scores("softmax", 1, tokens, generator)
+        monkeypatch.setattr(_native, "_BLOCK_THREADS", threads)
+        args = (features, scores, keep, 0.0, 8, "bipartite")
+        assert_same_bits(_native.select(*args), reference.select(*args))
+
+
 @pytest.mark.slow
 @needs_native
 @pytest.mark.parametrize("matching", ["bipartite", "pairwise"])

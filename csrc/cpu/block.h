@@ -1,6 +1,11 @@
 // A thread block of passes.h on a CPU: a loop over its threads.
 #pragma once
 
+#include <algorithm>
+#include <functional>
+#include <utility>
+#include <vector>
+
 #include "cpu/simd.h"
 
 namespace vispruner {
@@ -27,7 +32,24 @@ struct Block {
   Best row_argmax(const int32_t* row, const int32_t* mask, int64_t n) {
     return simd.row_argmax(row, mask, n);
   }
-  int32_t rank(const int64_t* keys, int32_t i, int32_t n) { return simd.rank(keys, keys[i], n); }
+  void nearest(const int32_t* row, const int32_t* mask, int64_t n, Best* list) {
+    simd.nearest(row, mask, n, list);
+  }
+  // Keys up to which counting the larger ones is faster than a sort.
+  static constexpr int32_t kCountTo = 1024;
+  template <class F>
+  void each_ranked(const int64_t* keys, int32_t n, F f) {
+    if (n <= kCountTo) {
+      each(n, [&](int32_t i) { f(i, simd.rank(keys, keys[i], n)); });
+      return;
+    }
+    // Equal keys would have equal ranks; here they get some order. Only those of tokens without a
+    // pair are equal, and their ranks are not used.
+    std::vector<std::pair<int64_t, int32_t>> sorted(n);
+    for (int32_t i = 0; i < n; ++i) sorted[i] = {keys[i], i};
+    std::sort(sorted.begin(), sorted.end(), std::greater<>());
+    for (int32_t rank = 0; rank < n; ++rank) f(sorted[rank].second, rank);
+  }
   template <class F>
   int64_t max(int32_t n, F f) {
     int64_t most = INT64_MIN;

@@ -42,8 +42,10 @@ void remove_duplicates(const Simd& simd, const Rows& features, int64_t channels,
   }
   for (int32_t i = 0; i < n; ++i) first[place[i]] = i;
   const int32_t step = static_cast<int32_t>(std::min<int64_t>(rule.step, n));
-  const int32_t* const residual = bipartite(block, sim.get(), ld, n, keep, step, first.data(),
-                                            second.data(), keys.data(), mask.data());
+  const auto lists = scratch<Best>(n < kListsFrom ? 0 : int64_t{n} * kNeighbours);
+  const int32_t* const residual =
+      bipartite(block, sim.get(), ld, n, keep, step, first.data(), second.data(), keys.data(),
+                mask.data(), n < kListsFrom ? nullptr : lists.get());
   for (int32_t i = 0; i < keep; ++i) out[i] = tokens[residual[i]];
 }
 

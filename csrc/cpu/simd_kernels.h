@@ -179,6 +179,25 @@ Best row_argmax(const int32_t* row, const int32_t* mask, int64_t n) {
   return {best, -1};
 }
 
+void nearest(const int32_t* row, const int32_t* mask, int64_t n, Best* list) {
+  int32_t least = list[kNeighbours - 1].value;
+  for (int64_t block = 0; block < n; block += kPanel) {
+    int32_t better = 0;
+    for (int64_t j = block; j < block + kPanel; ++j) {
+      better |= (row[j] < mask[j] ? row[j] : mask[j]) > least;
+    }
+    if (!better) continue;
+    for (int64_t j = block; j < block + kPanel; ++j) {
+      const int32_t value = row[j] < mask[j] ? row[j] : mask[j];
+      if (value <= least) continue;
+      int32_t place = kNeighbours - 1;
+      for (; place > 0 && list[place - 1].value < value; --place) list[place] = list[place - 1];
+      list[place] = {value, static_cast<int32_t>(j)};
+      least = list[kNeighbours - 1].value;
+    }
+  }
+}
+
 int32_t rank(const int64_t* keys, int64_t key, int64_t n) {
   int64_t above = 0;
   for (int64_t j = 0; j < n; ++j) above += keys[j] > key;
@@ -284,6 +303,7 @@ constexpr Simd kSimd = {VISPRUNER_SET_NAME,
                         similarity_tile,
                         row_max,
                         row_argmax,
+                        nearest,
                         rank,
                         dot,
                         logits,

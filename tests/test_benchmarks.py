@@ -1,0 +1,62 @@
+"""The benchmarks run, check what they time, and write what they print."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import harness, select
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_select(tmp_path, capsys):
+    file = tmp_path / "select.json"
+    assert select.main(["--device", "cpu", "--quick", "--rounds", "1", "--json", str(file)]) == 0
+    printed = capsys.readouterr().out
+    result = json.loads(file.read_text())
+    assert [row["matching"] for row in result["rows"]] == ["bipartite", "pairwise"]
+    for row in result["rows"]:
+        assert row["published / ours"] > 0
+        assert f"{row['matching']:<10} {row['published / ours']:.1f}" in printed
+    for name in ("machine", "commit", "torch", "threads", "command"):
+        assert result[name]
+        assert str(result[name]) in printed
+
+
+def test_a_wrong_answer_gets_no_time(monkeypatch, capsys):
+    right = select.select
+    monkeypatch.setattr(select, "select", lambda *args: right(*args).roll(1))
+    assert select.main(["--quick", "--rounds", "1"]) == 1
+    assert "WRONG" in capsys.readouterr().out
+
+
+def test_interleaved_takes_turns():
+    turns = []
+    times = harness.interleaved({"a": lambda: turns.append("a"), "b": lambda: turns.append("b")}, 3)
+    assert turns == ["a", "b"] * 4
+    assert times["a"].rounds == 3
+    assert times["a"].p10 <= times["a"].p50 <= times["a"].p90
+
+
+@pytest.mark.parametrize(
+    ("argv", "names"),
+    [
+        (["--threads", "0"], "--threads is 0"),
+        (["--rounds", "0"], "--rounds is 0"),
+        (["--json", "no/such/folder/x.json"], "--json"),
+        (["--device", "tpu"], "--device"),
+    ],
+)
+def test_bad_options(argv, names, capsys):
+    with pytest.raises(SystemExit) as error:
+        select.main(argv)
+    assert error.value.code == 2
+    assert names in capsys.readouterr().err

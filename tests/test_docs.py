@@ -1,0 +1,138 @@
+"""What the documentation says works: links, commands, code, docstrings, figures."""
+
+from __future__ import annotations
+
+import doctest
+import importlib.util
+import inspect
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import vispruner_kernels
+from vispruner_kernels import _schemas, ops
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("**/*.md")])
+SECTIONS = ["Args", "Returns", "Raises", "Contract", "Cost", "Source", "Example"]
+
+
+def page(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def test_there_are_pages():
+    assert {"README.md", "CONTRIBUTING.md", "CHANGELOG.md", "contract.md"} <= {
+        path.name for path in PAGES
+    }
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_links_lead_somewhere(path):
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page(path)):
+        if "://" not in target:
+            assert (path.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_paths_in_code_spans_exist(path):
+    tops = {entry.name for entry in ROOT.iterdir() if entry.is_dir()} - {"build", "dist"}
+    for span in re.findall(r"`([\w./-]+/[\w./<>*-]*)`", page(path)):
+        if span.split("/")[0] in tops and not set("<>*") & set(span):
+            assert (ROOT / span).exists(), span
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_commands_exist(path):
+    targets = set(re.findall(r"^([a-z-]+):", page(ROOT / "Makefile"), re.MULTILINE))
+    text = page(path)
+    for line in "\n".join(blocks(text, "(?:bash|sh)") + re.findall(r"`([^`\n]+)`", text)).split(
+        "\n"
+    ):
+        for target in re.findall(r"^(?:\w+=\S+ )*make ([a-z -]+)", line):
+            assert set(target.split()) <= targets, line
+        for module in re.findall(r"python -m ([\w.]+)", line):
+            if module not in ("venv", "build"):
+                assert importlib.util.find_spec(module), line
+
+
+def test_code_of_the_readme_runs():
+    code = blocks(page(ROOT / "README.md"), "python")
+    assert code
+    for block in code:
+        exec(compile(block, "README.md", "exec"), {})
+
+
+def test_names_of_variables_are_real():
+    """Every environment variable that a page names is read somewhere."""
+    sources = [*ROOT.glob("vispruner_kernels/**/*.py"), ROOT / "setup.py"]
+    code = "".join(page(path) for path in sources)
+    for path in PAGES:
+        for name in re.findall(r"VISPRUNER_KERNELS_[A-Z]+", page(path)):
+            assert name in code, name
+
+
+@pytest.mark.parametrize("name", vispruner_kernels.__all__)
+def test_docstring_has_every_section(name):
+    function = getattr(vispruner_kernels, name)
+    text = inspect.getdoc(function)
+    places = [text.find(f"\n{section}:\n") for section in SECTIONS]
+    assert -1 not in places, dict(zip(SECTIONS, places, strict=True))
+    assert places == sorted(places)
+    described = text[places[0] : places[1]]
+    for parameter in inspect.signature(function).parameters:
+        assert f"\n    {parameter}:" in described, parameter
+
+
+@pytest.mark.parametrize("name", vispruner_kernels.__all__)
+def test_example_of_the_docstring_runs(name):
+    finder = doctest.DocTestFinder(recurse=False)
+    tests = finder.find(getattr(ops, name), name, globs={})
+    assert sum(len(test.examples) for test in tests) >= 2
+    for test in tests:
+        result = doctest.DocTestRunner().run(test)
+        assert result.failed == 0
+
+
+def test_contract_has_every_schema():
+    text = re.sub(r"\s+", " ", page(ROOT / "docs" / "contract.md"))
+    for op, schema in _schemas.SCHEMAS.items():
+        assert f"vispruner::{op}{schema.signature}" in text, op
+
+
+def test_table_of_operators_is_true():
+    """The README's operators by backend are what _backends registers with everything installed."""
+    text = page(ROOT / "README.md")
+    for op in _schemas.SCHEMAS:
+        assert re.search(rf"^\| `{op}` \|", text, re.MULTILINE), op
+
+
+def test_figures_of_the_readme_are_the_committed_ones():
+    text = page(ROOT / "README.md")
+    file = re.search(r"\((benchmarks/results/[^)]+\.json)\)", text).group(1)
+    result = json.loads(page(ROOT / file))
+    assert result["command"] in text
+    rows = re.findall(
+        r"^\| `(\S+)` \| (\d+) x (\d+) x (\d+) -> (\d+) \| (\w+) \| ([\d.]+) ms \| ([\d.]+) ms \|"
+        r" \*\*([\d.]+)\*\* \|$",
+        text,
+        re.MULTILINE,
+    )
+    assert len(rows) >= 4
+    for matching, batch, n, c, keep, dtype, loop, ours, ratio in rows:
+        sizes = [int(x) for x in (batch, n, c, keep)]
+        (row,) = [
+            row
+            for row in result["rows"]
+            if [row[x] for x in ("B", "N", "C", "keep")] == sizes
+            and (row["dtype"], row["matching"]) == (dtype, matching)
+        ]
+        assert f"{row['published ms']['p50']:.1f}" == loop
+        assert f"{row['ours ms [p10, p90]']['p50']:.2f}" == ours
+        assert f"{row['published / ours']:.0f}" == ratio
