@@ -68,6 +68,13 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other cost more than such small inputs."""
+    with threads(1):
+        yield
+
+
 @contextlib.contextmanager
 def poisoned_empty() -> Iterator[None]:
     """torch.empty is full of NaN: an element that is not written shows."""
@@ -153,11 +160,12 @@ def test_real_encoders(backend, sequence, heads, head_dim, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_oracle_everywhere(backend, head_dim, dtype):
-    for sequence, heads, scale in itertools.product((*SEQUENCES, 257), (1, 3, 16), SCALES):
-        for num_prefix in sorted({1, min(5, sequence - 1), sequence - 1}):
-            q, k, _ = sample_qkv(2, sequence, heads, head_dim, dtype, sequence * heads)
-            exact = oracle.cls_scores(*float64(q, k), scale, num_prefix)
-            assert_scores(backend.cls_scores(q, k, scale, num_prefix), exact, q, k, scale)
+    settings = itertools.product((*SEQUENCES, 257), (1, 3, 16), SCALES)
+    for turn, (sequence, heads, scale) in enumerate(settings):
+        num_prefix = (1, min(5, sequence - 1), sequence - 1)[turn % 3]
+        q, k, _ = sample_qkv(2, sequence, heads, head_dim, dtype, turn)
+        exact = oracle.cls_scores(*float64(q, k), scale, num_prefix)
+        assert_scores(backend.cls_scores(q, k, scale, num_prefix), exact, q, k, scale)
 
 
 def test_arguments_by_name_and_default(backend):

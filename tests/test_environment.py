@@ -229,6 +229,13 @@ got = {
     "no images": error("select", features[:0], scores[:0], 30),
     "fine": error("select", features, scores, 30),
 }
+import warnings
+with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    for op in calls:
+        args = [x.clone().requires_grad_() if torch.is_tensor(x) and x.is_floating_point() else x
+                for x in calls[op]]
+        got[f"gradient {op}"] = error(op, *args)
 """
 )
 
@@ -256,6 +263,10 @@ def test_check_finds_what_is_not_finite(checked):
     assert errors["argument"][1].startswith("select: keep is 0, ")
     assert errors["no images"] is None
     assert errors["fine"] is None
+
+
+def test_check_takes_tensors_that_require_gradients(checked):
+    assert {op: checked[0][f"gradient {op}"] for op in OPERATORS} == dict.fromkeys(OPERATORS)
 
 
 def test_check_changes_no_answer(checked, auto):

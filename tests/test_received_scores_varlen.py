@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import oracle
 import pytest
@@ -31,6 +32,13 @@ from vispruner_kernels.testing import (
 
 # Empty images at both ends and between others, images of one token, tails, more than 64 rows.
 LENGTHS = [0, 5, 1, 0, 0, 17, 65, 1, 16, 2, 0]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other cost more than such small inputs."""
+    with threads(1):
+        yield
 
 
 def sample_packed(

@@ -106,11 +106,11 @@ def samples(op: str, dtype: torch.dtype = torch.float32, size: int = 0) -> list[
     if op == "cls_scores":
         return [(q, k), (q, k, 0.2, 3)]
     if op == "received_scores":
-        lse = torch.randn(batch, q.shape[2], q.shape[1], generator=generator)
+        lse = 8.0 + torch.randn(batch, q.shape[2], q.shape[1], generator=generator)
         return [(q, k), (q, k, 0.2, 3, lse)]
     q, k = q.flatten(0, 1), k.flatten(0, 1)
     lengths = [5, 0, 1, len(q) - 6]
-    lse = torch.randn(q.shape[1], len(q), generator=generator)
+    lse = 8.0 + torch.randn(q.shape[1], len(q), generator=generator)
     sizes = (sample_offsets(lengths), max(lengths))
     return [(q, k, *sizes), (q, k, *sizes, 0.2, lse)]
 
@@ -297,10 +297,28 @@ def test_fakes_of_one_head_or_one_channel(op):
         assert_fake_is_like_real(op, args if op == "cls_attention" else args[:2])
 
 
+@pytest.mark.parametrize(("op", "number"), CASES)
+def test_fakes_of_permuted_tensors(op, number):
+    # Dense in another order of dimensions, which empty_like would give to the output.
+    args = samples(op)[number]
+    permuted = tuple(
+        x.transpose(-2, -3).contiguous().transpose(-2, -3)
+        if isinstance(x, Tensor) and x.dim() > 2
+        else x
+        for x in args
+    )
+    assert_fake_is_like_real(op, permuted)
+    assert_same_answer(overload(op)(*permuted), overload(op)(*args))
+
+
+def on_meta(x: Tensor) -> Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+
 def assert_fake_is_like_real(op: str, args: tuple[Any, ...]) -> None:
     mode = FakeTensorMode()
     fake = [mode.from_tensor(x) if isinstance(x, Tensor) else x for x in args]
-    meta = [x.to("meta") if isinstance(x, Tensor) else x for x in args]
+    meta = [on_meta(x) if isinstance(x, Tensor) else x for x in args]
     answers = {"fake": overload(op)(*fake), "meta": overload(op)(*meta)}
     real = leaves(overload(op)(*args))
     for device, answer in answers.items():

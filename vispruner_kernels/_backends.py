@@ -95,6 +95,7 @@ def _compared(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
     signature = torch._C.parse_schema(f"{op}{_schemas.SCHEMAS[op].signature}")
     names = [argument.name for argument in signature.arguments]
 
+    @torch.no_grad()
     def entry(*args: Any, **kwargs: Any) -> Any:
         from vispruner_kernels.testing import assert_matches
 

@@ -8,7 +8,6 @@ same exception whoever serves it.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ MAX_TOKENS = 16384
 # The int32 sum of the two mixed products of 7-bit halves reaches C * 2 * 127**2 < 2**31.
 MAX_CHANNELS = 65536
 MAX_HEAD_DIM = 256
+MAX_SCALE = torch.finfo(torch.float32).max
 MATCHINGS = ("bipartite", "pairwise")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # "meta" is served by the fakes.
@@ -44,7 +44,20 @@ def _holds(condition: Any) -> bool:
     return guard_or_false(condition)
 
 
+def _value(x: Any) -> Any:
+    """A size for a message: a symbol that a compiler traces with has the value it was seen with."""
+    if isinstance(x, torch.SymInt) and x.node.has_hint():
+        return x.node.hint
+    return x
+
+
+def _values(sizes: Any) -> list[Any]:
+    return [_value(size) for size in sizes]
+
+
 def _dtype(op: str, name: str, tensor: Tensor, wanted: tuple[torch.dtype, ...]) -> None:
+    if tensor.layout is not torch.strided:
+        raise ValueError(f"{op}: {name} has layout {tensor.layout}, expected torch.strided")
     if tensor.dtype not in wanted:
         names = " or ".join(str(dtype) for dtype in wanted)
         raise TypeError(f"{op}: {name} has dtype {tensor.dtype}, expected {names}")
@@ -64,7 +77,7 @@ def _supported_device(op: str, name: str, tensor: Tensor) -> None:
 
 def _dims(op: str, name: str, tensor: Tensor, layout: str) -> None:
     if tensor.dim() != layout.count(",") + 1:
-        raise ValueError(f"{op}: {name} has shape {list(tensor.shape)}, expected {layout}")
+        raise ValueError(f"{op}: {name} has shape {_values(tensor.shape)}, expected {layout}")
 
 
 def _shape(op: str, name: str, tensor: Tensor, layout: str, wanted: tuple[Any, ...]) -> None:
@@ -72,7 +85,7 @@ def _shape(op: str, name: str, tensor: Tensor, layout: str, wanted: tuple[Any, .
         _holds(got != want) for got, want in zip(tensor.shape, wanted, strict=True)
     ):
         raise ValueError(
-            f"{op}: {name} has shape {list(tensor.shape)}, expected {layout} = {list(wanted)}"
+            f"{op}: {name} has shape {_values(tensor.shape)}, expected {layout} = {_values(wanted)}"
         )
 
 
@@ -84,20 +97,22 @@ def _last_stride(op: str, name: str, tensor: Tensor) -> None:
         and not _holds(tensor.numel() == 0)
     ):
         raise ValueError(
-            f"{op}: {name} has stride {tensor.stride(-1)} in its last dimension, expected 1; "
+            f"{op}: {name} has stride {_value(tensor.stride(-1))} in its last dimension, expected 1; "
             f"call .contiguous() on it"
         )
 
 
 def _range(op: str, name: str, value: Any, low: Any, high: Any, meaning: str = "") -> None:
     if _holds(value < low) or _holds(value > high):
-        raise ValueError(f"{op}: {name} is {value}, expected {low} <= {name} <= {high}{meaning}")
+        raise ValueError(
+            f"{op}: {name} is {_value(value)}, expected {low} <= {name} <= {_value(high)}{meaning}"
+        )
 
 
 def _tokens(op: str, name: str, tokens: Any) -> None:
     if _holds(tokens < 1) or _holds(tokens > MAX_TOKENS):
         raise ValueError(
-            f"{op}: {name} has {tokens} tokens per image, expected 1 <= N <= {MAX_TOKENS}"
+            f"{op}: {name} has {_value(tokens)} tokens per image, expected 1 <= N <= {MAX_TOKENS}"
         )
 
 
@@ -121,7 +136,7 @@ def _features(op: str, features: Tensor, layout: str) -> None:
     channels = features.shape[-1]
     if _holds(channels < 1) or _holds(channels > MAX_CHANNELS):
         raise ValueError(
-            f"{op}: features has {channels} channels, expected 1 <= C <= {MAX_CHANNELS}"
+            f"{op}: features has {_value(channels)} channels, expected 1 <= C <= {MAX_CHANNELS}"
         )
     _last_stride(op, "features", features)
 
@@ -173,7 +188,7 @@ def _select_varlen_check(
 def _offsets(op: str, name: str, offsets: Tensor, first: str, like: Tensor) -> None:
     _dtype(op, name, offsets, (torch.int32,))
     if offsets.dim() != 1 or _holds(offsets.shape[0] < 1):
-        raise ValueError(f"{op}: {name} has shape {list(offsets.shape)}, expected [B + 1]")
+        raise ValueError(f"{op}: {name} has shape {_values(offsets.shape)}, expected [B + 1]")
     _device(op, name, offsets, first, like)
 
 
@@ -245,7 +260,9 @@ def _select_rows_check(scores: Tensor, width: Any, rows: Any) -> None:
     tokens = scores.shape[1]
     _range(op, "width", width, 1, tokens, " = N")
     if _holds(tokens % width != 0):
-        raise ValueError(f"{op}: width is {width}, expected a divisor of N = {tokens}")
+        raise ValueError(
+            f"{op}: width is {_value(width)}, expected a divisor of N = {_value(tokens)}"
+        )
     _range(op, "rows", rows, 1, tokens // width, " = N // width")
 
 
@@ -257,10 +274,10 @@ def _attention(op: str, tensors: dict[str, Tensor], layout: str, scale: float | 
     _last_stride(op, "q", q)
     heads, head_dim = q.shape[-2:]
     if _holds(heads < 1):
-        raise ValueError(f"{op}: q has shape {list(q.shape)}, expected at least one head")
+        raise ValueError(f"{op}: q has shape {_values(q.shape)}, expected at least one head")
     if _holds(head_dim < 1) or _holds(head_dim > MAX_HEAD_DIM):
         raise ValueError(
-            f"{op}: q has head dimension {head_dim}, expected 1 <= D <= {MAX_HEAD_DIM}"
+            f"{op}: q has head dimension {_value(head_dim)}, expected 1 <= D <= {MAX_HEAD_DIM}"
         )
     for name, tensor in tensors.items():
         if name == "q":
@@ -269,14 +286,15 @@ def _attention(op: str, tensors: dict[str, Tensor], layout: str, scale: float | 
         _shape(op, name, tensor, "the shape of q", tuple(q.shape))
         _device(op, name, tensor, "q", q)
         _last_stride(op, name, tensor)
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"{op}: scale is {scale}, expected a finite number")
+    # Written so that NaN fails.
+    if scale is not None and not abs(scale) <= MAX_SCALE:
+        raise ValueError(f"{op}: scale is {scale}, expected a finite float32 number")
 
 
 def _prefix(op: str, q: Tensor, num_prefix: Any, low: int) -> None:
     sequence = q.shape[1]
     if _holds(sequence < low + 1):
-        raise ValueError(f"{op}: q has {sequence} tokens, expected at least {low + 1}")
+        raise ValueError(f"{op}: q has {_value(sequence)} tokens, expected at least {low + 1}")
     _range(op, "num_prefix", num_prefix, low, sequence - 1, " = S - 1")
     _tokens(op, "q", sequence - num_prefix)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _ops = torch.ops.vispruner
 
@@ -111,10 +112,11 @@ def prune(
         >>> torch.equal(kept[0], features[0, indices[0]])
         True
     """
-    if features.requires_grad and torch.is_grad_enabled():
+    if (features.requires_grad and torch.is_grad_enabled()) or forward_ad._current_level >= 0:
         indices = _ops.select.default(features, scores, keep, important_ratio, step, matching)
         return features.gather(1, indices[:, :, None].expand(-1, -1, features.shape[2])), indices
-    return _ops.prune.default(features, scores, keep, important_ratio, step, matching)
+    # Scores never carry a gradient, so they must not make `kept` ask for one.
+    return _ops.prune.default(features, scores.detach(), keep, important_ratio, step, matching)
 
 
 def select_varlen(

@@ -215,7 +215,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
     if q.numel() == 0:
         return q.new_empty(q.shape)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=_scale(q, scale))
+    # An operator computes in the dtype of its arguments, whatever autocast says of its parts.
+    with torch.autocast(q.device.type, enabled=False):
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=_scale(q, scale))
     return out.transpose(1, 2).contiguous()
 
 

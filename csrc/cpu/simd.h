@@ -11,6 +11,8 @@ namespace vispruner {
 
 // Tokens of a panel: rows and columns of a tile of the Gram matrix, lanes of a vector.
 constexpr int kPanel = 16;
+// n rounded up to whole panels.
+inline int64_t padded(int64_t n) { return (n + kPanel - 1) / kPanel * kPanel; }
 // Query rows of a tile of attention logits.
 constexpr int kQueryRows = 4;
 

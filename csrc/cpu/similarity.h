@@ -10,7 +10,4 @@ namespace vispruner {
 void similarity(const Simd& simd, const Rows& features, int64_t channels, const int32_t* tokens,
                 int32_t n, int threads, int32_t* sim);
 
-// n rounded up to whole panels: the row length of `sim`.
-inline int64_t padded(int64_t n) { return (n + kPanel - 1) / kPanel * kPanel; }
-
 }  // namespace vispruner

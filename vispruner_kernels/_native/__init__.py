@@ -47,8 +47,12 @@ _BLOCK_THREADS = 1
 
 
 def _use_simd(name: str) -> None:
-    if not INSTALLED or name == "auto":
+    if name == "auto":
         return
+    if not INSTALLED:
+        raise ImportError(
+            f"VISPRUNER_KERNELS_SIMD={name}: vispruner_kernels._C is not built ({REASON}); unset it"
+        )
     if name not in _C.simd_sets():
         raise ImportError(
             f"VISPRUNER_KERNELS_SIMD={name}: expected auto or one of this processor's "

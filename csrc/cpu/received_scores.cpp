@@ -1,58 +1,11 @@
-// cls_scores, received_scores and received_scores_varlen: softmax weights summed over heads and
-// rows. A task is a head of an image; heads are added in order, so threads change no bit.
+// received_scores and received_scores_varlen: all query rows of every head, kQueryRows at a time.
 
 #include <algorithm>
-#include <vector>
 
-#include "cpu/operators.h"
-#include "cpu/parallel.h"
-#include "cpu/rows.h"
-#include "cpu/similarity.h"
+#include "cpu/attention.h"
 
 namespace vispruner {
 namespace {
-
-// Threads pay from about this many multiply-adds on.
-constexpr int64_t kThreadWork = 1 << 20;
-
-Rows head_rows(const Heads& x, DType dtype, int64_t image, int64_t start, int64_t head) {
-  const int64_t offset = image * x.batch + start * x.token + head * x.head;
-  return {x.data + offset * element_size(dtype), dtype, x.token};
-}
-
-// scores[S - num_prefix] = the mean over heads of sums[H, S] over `rows` rows.
-void mean_of_heads(const double* sums, int64_t heads, int64_t sequence, int64_t rows,
-                   int64_t num_prefix, float* scores) {
-  for (int64_t j = num_prefix; j < sequence; ++j) {
-    double sum = 0.0;
-    for (int64_t head = 0; head < heads; ++head) sum += sums[head * sequence + j];
-    scores[j - num_prefix] = static_cast<float>(sum / static_cast<double>(heads * rows));
-  }
-}
-
-// The scaled row `i`, in buffer[D].
-void read_query(const Simd& simd, const Rows& q, int64_t i, const AttentionShape& shape,
-                float* buffer) {
-  const float* const row = q.read(simd, i, shape.head_dim, buffer);
-  for (int64_t d = 0; d < shape.head_dim; ++d) buffer[d] = row[d] * shape.scale;
-}
-
-// weights[S]: the CLS row of one head.
-void cls_head(const Simd& simd, const Rows& q, const Rows& k, const AttentionShape& shape,
-              double* weights) {
-  const int64_t n = shape.sequence;
-  const auto query = scratch<float>(shape.head_dim);
-  const auto buffer = scratch<float>(shape.head_dim);
-  const auto logits = scratch<float>(n);
-  read_query(simd, q, 0, shape, query.get());
-  for (int64_t j = 0; j < n; ++j) {
-    logits[j] =
-        simd.dot(query.get(), k.read(simd, j, shape.head_dim, buffer.get()), shape.head_dim);
-  }
-  const double sum = simd.exp_sum(logits.get(), simd.max(logits.get(), n), n);
-  std::fill(weights, weights + n, 0.0);
-  simd.accumulate(logits.get(), 1.0 / sum, weights, n);
-}
 
 // weights[n]: the sum of the rows of one head of n tokens; lse strided by lse_stride, or null.
 void received_head(const Simd& simd, const Rows& q, const Rows& k, int64_t n,
@@ -85,27 +38,6 @@ void received_head(const Simd& simd, const Rows& q, const Rows& k, int64_t n,
   }
 }
 
-}  // namespace
-
-void cls_scores(const Heads& q, const Heads& k, const AttentionShape& shape, int threads,
-                float* scores) {
-  const Simd& simd = vispruner::simd();
-  const int64_t n = shape.sequence;
-  if (shape.images * shape.heads * n * shape.head_dim < kThreadWork) threads = 1;
-  const Split split = split_threads(shape.images, threads);
-  parallel_for(shape.images, split.outer, [&](int64_t image) {
-    const auto weights = scratch<double>(shape.heads * n);
-    parallel_for(shape.heads, split.inner, [&](int64_t head) {
-      cls_head(simd, head_rows(q, shape.dtype, image, 0, head),
-               head_rows(k, shape.dtype, image, 0, head), shape, weights.get() + head * n);
-    });
-    mean_of_heads(weights.get(), shape.heads, n, 1, shape.num_prefix,
-                  scores + image * (n - shape.num_prefix));
-  });
-}
-
-namespace {
-
 // scores[n - num_prefix] of the n tokens from `start` of an image.
 void received_image(const Simd& simd, const Heads& q, const Heads& k, const LogSumExp& lse,
                     int64_t image, int64_t start, int64_t n, const AttentionShape& shape,
@@ -127,7 +59,7 @@ void received_scores(const Heads& q, const Heads& k, const LogSumExp& lse,
                      const AttentionShape& shape, int threads, float* scores) {
   const Simd& simd = vispruner::simd();
   const int64_t n = shape.sequence;
-  if (shape.images * shape.heads * n * n * shape.head_dim < kThreadWork) threads = 1;
+  if (shape.images * shape.heads * n * n * shape.head_dim < kAttentionThreadWork) threads = 1;
   const Split split = split_threads(shape.images, threads);
   parallel_for(shape.images, split.outer, [&](int64_t image) {
     received_image(simd, q, k, lse, image, 0, n, shape, split.inner,

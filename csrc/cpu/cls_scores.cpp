@@ -1,0 +1,46 @@
+// cls_scores: query row 0 of every head.
+
+#include <algorithm>
+
+#include "cpu/attention.h"
+
+namespace vispruner {
+namespace {
+
+// weights[S]: the CLS row of one head.
+void cls_head(const Simd& simd, const Rows& q, const Rows& k, const AttentionShape& shape,
+              double* weights) {
+  const int64_t n = shape.sequence;
+  const auto query = scratch<float>(shape.head_dim);
+  const auto buffer = scratch<float>(shape.head_dim);
+  const auto logits = scratch<float>(n);
+  read_query(simd, q, 0, shape, query.get());
+  for (int64_t j = 0; j < n; ++j) {
+    logits[j] =
+        simd.dot(query.get(), k.read(simd, j, shape.head_dim, buffer.get()), shape.head_dim);
+  }
+  const double sum = simd.exp_sum(logits.get(), simd.max(logits.get(), n), n);
+  std::fill(weights, weights + n, 0.0);
+  simd.accumulate(logits.get(), 1.0 / sum, weights, n);
+}
+
+}  // namespace
+
+void cls_scores(const Heads& q, const Heads& k, const AttentionShape& shape, int threads,
+                float* scores) {
+  const Simd& simd = vispruner::simd();
+  const int64_t n = shape.sequence;
+  if (shape.images * shape.heads * n * shape.head_dim < kAttentionThreadWork) threads = 1;
+  const Split split = split_threads(shape.images, threads);
+  parallel_for(shape.images, split.outer, [&](int64_t image) {
+    const auto weights = scratch<double>(shape.heads * n);
+    parallel_for(shape.heads, split.inner, [&](int64_t head) {
+      cls_head(simd, head_rows(q, shape.dtype, image, 0, head),
+               head_rows(k, shape.dtype, image, 0, head), shape, weights.get() + head * n);
+    });
+    mean_of_heads(weights.get(), shape.heads, n, 1, shape.num_prefix,
+                  scores + image * (n - shape.num_prefix));
+  });
+}
+
+}  // namespace vispruner
