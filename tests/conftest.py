@@ -14,6 +14,16 @@ from vispruner_kernels import _native, _schemas, reference
 needs_native = pytest.mark.skipif(not _native.INSTALLED, reason="vispruner_kernels._C is not built")
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Threads that wait for each other cost more than such small inputs, above all on a busy
+    machine; tests/test_threads.py takes more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(
     params=[
         "registered",

@@ -5,16 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
 
 from benchmarks import harness, select
-
-
-@pytest.fixture(autouse=True)
-def _threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def test_select(tmp_path, capsys):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 from collections.abc import Iterator
@@ -11,6 +10,18 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from attention import (
+    HEAD_DIMS,
+    NONFINITE,
+    SCALES,
+    SEQUENCES,
+    assert_scores,
+    float64,
+    poisoned_empty,
+    poisoned_views,
+    sample_nonfinite,
+    threads,
+)
 from conftest import needs_native
 from torch import Tensor
 
@@ -22,100 +33,6 @@ from vispruner_kernels.testing import (
     sample_qkv,
     scores_bound,
 )
-
-HEAD_DIMS = (1, 8, 63, 64, 72, 80, 88, 96, 128, 256)
-SCALES = (None, 0.3, -0.2, 0.0, 2.0)
-# Tails of 16 and 64 lanes, one block of rows and more.
-SEQUENCES = (2, 5, 16, 17, 50)
-
-
-def float64(*tensors: Tensor) -> list[np.ndarray]:
-    return [x.double().numpy() for x in tensors]
-
-
-def poisoned_views(x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """x [..., S, H, D] as views into memory that is NaN elsewhere: view, that memory."""
-    *batch, sequence, heads, head_dim = x.shape
-
-    def nan(*shape: int) -> Tensor:
-        return torch.full(shape, torch.nan, dtype=x.dtype)
-
-    packed = nan(*batch, sequence, 3, heads, head_dim)
-    heads_first = nan(*batch, 3, heads, sequence, head_dim)
-    hidden = nan(*batch, sequence + 3, heads, head_dim)
-    some_heads = nan(*batch, sequence, heads + 2, head_dim)
-    # An odd offset: rows begin at addresses that no vector is aligned to.
-    channels = nan(*batch, sequence, heads, head_dim + 3)
-    every_other = nan(*batch, 2 * sequence, heads, head_dim)
-    for memory, view in (
-        (packed, packed.select(-3, 1)),
-        (heads_first, heads_first.select(-4, 1).transpose(-3, -2)),
-        (hidden, hidden.narrow(-3, 1, sequence)),
-        (some_heads, some_heads.narrow(-2, 1, heads)),
-        (channels, channels.narrow(-1, 1, head_dim)),
-        (every_other, every_other[..., ::2, :, :]),
-    ):
-        yield view.copy_(x), memory
-
-
-@contextlib.contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other cost more than such small inputs."""
-    with threads(1):
-        yield
-
-
-@contextlib.contextmanager
-def poisoned_empty() -> Iterator[None]:
-    """torch.empty is full of NaN: an element that is not written shows."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
-
-
-def assert_scores(
-    got: Tensor, exact: np.ndarray, q: Tensor, k: Tensor, scale: float | None
-) -> None:
-    """Within the bound of the contract that does not depend on eager PyTorch.
-
-    So half precision inputs must be as exact as float32 ones, not twice as bad as eager.
-    """
-    assert got.dtype == torch.float32
-    assert got.is_contiguous()
-    assert_close(got, torch.from_numpy(exact), scores_bound(q, k, scale))
-
-
-def sample_nonfinite(where: str, sequence: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """q and k [2, S, 2, 4] of which only image 0 has a value that is not finite."""
-    q, k, _ = (x.contiguous() for x in sample_qkv(2, sequence, 2, 4, dtype, 21))
-    # The sign of this channel decides between +inf and -inf among the logits.
-    q[:, :, :, 3] = q[:, :, :, 3].abs() + 0.5
-    tensor, place, value = where.split()
-    row = {"first": 0, "middle": sequence // 2, "last": -1}[place]
-    {"q": q, "k": k}[tensor][0, row, 1, 3] = float(value)
-    return q, k
-
-
-NONFINITE = [
-    f"{tensor} {place} {value}"
-    for tensor in "qk"
-    for place in ("first", "middle", "last")
-    for value in ("nan", "inf", "-inf")
-]
 
 
 @functools.cache

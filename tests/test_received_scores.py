@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import functools
 import itertools
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 
 import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import needs_native
-from test_cls_scores import (
+from attention import (
     HEAD_DIMS,
     NONFINITE,
     SCALES,
     assert_scores,
     float64,
+    peak_memory,
     poisoned_empty,
     poisoned_views,
     sample_nonfinite,
     threads,
 )
+from conftest import needs_native
 from torch import Tensor
 
 from vispruner_kernels import _native, reference
@@ -38,13 +36,6 @@ from vispruner_kernels.testing import (
 
 # Tails of 4 rows and of 16 and 64 lanes; one block of 64 rows and more.
 SEQUENCES = (1, 2, 5, 16, 17, 50, 65)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other cost more than such small inputs."""
-    with threads(1):
-        yield
 
 
 def exact_lse(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
@@ -383,45 +374,6 @@ def test_reference_is_eager_softmax():
     weights = (torch.einsum("bihd,bjhd->bhij", q.double(), k.double()) / 8).softmax(-1)
     expected = weights.mean((1, 2))[:, 2:].float()
     torch.testing.assert_close(reference.received_scores(q, k, None, 2), expected, rtol=0, atol=0)
-
-
-# Largest resident memory around one call, in a process of its own.
-PEAK = """
-import resource, sys
-import torch
-from vispruner_kernels import _native, reference
-
-backend = {"native": _native, "reference": reference}[sys.argv[1]]
-op, sequence = sys.argv[2], int(sys.argv[3])
-torch.set_num_threads(1)
-
-def call(sequence):
-    q, k, v = torch.rand(3, 1, sequence, 1, 64)
-    before = peak()
-    getattr(backend, op)(*((q, k, v) if op == "cls_attention" else (q, k)))
-    return peak() - before
-
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-call(128)
-# Freed memory must not be counted as already used: fill it up to the peak.
-with open("/proc/self/statm") as statm:
-    resident = int(statm.read().split()[1]) * resource.getpagesize()
-ballast = torch.ones(max(1, (peak() - resident) // 4))
-print(call(sequence))
-"""
-
-
-def peak_memory(op: str, backend: str, sequence: int) -> int:
-    """Bytes by which one call raises the largest resident memory of a process."""
-    if not os.path.exists("/proc/self/statm"):
-        pytest.skip("resident memory is read from Linux's /proc")
-    command = [sys.executable, "-c", PEAK, backend, op, str(sequence)]
-    environment = {**os.environ, "VISPRUNER_KERNELS_BACKEND": "auto"}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert result.returncode == 0, result.stderr
-    return int(result.stdout)
 
 
 @pytest.mark.slow

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 
 import oracle
 import pytest
 import torch
-from conftest import needs_native
-from test_cls_scores import (
+from attention import (
     HEAD_DIMS,
     NONFINITE,
     assert_scores,
@@ -19,6 +17,7 @@ from test_cls_scores import (
     sample_nonfinite,
     threads,
 )
+from conftest import needs_native
 from torch import Tensor
 
 from vispruner_kernels import _native
@@ -32,13 +31,6 @@ from vispruner_kernels.testing import (
 
 # Empty images at both ends and between others, images of one token, tails, more than 64 rows.
 LENGTHS = [0, 5, 1, 0, 0, 17, 65, 1, 16, 2, 0]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other cost more than such small inputs."""
-    with threads(1):
-        yield
 
 
 def sample_packed(

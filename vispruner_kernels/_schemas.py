@@ -97,8 +97,8 @@ def _last_stride(op: str, name: str, tensor: Tensor) -> None:
         and not _holds(tensor.numel() == 0)
     ):
         raise ValueError(
-            f"{op}: {name} has stride {_value(tensor.stride(-1))} in its last dimension, expected 1; "
-            f"call .contiguous() on it"
+            f"{op}: {name} has stride {_value(tensor.stride(-1))} in its last dimension, "
+            f"expected 1; call .contiguous() on it"
         )
 
 

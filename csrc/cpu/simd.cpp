@@ -1,6 +1,7 @@
 #include "cpu/simd.h"
 
 #include <atomic>
+#include <cmath>
 #include <cstring>
 
 #if defined(__x86_64__)

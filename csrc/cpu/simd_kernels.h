@@ -244,11 +244,12 @@ float max(const float* x, int64_t n) {
 }
 
 // exp in 16 lanes: 2^n times a polynomial of the rest, within 2 units in the last place; 0 below
-// the normal range, NaN stays NaN.
+// the normal range, infinity above exp(88), NaN stays NaN.
 inline void exp_lanes(Float32x16* x, float shift) {
+  const Float32x16 zero = {};
   const Float32x16 t = *x - shift;
-  const Float32x16 high = t > 88.0f ? t * 0 + 88.0f : t;
-  const Float32x16 value = high > -88.0f ? high : t * 0 - 88.0f;
+  const Float32x16 high = t < 88.0f ? t : zero + 88.0f;
+  const Float32x16 value = high > -88.0f ? high : zero - 88.0f;
   // Adding 1.5 * 2^23 rounds to an integer, which is then in the low bits.
   const Float32x16 rounded = value * 1.44269504f + 12582912.0f;
   const Float32x16 whole = rounded - 12582912.0f;
@@ -266,7 +267,8 @@ inline void exp_lanes(Float32x16* x, float shift) {
   Float32x16 power;
   memcpy(&power, &bits, 64);
   const Float32x16 result = sum * power;
-  *x = t != t ? t : (t < -87.0f ? t * 0 : result);
+  const Float32x16 bounded = t < -87.0f ? zero : (t > 88.0f ? zero + INFINITY : result);
+  *x = t != t ? t : bounded;
 }
 
 double exp_sum(float* x, float shift, int64_t n) {
