@@ -121,8 +121,10 @@ class NinjaBuildExt(build_ext):
             f"  command = {ninja_command(compile_cxx)} -MMD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
+            "  description = C++ $in",
             "rule link",
             f"  command = {ninja_command(link)} $in -o $out",
+            "  description = link $out",
         ]
         if cuda_sources:
             lines += [
