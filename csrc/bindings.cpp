@@ -19,7 +19,7 @@ namespace {
 
 using Address = uintptr_t;
 // (address, dtype, stride of an image, stride of a token)
-using Tokens = std::tuple<Address, int, int64_t, int64_t>;
+using TokenStrides = std::tuple<Address, int, int64_t, int64_t>;
 // (address, stride of an image, of a token, of a head)
 using HeadStrides = std::tuple<Address, int64_t, int64_t, int64_t>;
 // (important_ratio, step, matching, block_threads)
@@ -32,8 +32,7 @@ T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-template <class T>
-T tokens(const Tokens& x) {
+Tokens tokens(const TokenStrides& x) {
   const auto& [address, dtype, batch, token] = x;
   return {pointer<const char>(address), static_cast<DType>(dtype), batch, token};
 }
@@ -80,34 +79,35 @@ PYBIND11_MODULE(_C, m) {
 
   m.def(
       "select",
-      [](const Tokens& features, const Tokens& scores, int64_t images, int64_t n, int64_t channels,
-         int64_t keep, const Rule& rule, int threads, Address indices, Address kept) {
-        select(tokens<Features>(features), tokens<Scores>(scores), images, n, channels, keep,
-               select_rule(rule), threads, pointer<int64_t>(indices), pointer<char>(kept));
+      [](const TokenStrides& features, const TokenStrides& scores, int64_t images, int64_t n,
+         int64_t channels, int64_t keep, const Rule& rule, int threads, Address indices,
+         Address kept) {
+        select(tokens(features), tokens(scores), images, n, channels, keep, select_rule(rule),
+               threads, pointer<int64_t>(indices), pointer<char>(kept));
       },
       ReleaseGil());
   m.def(
       "select_varlen",
-      [](const Tokens& features, const Tokens& scores, Address cu_seqlens, Address cu_keep,
-         int64_t images, int64_t channels, const Rule& rule, int threads, Address indices) {
-        select_varlen(tokens<Features>(features), tokens<Scores>(scores),
-                      pointer<const int32_t>(cu_seqlens), pointer<const int32_t>(cu_keep), images,
-                      channels, select_rule(rule), threads, pointer<int64_t>(indices));
+      [](const TokenStrides& features, const TokenStrides& scores, Address cu_seqlens,
+         Address cu_keep, int64_t images, int64_t channels, const Rule& rule, int threads,
+         Address indices) {
+        select_varlen(tokens(features), tokens(scores), pointer<const int32_t>(cu_seqlens),
+                      pointer<const int32_t>(cu_keep), images, channels, select_rule(rule), threads,
+                      pointer<int64_t>(indices));
       },
       ReleaseGil());
   m.def(
       "select_topk",
-      [](const Tokens& scores, int64_t images, int64_t n, int64_t keep, int threads,
+      [](const TokenStrides& scores, int64_t images, int64_t n, int64_t keep, int threads,
          Address indices) {
-        select_topk(tokens<Scores>(scores), images, n, keep, threads, pointer<int64_t>(indices));
+        select_topk(tokens(scores), images, n, keep, threads, pointer<int64_t>(indices));
       },
       ReleaseGil());
   m.def(
       "select_rows",
-      [](const Tokens& scores, int64_t images, int64_t n, int64_t width, int64_t rows, int threads,
-         Address indices) {
-        select_rows(tokens<Scores>(scores), images, n, width, rows, threads,
-                    pointer<int64_t>(indices));
+      [](const TokenStrides& scores, int64_t images, int64_t n, int64_t width, int64_t rows,
+         int threads, Address indices) {
+        select_rows(tokens(scores), images, n, width, rows, threads, pointer<int64_t>(indices));
       },
       ReleaseGil());
   m.def(

@@ -5,7 +5,7 @@
 #include <cstring>
 
 #if defined(__CUDACC__)
-#define VISPRUNER_HD __host__ __device__ __forceinline__
+#define VISPRUNER_HD __host__ __device__ inline
 #else
 #define VISPRUNER_HD inline
 #endif

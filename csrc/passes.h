@@ -1,19 +1,17 @@
 // Duplicate removal over the similarities of one image, as bulk-synchronous phases.
 //
-// The caller's Block says what a thread block is. `each(n, f)` runs f(0) .. f(n - 1) in any order
-// or at once and ends with a barrier; `each_row` does the same where f calls one of the row
-// functions, so that a GPU gives it a warp. No f reads what another f of its phase writes.
-// Everything is integer, so every Block gives the same bits: a loop on a CPU (cpu/block.h), threads
-// on a GPU.
+// The caller's Block says what a thread block is; everything is integer, so every Block gives the
+// same bits: a loop on a CPU (cpu/block.h), threads on a GPU. No f reads what another f of its
+// phase writes.
 //
-//   Block::row_max(row, mask, n)     max over j of min(row[j], mask[j])
-//   Block::row_argmax(row, mask, n)  that maximum and the first j that attains it
-//   Block::nearest(row, mask, n, list)  the kNeighbours largest of min(row[j], mask[j]),
-//   descending;
-//                                    entries for which there is none keep their index
-//   Block::each_ranked(keys, n, f)   f(i, how many keys are larger than keys[i]), as each
-//   Block::max(n, f), Block::count(n, f)   reductions over f(0) .. f(n - 1), the same in every
-//   thread
+// each(n, f):              f(0) .. f(n - 1) in any order or at once, then a barrier
+// each_row(n, f):          the same where f calls a row function: a warp on a GPU
+// each_ranked(keys, n, f): f(i, how many keys are larger than keys[i]), as each
+// max(n, f), count(n, f):  reductions over f(0) .. f(n - 1), the same in every thread
+// row_max(row, mask, n):   row function: max over j of min(row[j], mask[j])
+// row_argmax(...):         row function: that maximum and the first j that attains it
+// nearest(..., list):      row function: the kNeighbours largest, descending; an entry for which
+//                          there is none keeps its index
 //
 // Tokens have local indices 0 .. n - 1 in ascending order of their index in the image. `sim` is
 // [n, ld] of ordered similarity keys, symmetric, kDead on the diagonal; n <= ld.
@@ -36,16 +34,14 @@ struct Best {
 // Nearest neighbours in a list. Among 16 is one of b in more than 99 % of the look-ups
 // (docs/measured.md).
 constexpr int32_t kNeighbours = 16;
-// Tokens from which lists pay on a CPU: below, reading a row is faster than listing it.
-constexpr int32_t kListsFrom = 1536;
 
 // The published rule. residual[n] holds local indices by score; the kept ones end up in the array
 // that is returned, residual or next. Scratch: next[n], keys[n], mask[ld], and
 // lists[n][kNeighbours] or null.
 template <class Block>
-int32_t* bipartite(Block& block, const int32_t* sim, int64_t ld, int32_t n, int32_t keep,
-                   int32_t step, int32_t* residual, int32_t* next, int64_t* keys, int32_t* mask,
-                   Best* lists) {
+VISPRUNER_HD int32_t* bipartite(Block& block, const int32_t* sim, int64_t ld, int32_t n,
+                                int32_t keep, int32_t step, int32_t* residual, int32_t* next,
+                                int64_t* keys, int32_t* mask, Best* lists) {
   // The nearest of the masked tokens: the first in the list that is one, else all are looked at.
   const auto nearest = [=, &block](int32_t token) {
     if (lists) {
@@ -95,9 +91,9 @@ int32_t* bipartite(Block& block, const int32_t* sim, int64_t ld, int32_t n, int3
 // place[n] is each token's position in the order by score. At the end mask[i] is kLives for the
 // kept tokens. Scratch: partner[n], fallen[n], pair[n], mask[ld].
 template <class Block>
-void pairwise(Block& block, const int32_t* sim, int64_t ld, int32_t n, int32_t keep,
-              const int32_t* place, int32_t* partner, int32_t* fallen, int64_t* pair,
-              int32_t* mask) {
+VISPRUNER_HD void pairwise(Block& block, const int32_t* sim, int64_t ld, int32_t n, int32_t keep,
+                           const int32_t* place, int32_t* partner, int32_t* fallen, int64_t* pair,
+                           int32_t* mask) {
   const auto find_partner = [=, &block](int32_t i) {
     const Best best = block.row_argmax(sim + i * ld, mask, ld);
     partner[i] = best.value == kDead ? -1 : best.index;

@@ -21,11 +21,11 @@ def test_scores_are_those_each_method_names(layer):
     q, k, _ = layer
     cls, received = cls_scores(q, k), received_scores(q, k, num_prefix=1)
     for method in (VisPruner(8), FasterVLM(8)):
-        assert method.scores == "cls"
+        assert method.needs == "cls"
         assert torch.equal(method.attention_scores(q, k), cls)
-    assert FoPru(8).scores == "received"
+    assert FoPru(8).needs == "received"
     assert torch.equal(FoPru(8).attention_scores(q, k), received)
-    assert Random(8).scores is None
+    assert Random(8).needs is None
     assert Random(8).attention_scores(q, k) is None
 
 
@@ -58,10 +58,11 @@ def test_random_is_a_set_of_its_seed(layer):
 def test_budgets():
     assert VisPruner(64).retained_tokens(576) == 64
     assert FasterVLM(0.25).retained_tokens(576) == 144
+    assert [FasterVLM(x).retained_tokens(576) for x in (0.75, 0.5, 0.1, 0.05)] == [432, 288, 58, 29]
     assert FasterVLM(0.001).retained_tokens(576) == 1
     assert FasterVLM(1.0).retained_tokens(7) == 7
     assert FoPru(0.25, "row").retained_tokens(576) == 144
-    assert FoPru(0.2, "row").retained_tokens(576) == 4 * 24
+    assert FoPru(0.2, "row").retained_tokens(576) == 5 * 24
     assert FoPru(0.01, "row").retained_tokens(576) == 24
     assert FoPru(60, "row", width=30).retained_tokens(900) == 60
 
@@ -87,7 +88,19 @@ def test_budgets():
         (lambda: FoPru(600, "row").retained_tokens(576), ValueError, "keep is 600"),
         (lambda: FoPru(8, "row").retained_tokens(575), ValueError, "width is None"),
         (lambda: FoPru(8, "row", width=7).retained_tokens(576), ValueError, "width is 7"),
+        (lambda: FoPru(8, "row", width=2.5), ValueError, "width is 2.5"),
         (lambda: FasterVLM(3).select(torch.ones(1, 9, 2), None), ValueError, "scores is None"),
+        (
+            lambda: FasterVLM(3).select(torch.ones(1, 9, 2), torch.ones(1, 8)),
+            ValueError,
+            "num_prefix",
+        ),
+        (lambda: FoPru(3).select(torch.ones(1, 9, 2), torch.ones(2, 9)), ValueError, "num_prefix"),
+        (
+            lambda: FoPru(3, "row").select(torch.ones(1, 9, 2), torch.ones(9)),
+            ValueError,
+            "scores has",
+        ),
     ],
 )
 def test_bad_arguments(make, error, names):

@@ -59,7 +59,7 @@ CHECKED = _flag("VISPRUNER_KERNELS_CHECK")
 def _owner(op: str, device: str) -> str:
     def has(backend: str) -> bool:
         module, devices = BACKENDS[backend]
-        return device in devices and op in getattr(module, "OPERATORS", (op,))
+        return device in devices and hasattr(module, op) and getattr(module, "INSTALLED", True)
 
     if REQUESTED != "auto" and has(REQUESTED):
         return REQUESTED

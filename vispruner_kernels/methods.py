@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
 from typing import ClassVar, Literal
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from vispruner_kernels import ops
 from vispruner_kernels._schemas import check_rule
 
-Scores = Literal["cls", "received"]
+Needs = Literal["cls", "received"]
 
 
 @dataclass(frozen=True)
@@ -29,20 +30,20 @@ class Method:
     keep: int | float
 
     # Which attention scores `select` needs; None if it needs none.
-    scores: ClassVar[Scores | None] = None
+    needs: ClassVar[Needs | None] = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.keep, bool) or not isinstance(self.keep, int | float):
+        if isinstance(self.keep, bool) or not isinstance(self.keep, Integral | float):
             raise TypeError(f"keep is {self.keep!r}, expected an int or a float")
         if isinstance(self.keep, float) and not 0.0 < self.keep <= 1.0:
             raise ValueError(f"keep is {self.keep}, expected a fraction in (0, 1] or an int")
-        if isinstance(self.keep, int) and self.keep < 1:
+        if isinstance(self.keep, Integral) and self.keep < 1:
             raise ValueError(f"keep is {self.keep}, expected at least 1")
 
     def retained_tokens(self, n: int) -> int:
-        """Tokens kept of an image of `n`, known without data: a fraction is rounded down to whole
-        tokens, but never to none."""
-        keep = max(1, int(n * self.keep)) if isinstance(self.keep, float) else self.keep
+        """Tokens kept of an image of `n`, known without data: a fraction is rounded to the nearest
+        whole number, but never to none (0.1 of 576 is 58)."""
+        keep = max(1, int(n * self.keep + 0.5)) if isinstance(self.keep, float) else int(self.keep)
         if not 1 <= keep <= n:
             raise ValueError(f"keep is {keep}, expected 1 <= keep <= {n}, the tokens of the image")
         return keep
@@ -50,10 +51,13 @@ class Method:
     def attention_scores(
         self, q: Tensor, k: Tensor, scale: float | None = None, num_prefix: int = 1
     ) -> Tensor | None:
-        """Scores [B, N] from q, k [B, S, H, D] of the layer whose output is the feature."""
-        if self.scores == "cls":
+        """Scores [B, N] from q, k [B, S, H, D] of the layer whose output is the feature.
+
+        `num_prefix` counts the leading tokens that are not patches: 0 for an encoder without CLS.
+        """
+        if self.needs == "cls":
             return ops.cls_scores(q, k, scale, num_prefix)
-        if self.scores == "received":
+        if self.needs == "received":
             return ops.received_scores(q, k, scale, num_prefix)
         return None
 
@@ -61,12 +65,17 @@ class Method:
         """Indices int64 [B, retained_tokens(N)], ascending, from features [B, N, C]."""
         raise NotImplementedError
 
-    def _needed(self, scores: Tensor | None) -> Tensor:
+    def _needed(self, features: Tensor, scores: Tensor | None) -> Tensor:
+        name = type(self).__name__
         if scores is None:
-            name = type(self).__name__
             raise ValueError(
-                f"{name}: scores is None, expected [B, N] {self.scores} scores; "
+                f"{name}: scores is None, expected [B, N] {self.needs} scores; "
                 f"see {name}.attention_scores"
+            )
+        if scores.shape != features.shape[:2]:
+            raise ValueError(
+                f"{name}: scores has shape {list(scores.shape)}, expected [B, N] = "
+                f"{list(features.shape[:2])} of features; see num_prefix of {name}.attention_scores"
             )
         return scores
 
@@ -79,7 +88,7 @@ class VisPruner(Method):
     step: int = 8
     matching: str = "bipartite"
 
-    scores: ClassVar[Scores | None] = "cls"
+    needs: ClassVar[Needs | None] = "cls"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,7 +98,12 @@ class VisPruner(Method):
         """`ops.select` with this method's budget and rule."""
         keep = self.retained_tokens(features.shape[1])
         return ops.select(
-            features, self._needed(scores), keep, self.important_ratio, self.step, self.matching
+            features,
+            self._needed(features, scores),
+            keep,
+            self.important_ratio,
+            self.step,
+            self.matching,
         )
 
 
@@ -97,11 +111,13 @@ class VisPruner(Method):
 class FasterVLM(Method):
     """The tokens of the highest CLS score (arXiv 2412.01818v1)."""
 
-    scores: ClassVar[Scores | None] = "cls"
+    needs: ClassVar[Needs | None] = "cls"
 
     def select(self, features: Tensor, scores: Tensor | None) -> Tensor:
         """`ops.select_topk` with this method's budget."""
-        return ops.select_topk(self._needed(scores), self.retained_tokens(features.shape[1]))
+        return ops.select_topk(
+            self._needed(features, scores), self.retained_tokens(features.shape[1])
+        )
 
 
 @dataclass(frozen=True)
@@ -110,20 +126,20 @@ class FoPru(Method):
     (arXiv 2411.14164; the aggregation is our reading).
 
     `width` is the tokens of a grid row, by default the side of a square grid. With "row" a count
-    must be a multiple of it; a fraction is rounded down to whole rows, but never to none.
+    must be a multiple of it; a fraction is rounded to whole rows, but never to none.
     """
 
     strategy: str = "rank"
     width: int | None = None
 
-    scores: ClassVar[Scores | None] = "received"
+    needs: ClassVar[Needs | None] = "received"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.strategy not in ("rank", "row"):
             raise ValueError(f"strategy is {self.strategy!r}, expected 'rank' or 'row'")
-        if self.width is not None and self.width < 1:
-            raise ValueError(f"width is {self.width}, expected at least 1")
+        if self.width is not None and (not isinstance(self.width, int) or self.width < 1):
+            raise ValueError(f"width is {self.width!r}, expected an int of at least 1")
 
     def grid_width(self, n: int) -> int:
         """Tokens of a row of the grid of `n` tokens."""
@@ -141,7 +157,7 @@ class FoPru(Method):
             return super().retained_tokens(n)
         width = self.grid_width(n)
         if isinstance(self.keep, float):
-            return max(1, int(n // width * self.keep)) * width
+            return max(1, int(n // width * self.keep + 0.5)) * width
         keep = super().retained_tokens(n)
         if keep % width:
             raise ValueError(f"keep is {keep}, expected a multiple of the grid width {width}")
@@ -152,9 +168,9 @@ class FoPru(Method):
         n = features.shape[1]
         keep = self.retained_tokens(n)
         if self.strategy == "rank":
-            return ops.select_topk(self._needed(scores), keep)
+            return ops.select_topk(self._needed(features, scores), keep)
         width = self.grid_width(n)
-        return ops.select_rows(self._needed(scores), width, keep // width)
+        return ops.select_rows(self._needed(features, scores), width, keep // width)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,11 @@
-"""The published VisPruner selection loop in eager PyTorch: what this package replaces.
+"""VisPruner's selection as published, in eager PyTorch: what this package replaces.
 
-Written anew from the description in arXiv 2412.01818v2, section 3, with the order of operations,
-the host-built batch index and the limits of the published code (Theia-4869/VisPruner at aefa01a,
-llava/model/llava_arch.py): where that raises or keeps a wrong number of tokens, so does this. It is
-the competitor of the benchmarks and the oracle of a test, not an operator.
+Not an operator: the competitor of the benchmarks and the oracle of a test. It does what the
+published code does (Theia-4869/VisPruner at aefa01a, Apache-2.0, llava/model/llava_arch.py, lines
+148-182), operation for operation, because that is what is timed: unit vectors once, and in every
+pass a batch index made on the host, a gather of all living tokens, a matrix product, a maximum, a
+sort and a concatenation. Its limits are kept too: where the published code raises or keeps a wrong
+number of tokens, so does this.
 """
 
 from __future__ import annotations
@@ -11,34 +13,42 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+STEP = 8
+
+
+def _take(rows: Tensor, positions: Tensor, count: int) -> Tensor:
+    """rows[b, positions[b]], with `count` positions as the published code expects them."""
+    # On a GPU this index is a copy from the host and a synchronisation, in every pass.
+    image = torch.arange(len(rows))[:, None].expand(-1, count)
+    return rows[image, positions]
+
+
+def _drop_duplicates(unit: Tensor, residual: Tensor, drop: int) -> Tensor:
+    """One pass: the `drop` tokens at even positions that are nearest to an odd one fall."""
+    count = residual.shape[1]
+    living = _take(unit, residual, count)
+    to_odd = (living[:, 0::2] @ living[:, 1::2].mT).amax(-1)
+    survivors = to_odd.argsort(-1, descending=True)[:, drop:]
+    # For an odd count there is one survivor more than this, and the index does not broadcast.
+    even = _take(residual[:, 0::2], survivors, count // 2 - drop)
+    return torch.cat([even, residual[:, 1::2]], -1)
+
 
 def select_published(
     features: Tensor, scores: Tensor, keep: int, important_ratio: float = 0.5
 ) -> Tensor:
     """Kept tokens of features [B, N, C] and scores [B, N], ascending, int64 [B, about `keep`].
 
-    Raises ``RuntimeError`` or ``IndexError`` wherever a pass meets an odd number of tokens.
+    Raises ``RuntimeError`` or ``IndexError`` wherever the published loop does.
     """
     important_count = int(keep * important_ratio)
+    order = scores.argsort(-1, descending=True)
+    kept, residual = order[:, :important_count], order[:, important_count:]
     diverse_count = keep - important_count
-    by_score = scores.argsort(dim=-1, descending=True)
-    important, residual = by_score.split(
-        [important_count, by_score.shape[1] - important_count], dim=-1
-    )
-    if diverse_count == 0:
-        return important.sort(dim=-1).values
-    unit = features / features.norm(dim=-1, keepdim=True)
-
-    def rows(count: int) -> Tensor:
-        # Made on the host in every pass: on a GPU each use is a copy and a synchronisation.
-        return torch.arange(features.shape[0]).unsqueeze(-1).expand(-1, count)
-
-    while (drop := min(8, residual.shape[1] - diverse_count)) > 0:
-        count = residual.shape[1]
-        living = unit[rows(count), residual]
-        similarity = living[:, 0::2] @ living[:, 1::2].transpose(-1, -2)
-        nearest = similarity.max(dim=-1).values
-        distinct = nearest.argsort(dim=-1, descending=True)[:, drop:]
-        even, odd = residual[:, 0::2], residual[:, 1::2]
-        residual = torch.cat([even[rows(count // 2 - drop), distinct], odd], dim=-1)
-    return torch.cat([important, residual], dim=-1).sort(dim=-1).values
+    if diverse_count > 0:
+        unit = features / features.norm(dim=-1, keepdim=True)
+        while residual.shape[1] > diverse_count:
+            drop = min(STEP, residual.shape[1] - diverse_count)
+            residual = _drop_duplicates(unit, residual, drop)
+        kept = torch.cat([kept, residual], -1)
+    return kept.sort(-1).values

@@ -215,6 +215,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
     if q.numel() == 0:
         return q.new_empty(q.shape)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if q.shape[-1] == 1:
+        # With D = 1 the last stride is free, and PyTorch's fused kernels want 1.
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     # An operator computes in the dtype of its arguments, whatever autocast says of its parts.
     with torch.autocast(q.device.type, enabled=False):
         out = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=_scale(q, scale))

@@ -8,9 +8,6 @@
 
 namespace vispruner {
 
-// Threads pay from about this many multiply-adds on.
-constexpr int64_t kAttentionThreadWork = 1 << 20;
-
 inline Rows head_rows(const Heads& x, DType dtype, int64_t image, int64_t start, int64_t head) {
   const int64_t offset = image * x.batch + start * x.token + head * x.head;
   return {x.data + offset * element_size(dtype), dtype, x.token};

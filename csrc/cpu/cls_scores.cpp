@@ -7,6 +7,9 @@
 namespace vispruner {
 namespace {
 
+// What a multiply-add costs in those of the similarities: every key is read from memory for it.
+constexpr int64_t kLogitWork = 32;
+
 // weights[S]: the CLS row of one head.
 void cls_head(const Simd& simd, const Rows& q, const Rows& k, const AttentionShape& shape,
               double* weights) {
@@ -30,8 +33,8 @@ void cls_scores(const Heads& q, const Heads& k, const AttentionShape& shape, int
                 float* scores) {
   const Simd& simd = vispruner::simd();
   const int64_t n = shape.sequence;
-  if (shape.images * shape.heads * n * shape.head_dim < kAttentionThreadWork) threads = 1;
-  const Split split = split_threads(shape.images, threads);
+  const int64_t work = shape.images * shape.heads * n * shape.head_dim * kLogitWork;
+  const Split split = split_threads(shape.images, useful_threads(work, threads));
   parallel_for(shape.images, split.outer, [&](int64_t image) {
     const auto weights = scratch<double>(shape.heads * n);
     parallel_for(shape.heads, split.inner, [&](int64_t head) {

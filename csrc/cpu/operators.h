@@ -8,16 +8,9 @@
 
 namespace vispruner {
 
-// [B, N, C] with last stride 1, or packed [total, C] with `batch` unused.
-struct Features {
-  const char* data;
-  DType dtype;
-  int64_t batch;
-  int64_t token;
-};
-
-// [B, N], or packed [total] with `batch` unused.
-struct Scores {
+// Features [B, N, C] with last stride 1 or scores [B, N]; packed [total, C] or [total] with `batch`
+// unused.
+struct Tokens {
   const char* data;
   DType dtype;
   int64_t batch;
@@ -33,20 +26,20 @@ struct SelectRule {
 };
 
 // indices [B, keep]; kept [B, keep, C] contiguous, or null.
-void select(const Features& features, const Scores& scores, int64_t images, int64_t tokens,
+void select(const Tokens& features, const Tokens& scores, int64_t images, int64_t tokens,
             int64_t channels, int64_t keep, const SelectRule& rule, int threads, int64_t* indices,
             char* kept);
 
 // cu_seqlens and cu_keep [images + 1] are consistent; indices [cu_keep[images]].
-void select_varlen(const Features& features, const Scores& scores, const int32_t* cu_seqlens,
+void select_varlen(const Tokens& features, const Tokens& scores, const int32_t* cu_seqlens,
                    const int32_t* cu_keep, int64_t images, int64_t channels, const SelectRule& rule,
                    int threads, int64_t* indices);
 
-void select_topk(const Scores& scores, int64_t images, int64_t tokens, int64_t keep, int threads,
+void select_topk(const Tokens& scores, int64_t images, int64_t tokens, int64_t keep, int threads,
                  int64_t* indices);
 
 // indices [B, rows * width].
-void select_rows(const Scores& scores, int64_t images, int64_t tokens, int64_t width, int64_t rows,
+void select_rows(const Tokens& scores, int64_t images, int64_t tokens, int64_t width, int64_t rows,
                  int threads, int64_t* indices);
 
 // q or k: [B, S, H, D] with last stride 1, or packed [total, H, D] with `batch` unused.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <functional>
 #include <vector>
 
 #include "cpu/operators.h"
@@ -9,9 +10,12 @@
 
 namespace vispruner {
 
+// What reading and ranking a score costs, in multiply-adds of the similarities.
+constexpr int64_t kKeyWork = 512;
+
 // Sort keys of the scores of one image: the larger key is the better token, and its low half holds
 // the index.
-inline std::vector<int64_t> score_keys(const Simd& simd, const Scores& scores, int64_t image,
+inline std::vector<int64_t> score_keys(const Simd& simd, const Tokens& scores, int64_t image,
                                        int64_t tokens) {
   const int64_t size = element_size(scores.dtype);
   const Rows rows = {scores.data + image * scores.batch * size, scores.dtype, scores.token};

@@ -43,6 +43,18 @@ void parallel_for(int64_t tasks, int threads, F f) {
   }
 }
 
+// The threads that `work` multiply-adds are worth: a thread costs tens of microseconds to start, a
+// core does this many in some hundreds. Never more than the machine has: waiting for threads that
+// take turns costs more than they bring.
+inline int useful_threads(int64_t work, int threads) {
+  constexpr int64_t kThreadWork = int64_t{1} << 25;
+  const int64_t cores = std::thread::hardware_concurrency();
+  int64_t useful = work / kThreadWork;
+  if (useful > threads) useful = threads;
+  if (cores > 0 && useful > cores) useful = cores;
+  return useful > 1 ? static_cast<int>(useful) : 1;
+}
+
 // Splits `threads` between images and the inside of each.
 struct Split {
   int outer;

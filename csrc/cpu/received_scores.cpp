@@ -7,6 +7,9 @@
 namespace vispruner {
 namespace {
 
+// What a multiply-add and its share of the softmax cost in multiply-adds of the similarities.
+constexpr int64_t kLogitWork = 4;
+
 // weights[n]: the sum of the rows of one head of n tokens; lse strided by lse_stride, or null.
 void received_head(const Simd& simd, const Rows& q, const Rows& k, int64_t n,
                    const AttentionShape& shape, const float* lse, int64_t lse_stride,
@@ -59,8 +62,8 @@ void received_scores(const Heads& q, const Heads& k, const LogSumExp& lse,
                      const AttentionShape& shape, int threads, float* scores) {
   const Simd& simd = vispruner::simd();
   const int64_t n = shape.sequence;
-  if (shape.images * shape.heads * n * n * shape.head_dim < kAttentionThreadWork) threads = 1;
-  const Split split = split_threads(shape.images, threads);
+  const int64_t work = shape.images * shape.heads * n * n * shape.head_dim * kLogitWork;
+  const Split split = split_threads(shape.images, useful_threads(work, threads));
   parallel_for(shape.images, split.outer, [&](int64_t image) {
     received_image(simd, q, k, lse, image, 0, n, shape, split.inner,
                    scores + image * (n - shape.num_prefix));
@@ -71,7 +74,12 @@ void received_scores_varlen(const Heads& q, const Heads& k, const LogSumExp& lse
                             const int32_t* cu_seqlens, int64_t total, const AttentionShape& shape,
                             int threads, float* scores) {
   const Simd& simd = vispruner::simd();
-  const Split split = split_threads(shape.images, threads);
+  int64_t work = 0;
+  for (int64_t i = 0; i < shape.images; ++i) {
+    const int64_t n = cu_seqlens[i + 1] - cu_seqlens[i];
+    work += shape.heads * n * n * shape.head_dim * kLogitWork;
+  }
+  const Split split = split_threads(shape.images, useful_threads(work, threads));
   std::fill(scores + cu_seqlens[shape.images], scores + total, 0.0f);
   parallel_for(shape.images, split.outer, [&](int64_t image) {
     const int64_t start = cu_seqlens[image];

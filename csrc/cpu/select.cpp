@@ -13,6 +13,12 @@
 namespace vispruner {
 namespace {
 
+// Tokens from which lists of neighbours pay: below, reading a row is faster than listing it.
+constexpr int32_t kListsFrom = 1536;
+
+// Multiply-adds of the similarities of n tokens, from which the number of threads follows.
+int64_t similarity_work(int64_t n, int64_t channels) { return n * n / 2 * channels; }
+
 // The kept ones of the residual tokens by_score[n] of one image, unordered, into out[keep].
 void remove_duplicates(const Simd& simd, const Rows& features, int64_t channels,
                        const int32_t* by_score, int32_t n, int32_t keep, const SelectRule& rule,
@@ -42,10 +48,11 @@ void remove_duplicates(const Simd& simd, const Rows& features, int64_t channels,
   }
   for (int32_t i = 0; i < n; ++i) first[place[i]] = i;
   const int32_t step = static_cast<int32_t>(std::min<int64_t>(rule.step, n));
-  const auto lists = scratch<Best>(n < kListsFrom ? 0 : int64_t{n} * kNeighbours);
+  const bool listed = n >= kListsFrom;
+  const auto lists = scratch<Best>(listed ? int64_t{n} * kNeighbours : 0);
   const int32_t* const residual =
       bipartite(block, sim.get(), ld, n, keep, step, first.data(), second.data(), keys.data(),
-                mask.data(), n < kListsFrom ? nullptr : lists.get());
+                mask.data(), listed ? lists.get() : nullptr);
   for (int32_t i = 0; i < keep; ++i) out[i] = tokens[residual[i]];
 }
 
@@ -71,11 +78,12 @@ void select_image(const Simd& simd, const Rows& features, int64_t channels,
 
 }  // namespace
 
-void select(const Features& features, const Scores& scores, int64_t images, int64_t tokens,
+void select(const Tokens& features, const Tokens& scores, int64_t images, int64_t tokens,
             int64_t channels, int64_t keep, const SelectRule& rule, int threads, int64_t* indices,
             char* kept) {
   const Simd& simd = vispruner::simd();
-  const Split split = split_threads(images, threads);
+  const int64_t work = rule.important_ratio < 1.0 ? similarity_work(tokens, channels) : tokens;
+  const Split split = split_threads(images, useful_threads(images * work, threads));
   const int64_t size = element_size(features.dtype);
   parallel_for(images, split.outer, [&](int64_t image) {
     const Rows rows = {features.data + image * features.batch * size, features.dtype,
@@ -90,18 +98,22 @@ void select(const Features& features, const Scores& scores, int64_t images, int6
   });
 }
 
-void select_varlen(const Features& features, const Scores& scores, const int32_t* cu_seqlens,
+void select_varlen(const Tokens& features, const Tokens& scores, const int32_t* cu_seqlens,
                    const int32_t* cu_keep, int64_t images, int64_t channels, const SelectRule& rule,
                    int threads, int64_t* indices) {
   const Simd& simd = vispruner::simd();
-  const Split split = split_threads(images, threads);
+  int64_t work = 0;
+  for (int64_t i = 0; i < images; ++i) {
+    work += similarity_work(cu_seqlens[i + 1] - cu_seqlens[i], channels);
+  }
+  const Split split = split_threads(images, useful_threads(work, threads));
   parallel_for(images, split.outer, [&](int64_t image) {
     const int64_t start = cu_seqlens[image];
     const int64_t keep = cu_keep[image + 1] - cu_keep[image];
     if (keep == 0) return;
     const Rows all = {features.data, features.dtype, features.token};
     const Rows rows = {all.row(start), features.dtype, features.token};
-    const Scores part = {scores.data + start * scores.token * element_size(scores.dtype),
+    const Tokens part = {scores.data + start * scores.token * element_size(scores.dtype),
                          scores.dtype, 0, scores.token};
     int64_t* const out = indices + cu_keep[image];
     select_image(simd, rows, channels, score_keys(simd, part, 0, cu_seqlens[image + 1] - start),

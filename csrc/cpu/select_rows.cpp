@@ -1,19 +1,14 @@
-#include <functional>
-
 #include "cpu/operators.h"
 #include "cpu/order.h"
 #include "cpu/parallel.h"
 
 namespace vispruner {
 
-// Threads pay from about this many scores on.
-constexpr int64_t kRowsThreadWork = 1 << 18;
-
-void select_rows(const Scores& scores, int64_t images, int64_t tokens, int64_t width, int64_t rows,
+void select_rows(const Tokens& scores, int64_t images, int64_t tokens, int64_t width, int64_t rows,
                  int threads, int64_t* indices) {
   const Simd& simd = vispruner::simd();
   const int64_t size = element_size(scores.dtype);
-  parallel_for(images, images * tokens < kRowsThreadWork ? 1 : threads, [&](int64_t image) {
+  parallel_for(images, useful_threads(images * tokens * kKeyWork, threads), [&](int64_t image) {
     const Rows view = {scores.data + image * scores.batch * size, scores.dtype, scores.token};
     std::vector<int64_t> keys(tokens / width);
     for (int64_t row = 0; row < tokens / width; ++row) {

@@ -143,9 +143,7 @@ void similarity_tile(const int64_t* gram, const float* ri, const float* rj, int3
   for (int i = 0; i < kPanel; ++i) {
     for (int j = 0; j < kPanel; ++j) {
       const float sim = static_cast<float>(gram[i * kPanel + j]) * (ri[i] * rj[j]);
-      int32_t bits;
-      memcpy(&bits, &sim, 4);
-      keys[i * kPanel + j] = bits >= 0 ? bits : bits ^ 0x7fffffff;
+      keys[i * kPanel + j] = ordered(sim);
     }
   }
   for (int i = 0; i < kPanel; ++i) {

@@ -8,9 +8,6 @@
 namespace vispruner {
 namespace {
 
-// Threads pay from about this many multiply-adds on.
-constexpr int64_t kThreadWork = 1 << 22;
-
 // The fixed-point values of kPanel tokens, interleaved in pairs of channels: [width / 2][16][2]
 // int16.
 void make_panel(const Simd& simd, const Rows& features, int64_t channels, int64_t width,
@@ -45,7 +42,6 @@ void similarity(const Simd& simd, const Rows& features, int64_t channels, const 
   const int64_t pairs = width / 2;
   const int64_t ld = padded(n);
   const int64_t panels = ld / kPanel;
-  if (ld * ld / 2 * width < kThreadWork) threads = 1;
   const auto panel = scratch<int32_t>(ld * pairs);
   const auto inverse_norm = scratch<float>(ld);
   parallel_for(panels, threads, [&](int64_t i) {

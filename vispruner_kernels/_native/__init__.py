@@ -7,7 +7,9 @@ read once at import.
 
 from __future__ import annotations
 
+import importlib
 import os
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,30 +17,18 @@ from torch import Tensor
 from vispruner_kernels import reference
 from vispruner_kernels._schemas import MATCHINGS, check_offsets
 
-try:
+if TYPE_CHECKING:
     from vispruner_kernels import _C
-except ImportError as error:
-    _C = None  # type: ignore[assignment]
-    REASON = str(error)
 else:
-    REASON = ""
+    try:
+        _C = importlib.import_module("vispruner_kernels._C")
+    except ImportError as error:
+        _C, REASON = None, str(error)
 
+# `_backends` takes every function here that has an operator's name, if the core is there.
 INSTALLED = _C is not None
-OPERATORS: tuple[str, ...] = (
-    (
-        "select",
-        "prune",
-        "select_varlen",
-        "select_topk",
-        "select_rows",
-        "cls_attention",
-        "cls_scores",
-        "received_scores",
-        "received_scores_varlen",
-    )
-    if INSTALLED
-    else ()
-)
+if INSTALLED:
+    REASON = ""
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _MATCHINGS = {name: number for number, name in enumerate(MATCHINGS)}
