@@ -38,8 +38,8 @@ lint: dev ## ruff, mypy, clang-format
 bench: dev ## time select on this CPU against the published loop (BENCH_ARGS=...)
 	$(PY) -m benchmarks.select --device cpu $(BENCH_ARGS)
 
-# The wheel built from the sdist, in a new environment, must pass the tests that the sdist brings; and
-# the sdist must install where there is no compiler. The dependencies are borrowed from .venv.
+# The wheel (built from the sdist) and, without a compiler, the sdist are installed in environments of
+# their own, which borrow the dependencies from .venv, and must pass the tests that the sdist brings.
 dist-test: dev ## build the sdist and the wheel, install each in a new environment, run the tests there
 	rm -rf dist
 	VISPRUNER_KERNELS_NATIVE=1 $(PY) -m build
@@ -47,27 +47,27 @@ dist-test: dev ## build the sdist and the wheel, install each in a new environme
 	repo=$$PWD; python=$$PWD/$(PY); \
 	tmp=$$(mktemp -d); trap 'rm -rf "$$tmp"' EXIT; trap 'exit 1' INT TERM; \
 	purelib='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+	package='import os, vispruner_kernels as v; print(os.path.dirname(v.__file__))'; \
 	borrowed=$$("$$python" -c "$$purelib"); \
 	cd "$$tmp"; \
-	for name in wheel sdist; do \
-	  "$$python" -m venv --without-pip $$name; \
-	  echo "$$borrowed" > "$$($$name/bin/python -c "$$purelib")/borrowed.pth"; \
-	done; \
-	echo "== sdist, no compiler"; \
-	CXX=/nonexistent VISPRUNER_KERNELS_NATIVE=auto VISPRUNER_KERNELS_CUDA=auto \
-	  "$$python" -m pip --python sdist/bin/python install --no-deps "$$repo"/dist/*.tar.gz; \
-	sdist/bin/python -m vispruner_kernels; \
-	if sdist/bin/python -c 'import vispruner_kernels._C' 2>/dev/null; then \
-	  echo "make: a native core without a compiler?" >&2; exit 1; \
-	fi; \
-	echo "== wheel"; \
-	"$$python" -m pip --python wheel/bin/python install --no-deps "$$repo"/dist/*.whl; \
-	wheel/bin/python -m vispruner_kernels; \
-	installed=$$(wheel/bin/python -c 'import os, vispruner_kernels._C as c; print(os.path.dirname(c.__file__))'); \
-	case $$installed in */wheel/lib/*) ;; *) echo "make: imported from $$installed" >&2; exit 1;; esac; \
-	tar -xzf "$$repo"/dist/*.tar.gz; cd vispruner_kernels-*; \
-	rm -r vispruner_kernels; ln -s "$$installed" vispruner_kernels; \
-	../wheel/bin/python -m pytest $(PYTEST_ARGS)
+	try() { \
+	  echo "== $$1"; \
+	  "$$python" -m venv --without-pip $$1; \
+	  echo "$$borrowed" > "$$($$1/bin/python -c "$$purelib")/borrowed.pth"; \
+	  "$$python" -m pip --python $$1/bin/python install --no-deps "$$2"; \
+	  $$1/bin/python -m vispruner_kernels; \
+	  installed=$$($$1/bin/python -c "$$package"); \
+	  case $$installed in */$$1/lib/*) ;; *) echo "make: imported $$installed" >&2; exit 1;; esac; \
+	  [ "$$(find "$$installed" -name '_C*.so' | wc -l)" -eq $$3 ] || \
+	    { echo "make: $$installed has not $$3 native core" >&2; exit 1; }; \
+	  rm -rf sources; mkdir sources; \
+	  tar -xzf "$$repo"/dist/*.tar.gz -C sources --strip-components 1; \
+	  rm -r sources/vispruner_kernels; ln -s "$$installed" sources/vispruner_kernels; \
+	  (cd sources; ../$$1/bin/python -m pytest $(PYTEST_ARGS)); \
+	}; \
+	try wheel "$$repo"/dist/*.whl 1; \
+	export CXX=/nonexistent VISPRUNER_KERNELS_NATIVE=auto VISPRUNER_KERNELS_CUDA=auto; \
+	try sdist-without-compiler "$$repo"/dist/*.tar.gz 0
 
 clean: ## remove what was built; .venv stays
 	rm -rf build dist *.egg-info .venv/stamp-native demo.png

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -18,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 import vispruner_kernels
-from vispruner_kernels import _native
+from vispruner_kernels import _backends, _native
 
 
 def _processor() -> str:
@@ -41,11 +42,17 @@ def _commit() -> str:
 
 def header(threads: int) -> dict[str, Any]:
     """The machine, the versions and the command: what a figure means nothing without."""
+    variables = [
+        f"{name}={os.environ[name]}"
+        for name in sorted(os.environ)
+        if name.startswith("VISPRUNER_KERNELS_")
+    ]
     return {
-        "command": "python -m " + " ".join([_module(), *sys.argv[1:]]),
+        "command": " ".join([*variables, "python -m", _module(), *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
         "commit": _commit(),
         "machine": f"{_processor()}, {platform.system()} {platform.machine()}",
+        "owner of select": _backends.OWNERS["select", "cpu"],
         "simd": _native._C.simd() if _native.INSTALLED else "native core not built",
         "threads": threads,
         "python": platform.python_version(),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from vispruner_kernels import _native, _schemas, reference
+from vispruner_kernels import _backends, _native, _schemas
 
 needs_native = pytest.mark.skipif(not _native.INSTALLED, reason="vispruner_kernels._C is not built")
 
@@ -27,8 +27,11 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture(
     params=[
         "registered",
-        "reference",
-        pytest.param("native", marks=needs_native),
+        *(
+            pytest.param(name, marks=needs_native if module is _native else ())
+            for name, (module, devices) in _backends.BACKENDS.items()
+            if "cpu" in devices
+        ),
     ]
 )
 def backend(request: pytest.FixtureRequest) -> Any:
@@ -37,7 +40,7 @@ def backend(request: pytest.FixtureRequest) -> Any:
         return SimpleNamespace(
             **{op: getattr(torch.ops.vispruner, op).default for op in _schemas.SCHEMAS}
         )
-    return reference if request.param == "reference" else _native
+    return _backends.BACKENDS[request.param][0]
 
 
 @pytest.fixture(params=_native._C.simd_sets() if _native.INSTALLED else [])

@@ -1,4 +1,4 @@
-"""Exact, fast operators for training-free visual token pruning in vision-language models."""
+"""Deterministic operators for training-free visual token pruning in vision-language models."""
 
 from vispruner_kernels import _backends as _backends  # registers torch.ops.vispruner.*
 from vispruner_kernels.ops import (

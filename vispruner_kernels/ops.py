@@ -48,8 +48,8 @@ def select(
         CUDA graph, no gradient. Contract 2.
 
     Cost:
-        Reads B*N*C features once and makes about N*N*C/2 integer multiply-adds per image; scratch
-        of N*(N + C) * 4 bytes per image in flight.
+        Reads the features once and makes about N*N*C/2 integer multiply-adds per image. Scratch per
+        image in flight: 4*N*N + 2*N*C bytes in C++, some 20*N*N + 16*N*C on the reference.
 
     Source:
         VisPruner, arXiv 2412.01818v2, section 3; Theia-4869/VisPruner at aefa01a,
@@ -207,7 +207,7 @@ def select_topk(scores: Tensor, keep: int) -> Tensor:
         ``torch.topk``, which leaves ties open. No synchronisation, no gradient. Contract 3.
 
     Cost:
-        One sort of N 64-bit keys per image.
+        One partial sort of N 64-bit keys per image; 8*N bytes of scratch.
 
     Source:
         FasterVLM, arXiv 2412.01818v1; FoPru, arXiv 2411.14164.
@@ -281,7 +281,7 @@ def cls_attention(
         batch size. Asking for a gradient of ``out`` raises; ``scores`` carry none. Contract 4.
 
     Cost:
-        The attention, and one more read of K on a CPU. No S x S matrix is stored.
+        The attention by PyTorch's ``scaled_dot_product_attention``, and one more read of K.
 
     Source:
         VisPruner, arXiv 2412.01818v2, section 3.2.

@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -51,8 +52,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """One line for a bad argument, as for everything else that is wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"vispruner_kernels.demo: {message}\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m vispruner_kernels.demo",
         description="Prune the visual tokens of one photograph with VisPruner, FasterVLM, FoPru "
         "and a random control; print a comparison and write one picture.",
@@ -84,12 +92,12 @@ def _run(arguments: argparse.Namespace) -> None:
     _require_extras()
     keep, out = arguments.keep, arguments.out
     _check_out(out)
-    _check_keep(keep, None if arguments.model else encoder.GRID**2)
+    _check_keep(keep, None if arguments.model is not None else encoder.GRID**2)
     path = arguments.image or sample_photo()
     name = _printable(path.name)
     shown = name if len(name) <= 60 else f"{name[:40]}...{name[-17:]}"
     photo = load_photo(path)
-    if arguments.model:
+    if arguments.model is not None:
         from vispruner_kernels.demo.clip import encode as encode_clip
 
         encoded = encode_clip(photo, arguments.model)
@@ -204,8 +212,8 @@ def _conditions(contest: Duel, features: Tensor) -> list[str]:
     ]
     if published is not None and contest.equal < (contest.keep or 0):
         lines.append(
-            "  tokens differ where cosines nearly tie: they cover "
-            f"{contest.coverage:.3f} (ours) and {contest.published_coverage:.3f} (float64 loop)"
+            "  ours rounds features to fixed point, so near-ties fall otherwise; "
+            f"they cover {contest.coverage:.3f} (ours), {contest.published_coverage:.3f} (float64)"
         )
     return lines
 
