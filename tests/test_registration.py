@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 import vispruner_kernels
-from vispruner_kernels import _backends, _native, _schemas
+from vispruner_kernels import _backends, _schemas
 from vispruner_kernels.testing import (
     DTYPES,
     assert_same_bits,
@@ -211,7 +211,7 @@ def test_every_pair_has_an_owner():
 def test_native_owns_the_cpu():
     if _backends.REQUESTED == "reference":
         pytest.skip("VISPRUNER_KERNELS_BACKEND=reference")
-    for op in _native.OPERATORS:
+    for op in OPERATORS:
         assert _backends.OWNERS[op, "cpu"] == "native"
 
 

@@ -348,3 +348,39 @@ def test_fork():
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_callers_with_another_default_device(tmp_path):
+    """TorchScript calls an operator from C++, where a default device is still in force."""
+    script = """
+import torch, vispruner_kernels as vk
+from vispruner_kernels.methods import Random
+x, s = torch.randn(2, 32, 8), torch.rand(2, 32)
+q = torch.randn(2, 9, 2, 4)
+expected = vk.select(x, s, 8), vk.cls_scores(q, q)
+
+@torch.jit.script
+def call(x: torch.Tensor, s: torch.Tensor, q: torch.Tensor):
+    return torch.ops.vispruner.select(x, s, 8), torch.ops.vispruner.cls_scores(q, q)
+
+with torch.device("meta"):
+    got = call(x, s, q)
+    random = Random(4).select(x)
+assert all(torch.equal(one, other) for one, other in zip(got, expected))
+assert random.device.type == "cpu"
+print("same")
+"""
+    # In a file, for TorchScript reads its functions' source.
+    file = tmp_path / "script.py"
+    file.write_text(script)
+    root = str(Path(vispruner_kernels.__file__).parent.parent)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(file)],
+        env={**os.environ, "PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "same\n"

@@ -182,6 +182,7 @@ class Random(Method):
     def select(self, features: Tensor, scores: Tensor | None = None) -> Tensor:
         """`seed` and N alone decide; features and scores are not read."""
         batch, n = features.shape[:2]
-        generator = torch.Generator().manual_seed(self.seed)
-        kept = torch.randperm(n, generator=generator)[: self.retained_tokens(n)].sort().values
+        generator = torch.Generator("cpu").manual_seed(self.seed)
+        order = torch.randperm(n, generator=generator, device="cpu")
+        kept = order[: self.retained_tokens(n)].sort().values
         return kept.to(features.device).expand(batch, -1).contiguous()

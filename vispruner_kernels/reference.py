@@ -214,14 +214,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
     """Attention output [B, S, H, D] by PyTorch's own kernels."""
     if q.numel() == 0:
         return q.new_empty(q.shape)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if q.shape[-1] == 1:
         # With D = 1 the last stride is free, and PyTorch's fused kernels want 1.
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        q, k, v = (x.flatten().view(x.shape) for x in (q, k, v))
+    q_t, k_t, v_t = (x.transpose(1, 2) for x in (q, k, v))
     # An operator computes in the dtype of its arguments, whatever autocast says of its parts.
     with torch.autocast(q.device.type, enabled=False):
-        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=_scale(q, scale))
-    return out.transpose(1, 2).contiguous()
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q_t, k_t, v_t, scale=_scale(q, scale)
+        )
+    # Flat in between: dimensions of size 1 get the strides of a contiguous tensor too.
+    return out.transpose(1, 2).flatten().view(q.shape)
 
 
 def _received(q: Tensor, k: Tensor, scale: float | None, lse: Tensor | None) -> Tensor:

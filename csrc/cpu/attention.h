@@ -23,11 +23,4 @@ inline void mean_of_heads(const double* sums, int64_t heads, int64_t sequence, i
   }
 }
 
-// The scaled row `i`, in buffer[D].
-inline void read_query(const Simd& simd, const Rows& q, int64_t i, const AttentionShape& shape,
-                       float* buffer) {
-  const float* const row = q.read(simd, i, shape.head_dim, buffer);
-  for (int64_t d = 0; d < shape.head_dim; ++d) buffer[d] = row[d] * shape.scale;
-}
-
 }  // namespace vispruner

@@ -14,13 +14,13 @@ constexpr int64_t kLogitWork = 32;
 void cls_head(const Simd& simd, const Rows& q, const Rows& k, const AttentionShape& shape,
               double* weights) {
   const int64_t n = shape.sequence;
-  const auto query = scratch<float>(shape.head_dim);
+  const auto query_buffer = scratch<float>(shape.head_dim);
   const auto buffer = scratch<float>(shape.head_dim);
   const auto logits = scratch<float>(n);
-  read_query(simd, q, 0, shape, query.get());
+  const float* const query = q.read(simd, 0, shape.head_dim, query_buffer.get());
   for (int64_t j = 0; j < n; ++j) {
-    logits[j] =
-        simd.dot(query.get(), k.read(simd, j, shape.head_dim, buffer.get()), shape.head_dim);
+    const float* const key = k.read(simd, j, shape.head_dim, buffer.get());
+    logits[j] = simd.dot(query, key, shape.head_dim) * shape.scale;
   }
   const double sum = simd.exp_sum(logits.get(), simd.max(logits.get(), n), n);
   std::fill(weights, weights + n, 0.0);

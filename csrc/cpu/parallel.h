@@ -4,7 +4,6 @@
 #include <atomic>
 #include <cstdint>
 #include <exception>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -33,8 +32,8 @@ void parallel_for(int64_t tasks, int threads, F f) {
   pool.reserve(threads - 1);
   try {
     for (int thread = 1; thread < threads; ++thread) pool.emplace_back(work, thread);
-  } catch (const std::system_error&) {
-    // No more threads to be had: those that run take all tasks.
+  } catch (...) {
+    // No more threads to be had, or no memory for them: those that run take all tasks.
   }
   work(0);
   for (std::thread& thread : pool) thread.join();

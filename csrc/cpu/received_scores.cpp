@@ -29,9 +29,11 @@ void received_head(const Simd& simd, const Rows& q, const Rows& k, int64_t n,
     const int64_t count = std::min<int64_t>(kQueryRows, n - first);
     for (int64_t r = 0; r < kQueryRows; ++r) {
       // The last tile repeats its first row; the copies are not added.
-      read_query(simd, q, first + (r < count ? r : 0), shape, queries.get() + r * head_dim);
+      float* const query = queries.get() + r * head_dim;
+      const float* const row = q.read(simd, first + (r < count ? r : 0), head_dim, query);
+      if (row != query) std::copy(row, row + head_dim, query);
     }
-    simd.logits(queries.get(), keys.get(), head_dim, ld, logits.get());
+    simd.logits(queries.get(), keys.get(), head_dim, ld, shape.scale, logits.get());
     for (int64_t r = 0; r < count; ++r) {
       float* const row = logits.get() + r * ld;
       const float shift = lse ? lse[(first + r) * lse_stride] : simd.max(row, n);

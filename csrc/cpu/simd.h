@@ -42,8 +42,10 @@ struct Simd {
 
   // The dot product of n floats in 16 lanes and a tree.
   float (*dot)(const float* a, const float* b, int64_t n);
-  // out[r][j] = sum_d q[r][d] * kt[d][j] for kQueryRows rows and `n` columns, n % kPanel == 0.
-  void (*logits)(const float* q, const float* kt, int64_t head_dim, int64_t n, float* out);
+  // out[r][j] = scale * sum_d q[r][d] * kt[d][j] for kQueryRows rows and n columns, n % kPanel ==
+  // 0.
+  void (*logits)(const float* q, const float* kt, int64_t head_dim, int64_t n, float scale,
+                 float* out);
   float (*max)(const float* x, int64_t n);
   // x = exp(x - shift) in place; returns the sum.
   double (*exp_sum)(float* x, float shift, int64_t n);

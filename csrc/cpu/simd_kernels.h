@@ -214,7 +214,8 @@ float dot(const float* a, const float* b, int64_t n) {
 }
 
 template <int Vectors>
-inline void logits_tile(const float* q, const float* kt, int64_t head_dim, int64_t ld, float* out) {
+inline void logits_tile(const float* q, const float* kt, int64_t head_dim, int64_t ld, float scale,
+                        float* out) {
   Float32x16 sums[kQueryRows][Vectors] = {};
   for (int64_t d = 0; d < head_dim; ++d) {
     for (int v = 0; v < Vectors; ++v) {
@@ -223,16 +224,16 @@ inline void logits_tile(const float* q, const float* kt, int64_t head_dim, int64
     }
   }
   for (int r = 0; r < kQueryRows; ++r) {
-    for (int v = 0; v < Vectors; ++v) *lanes(out + r * ld + v * 16) = sums[r][v];
+    for (int v = 0; v < Vectors; ++v) *lanes(out + r * ld + v * 16) = sums[r][v] * scale;
   }
 }
 
-void logits(const float* q, const float* kt, int64_t head_dim, int64_t n, float* out) {
+void logits(const float* q, const float* kt, int64_t head_dim, int64_t n, float scale, float* out) {
   int64_t j = 0;
 #if VISPRUNER_SET >= 3
-  for (; j + 64 <= n; j += 64) logits_tile<4>(q, kt + j, head_dim, n, out + j);
+  for (; j + 64 <= n; j += 64) logits_tile<4>(q, kt + j, head_dim, n, scale, out + j);
 #endif
-  for (; j < n; j += 16) logits_tile<1>(q, kt + j, head_dim, n, out + j);
+  for (; j < n; j += 16) logits_tile<1>(q, kt + j, head_dim, n, scale, out + j);
 }
 
 float max(const float* x, int64_t n) {

@@ -1,6 +1,7 @@
 """The C++ core: tensors to pointers, and one call into `vispruner_kernels._C`.
 
 The arguments have been checked; what only a CPU can check, the values of offsets, is checked here.
+Every allocation names its device: whoever calls from C++ may have another default.
 VISPRUNER_KERNELS_SIMD picks an instruction set by hand (see `python -m vispruner_kernels`); it is
 read once at import.
 """
@@ -77,7 +78,7 @@ def select(
     matching: str = "bipartite",
 ) -> Tensor:
     batch, n, channels = features.shape
-    indices = torch.empty((batch, keep), dtype=torch.int64)
+    indices = torch.empty((batch, keep), dtype=torch.int64, device="cpu")
     _C.select(
         _tokens(features),
         _tokens(scores),
@@ -102,8 +103,8 @@ def prune(
     matching: str = "bipartite",
 ) -> tuple[Tensor, Tensor]:
     batch, n, channels = features.shape
-    indices = torch.empty((batch, keep), dtype=torch.int64)
-    kept = torch.empty((batch, keep, channels), dtype=features.dtype)
+    indices = torch.empty((batch, keep), dtype=torch.int64, device="cpu")
+    kept = torch.empty((batch, keep, channels), dtype=features.dtype, device="cpu")
     _C.select(
         _tokens(features),
         _tokens(scores),
@@ -131,9 +132,12 @@ def select_varlen(
     matching: str = "bipartite",
 ) -> Tensor:
     total, channels = features.shape
+    # Copies, so that what is checked is what is used, whoever writes to the originals meanwhile.
+    cu_seqlens, cu_keep = (
+        x.clone(memory_format=torch.contiguous_format) for x in (cu_seqlens, cu_keep)
+    )
     check_offsets("select_varlen", total, cu_seqlens, max_seqlen, cu_keep, total_keep)
-    cu_seqlens, cu_keep = cu_seqlens.contiguous(), cu_keep.contiguous()
-    indices = torch.zeros(total_keep, dtype=torch.int64)
+    indices = torch.zeros(total_keep, dtype=torch.int64, device="cpu")
     _C.select_varlen(
         _packed(features),
         _packed(scores),
@@ -150,14 +154,14 @@ def select_varlen(
 
 def select_topk(scores: Tensor, keep: int) -> Tensor:
     batch, n = scores.shape
-    indices = torch.empty((batch, keep), dtype=torch.int64)
+    indices = torch.empty((batch, keep), dtype=torch.int64, device="cpu")
     _C.select_topk(_tokens(scores), batch, n, keep, torch.get_num_threads(), indices.data_ptr())
     return indices
 
 
 def select_rows(scores: Tensor, width: int, rows: int) -> Tensor:
     batch, n = scores.shape
-    indices = torch.empty((batch, rows * width), dtype=torch.int64)
+    indices = torch.empty((batch, rows * width), dtype=torch.int64, device="cpu")
     _C.select_rows(
         _tokens(scores), batch, n, width, rows, torch.get_num_threads(), indices.data_ptr()
     )
@@ -185,7 +189,7 @@ def _shape(
 
 
 def cls_scores(q: Tensor, k: Tensor, scale: float | None = None, num_prefix: int = 1) -> Tensor:
-    scores = torch.empty((q.shape[0], q.shape[1] - num_prefix), dtype=torch.float32)
+    scores = torch.empty((q.shape[0], q.shape[1] - num_prefix), dtype=torch.float32, device="cpu")
     _C.cls_scores(
         _heads(q),
         _heads(k),
@@ -210,7 +214,7 @@ def received_scores(
     num_prefix: int = 0,
     lse: Tensor | None = None,
 ) -> Tensor:
-    scores = torch.empty((q.shape[0], q.shape[1] - num_prefix), dtype=torch.float32)
+    scores = torch.empty((q.shape[0], q.shape[1] - num_prefix), dtype=torch.float32, device="cpu")
     _C.received_scores(
         _heads(q),
         _heads(k),
@@ -231,9 +235,10 @@ def received_scores_varlen(
     lse: Tensor | None = None,
 ) -> Tensor:
     total = q.shape[0]
+    # A copy, so that what is checked is what is used.
+    cu_seqlens = cu_seqlens.clone(memory_format=torch.contiguous_format)
     check_offsets("received_scores_varlen", total, cu_seqlens, max_seqlen)
-    cu_seqlens = cu_seqlens.contiguous()
-    scores = torch.empty(total, dtype=torch.float32)
+    scores = torch.empty(total, dtype=torch.float32, device="cpu")
     _C.received_scores_varlen(
         _heads(q),
         _heads(k),
