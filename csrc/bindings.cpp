@@ -22,8 +22,8 @@ using Address = uintptr_t;
 using TokenStrides = std::tuple<Address, int, int64_t, int64_t>;
 // (address, stride of an image, of a token, of a head)
 using HeadStrides = std::tuple<Address, int64_t, int64_t, int64_t>;
-// (important_ratio, step, matching, block_threads)
-using Rule = std::tuple<double, int64_t, int, int>;
+// (important_ratio, step, matching, block_threads, eager_rounds)
+using Rule = std::tuple<double, int64_t, int, int, int>;
 // (dtype, images, sequence, heads, head_dim, scale, num_prefix)
 using Shape = std::tuple<int, int64_t, int64_t, int64_t, int64_t, double, int64_t>;
 
@@ -48,8 +48,8 @@ LogSumExp log_sum_exp(const HeadStrides& x) {
 }
 
 SelectRule select_rule(const Rule& rule) {
-  const auto& [ratio, step, matching, block_threads] = rule;
-  return {ratio, step, static_cast<Matching>(matching), block_threads};
+  const auto& [ratio, step, matching, block_threads, eager_rounds] = rule;
+  return {ratio, step, static_cast<Matching>(matching), block_threads, eager_rounds};
 }
 
 AttentionShape attention_shape(const Shape& shape) {

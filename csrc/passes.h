@@ -7,6 +7,7 @@
 // each(n, f):              f(0) .. f(n - 1) in any order or at once, then a barrier
 // each_row(n, f):          the same where f calls a row function: a warp on a GPU
 // each_ranked(keys, n, f): f(i, how many keys are larger than keys[i]), as each
+// next_living(mask, n, next): next[i] is the first living index >= i, or n; next[n + 1]
 // max(n, f), count(n, f):  reductions over f(0) .. f(n - 1), the same in every thread
 // row_max(row, mask, n):   row function: max over j of min(row[j], mask[j])
 // row_argmax(...):         row function: that maximum and the first j that attains it
@@ -88,12 +89,15 @@ VISPRUNER_HD int32_t* bipartite(Block& block, const int32_t* sim, int64_t ld, in
 }
 
 // The pairwise rule, in rounds: pairs that are the best of both their tokens are resolved at once.
-// place[n] is each token's position in the order by score. At the end mask[i] is kLives for the
-// kept tokens. Scratch: partner[n], fallen[n], pair[n], mask[ld].
+// In the first `eager_rounds` who loses the partner looks for another; after them only who may be
+// in the best pair, because by then a token may be the partner of most others, whose rows would all
+// be read again for each pair that is resolved. place[n] is each token's position in the order by
+// score. At the end mask[i] is kLives for the kept tokens. Scratch: partner[n], fallen[n + 1],
+// pair[n], mask[ld].
 template <class Block>
 VISPRUNER_HD void pairwise(Block& block, const int32_t* sim, int64_t ld, int32_t n, int32_t keep,
-                           const int32_t* place, int32_t* partner, int32_t* fallen, int64_t* pair,
-                           int32_t* mask) {
+                           int32_t eager_rounds, const int32_t* place, int32_t* partner,
+                           int32_t* fallen, int64_t* pair, int32_t* mask) {
   const auto find_partner = [=, &block](int32_t i) {
     const Best best = block.row_argmax(sim + i * ld, mask, ld);
     partner[i] = best.value == kDead ? -1 : best.index;
@@ -102,7 +106,10 @@ VISPRUNER_HD void pairwise(Block& block, const int32_t* sim, int64_t ld, int32_t
   block.each(static_cast<int32_t>(ld), [=](int32_t j) { mask[j] = j < n ? kLives : kDead; });
   block.each_row(n, find_partner);
   const int32_t drop = n - keep;
-  for (;;) {
+  const auto widowed = [=](int32_t i) {
+    return mask[i] == kLives && partner[i] >= 0 && mask[partner[i]] == kDead;
+  };
+  for (int32_t round = 0;; ++round) {
     // Phase 1: the less important token of every mutual best pair. pair[i] stays: it felled i.
     block.each(n, [=](int32_t i) {
       const int32_t j = partner[i];
@@ -112,9 +119,35 @@ VISPRUNER_HD void pairwise(Block& block, const int32_t* sim, int64_t ld, int32_t
       if (fallen[i]) mask[i] = kDead;
     });
     // Phase 2: who lost the partner looks for another.
-    block.each_row(n, [=](int32_t i) {
-      if (mask[i] == kLives && partner[i] >= 0 && mask[partner[i]] == kDead) find_partner(i);
-    });
+    if (round < eager_rounds) {
+      block.each_row(n, [=](int32_t i) {
+        if (widowed(i)) find_partner(i);
+      });
+    } else {
+      // Until then pair[i] bounds what i can find: not more similar, and if as similar, then not
+      // before the first living token behind the lost partner, the first that was so similar.
+      int32_t* const next = fallen;
+      block.next_living(mask, n, next);
+      block.each(n, [=](int32_t i) {
+        if (!widowed(i)) return;
+        const int32_t similarity = static_cast<int32_t>(pair[i] >> (2 * kIndexBits));
+        const int32_t last = (1 << kIndexBits) - 1;
+        const int32_t j = next[partner[i]];
+        pair[i] = j < n ? pair_key(similarity, i, j) : pair_key(similarity, last, last);
+      });
+      // The highest bound first. Then the best pair of two living tokens is a bar that only those
+      // with a bound above it can be better than.
+      const int64_t highest =
+          block.max(n, [=](int32_t i) { return widowed(i) ? pair[i] : kNoPair; });
+      block.each_row(n, [=](int32_t i) {
+        if (widowed(i) && pair[i] == highest) find_partner(i);
+      });
+      const int64_t bar = block.max(
+          n, [=](int32_t i) { return mask[i] == kLives && !widowed(i) ? pair[i] : kNoPair; });
+      block.each_row(n, [=](int32_t i) {
+        if (widowed(i) && pair[i] >= bar) find_partner(i);
+      });
+    }
     // A later removal has a pair that lives now: those above all living pairs are the first ones.
     const int64_t top =
         block.max(n, [=](int32_t i) { return mask[i] == kLives ? pair[i] : kNoPair; });

@@ -46,6 +46,10 @@ struct Block {
     for (int32_t i = 0; i < n; ++i) total += f(i) ? 1 : 0;
     return total;
   }
+  __device__ void next_living(const int32_t* mask, int32_t n, int32_t* next) {
+    next[n] = n;
+    for (int32_t i = n - 1; i >= 0; --i) next[i] = mask[i] == kLives ? i : next[i + 1];
+  }
   __device__ int32_t row_max(const int32_t* row, const int32_t* mask, int64_t n) {
     return row_argmax(row, mask, n).value;
   }
@@ -66,7 +70,7 @@ __global__ void select_kernel(const int32_t* sim, int64_t ld, int32_t n, int32_t
                               int32_t* b, int64_t* keys, int32_t* mask, Best* lists) {
   Block block;
   int32_t* kept = bipartite(block, sim, ld, n, keep, 8, a, b, keys, mask, lists);
-  pairwise(block, sim, ld, n, keep, kept, a, b, keys, mask);
+  pairwise(block, sim, ld, n, keep, 64, kept, a, b, keys, mask);
 }
 
 }  // namespace vispruner

@@ -197,6 +197,32 @@ def test_passes_do_not_depend_on_the_threads_of_a_block(monkeypatch, threads):
 
 
 @needs_native
+@pytest.mark.parametrize("rounds", [0, 1, 3])
+@pytest.mark.parametrize(
+    "seeds", [range(QUICK), pytest.param(range(QUICK, THOROUGH), marks=pytest.mark.slow)]
+)
+def test_pairwise_does_not_depend_on_the_eager_rounds(monkeypatch, seeds, rounds):
+    monkeypatch.setattr(_native, "_EAGER_ROUNDS", rounds)
+    for seed in seeds:
+        case = random_case(seed, max_tokens=90, matching="pairwise")
+        assert torch.equal(_native.select(*case), by_oracle(case)), f"seed {seed}"
+
+
+@needs_native
+def test_pairwise_where_one_token_is_the_partner_of_all():
+    """Equal tokens, and products of magnitudes: after 64 rounds most pairs are still to come."""
+    n = 700
+    generator = torch.Generator().manual_seed(11)
+    equal = torch.ones(1, n, 4)
+    hub = torch.linspace(0.1, 1.5, n)[None, :, None]
+    hub = torch.cat([hub.cos(), hub.sin()], 2)
+    for features in (equal, hub, hub[:, torch.randperm(n, generator=generator)]):
+        for scores in (torch.arange(n).float()[None], torch.rand(1, n, generator=generator)):
+            case = Case(features, scores, 70, 0.0, 8, "pairwise")
+            assert torch.equal(_native.select(*case), by_oracle(case))
+
+
+@needs_native
 def test_every_instruction_set(simd):
     for seed in range(200):
         case = random_case(seed)

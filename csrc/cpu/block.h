@@ -50,6 +50,10 @@ struct Block {
     std::sort(sorted.begin(), sorted.end(), std::greater<>());
     for (int32_t rank = 0; rank < n; ++rank) f(sorted[rank].second, rank);
   }
+  void next_living(const int32_t* mask, int32_t n, int32_t* next) {
+    next[n] = n;
+    for (int32_t i = n - 1; i >= 0; --i) next[i] = mask[i] == kLives ? i : next[i + 1];
+  }
   template <class F>
   int64_t max(int32_t n, F f) {
     int64_t most = INT64_MIN;

@@ -21,8 +21,9 @@ struct SelectRule {
   double important_ratio;
   int64_t step;
   Matching matching;
-  // See cpu/block.h.
+  // See cpu/block.h and pairwise in passes.h: neither changes a bit.
   int32_t block_threads;
+  int32_t eager_rounds;
 };
 
 // indices [B, keep]; kept [B, keep, C] contiguous, or null.

@@ -36,11 +36,11 @@ void remove_duplicates(const Simd& simd, const Rows& features, int64_t channels,
   similarity(simd, features, channels, tokens.data(), n, threads, sim.get());
 
   Block block{simd, rule.block_threads};
-  std::vector<int32_t> mask(ld), first(n), second(n);
+  std::vector<int32_t> mask(ld), first(n), second(n + 1);
   std::vector<int64_t> keys(n);
   if (rule.matching == Matching::kPairwise) {
-    pairwise(block, sim.get(), ld, n, keep, place.data(), first.data(), second.data(), keys.data(),
-             mask.data());
+    pairwise(block, sim.get(), ld, n, keep, rule.eager_rounds, place.data(), first.data(),
+             second.data(), keys.data(), mask.data());
     for (int32_t i = 0; i < n; ++i) {
       if (mask[i] == kLives) *out++ = tokens[i];
     }

@@ -35,6 +35,8 @@ _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _MATCHINGS = {name: number for number, name in enumerate(MATCHINGS)}
 # Threads of a block that the passes of `select` are walked with; any number gives the same bits.
 _BLOCK_THREADS = 1
+# Rounds of the pairwise rule before it takes care of its bad case; any number gives the same bits.
+_EAGER_ROUNDS = 64
 
 
 def _use_simd(name: str) -> None:
@@ -65,8 +67,8 @@ def _packed(x: Tensor) -> tuple[int, int, int, int]:
     return x.data_ptr(), _DTYPES[x.dtype], 0, x.stride(0)
 
 
-def _rule(important_ratio: float, step: int, matching: str) -> tuple[float, int, int, int]:
-    return important_ratio, step, _MATCHINGS[matching], _BLOCK_THREADS
+def _rule(important_ratio: float, step: int, matching: str) -> tuple[float, int, int, int, int]:
+    return important_ratio, step, _MATCHINGS[matching], _BLOCK_THREADS, _EAGER_ROUNDS
 
 
 def select(
