@@ -120,24 +120,25 @@ def test_many_python_threads(threads):
 def large_calls() -> list[Call]:
     """Large enough for the core to start threads, over images and inside one."""
     generator = torch.Generator().manual_seed(1)
-    features = sample_features("clustered", 3, 577, 512, generator)
-    scores = sample_scores("ties", 3, 577, generator)
-    many = sample_scores("ties", 12, 16384, generator)
+    features = sample_features("clustered", 3, 1100, 1024, generator)
+    scores = sample_scores("ties", 3, 1100, generator)
+    many = sample_scores("ties", 40, 16384, generator)
     q, k, _ = sample_qkv(2, 577, 16, 64, torch.float32, seed=1)
-    q16, k16, _ = sample_qkv(8, 577, 16, 64, torch.float16, seed=1)
-    offsets = sample_offsets([577, 577, 577])
+    q16, k16, _ = sample_qkv(16, 577, 16, 64, torch.float16, seed=1)
+    offsets = sample_offsets([1100, 1100, 1100])
+    images = sample_offsets([577, 577])
     keep = sample_offsets([64, 65, 66])
     return [
         ("select", (features, scores, 64)),
         ("select", (features[:1], scores[:1], 64, 0.5, 8, "pairwise")),
         ("prune", (features, scores, 64)),
-        ("select_varlen", (features.flatten(0, 1), scores.flatten(), offsets, keep, 577, 195)),
+        ("select_varlen", (features.flatten(0, 1), scores.flatten(), offsets, keep, 1100, 195)),
         ("select_topk", (many, 777)),
         ("select_rows", (many, 128, 64)),
         ("cls_scores", (q16, k16)),
         ("received_scores", (q, k)),
         ("received_scores", (q[:1], k[:1])),
-        ("received_scores_varlen", (q.flatten(0, 1), k.flatten(0, 1), offsets[:3], 577)),
+        ("received_scores_varlen", (q.flatten(0, 1), k.flatten(0, 1), images, 577)),
     ]
 
 

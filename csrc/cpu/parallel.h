@@ -42,11 +42,12 @@ void parallel_for(int64_t tasks, int threads, F f) {
   }
 }
 
-// The threads that `work` multiply-adds are worth: a thread costs tens of microseconds to start, a
-// core does this many in some hundreds. Never more than the machine has: waiting for threads that
-// take turns costs more than they bring.
+// The threads that `work` multiply-adds are worth: a core does a thread's share in over a
+// millisecond. Less is soon lost to the start of a thread or to OpenMP's, which spin for some time
+// after PyTorch has used them. Never more than the machine has: threads that take turns cost more
+// than they bring.
 inline int useful_threads(int64_t work, int threads) {
-  constexpr int64_t kThreadWork = int64_t{1} << 25;
+  constexpr int64_t kThreadWork = int64_t{1} << 27;
   const int64_t cores = std::thread::hardware_concurrency();
   int64_t useful = work / kThreadWork;
   if (useful > threads) useful = threads;
