@@ -209,6 +209,21 @@ def test_pairwise_does_not_depend_on_the_eager_rounds(monkeypatch, seeds, rounds
 
 
 @needs_native
+def test_pairwise_ties_without_eager_rounds(monkeypatch):
+    """Few different tokens, every budget: most pairs tie, and the last round decides by index."""
+    monkeypatch.setattr(_native, "_EAGER_ROUNDS", 0)
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        n, kinds = 4 + seed % 17, 1 + seed % 3
+        few = torch.randn(kinds, 3, generator=generator)
+        features = few[torch.randint(0, kinds, (n,), generator=generator)][None]
+        scores = torch.randperm(n, generator=generator).float()[None]
+        for keep in range(1, n):
+            case = Case(features, scores, keep, 0.0, 8, "pairwise")
+            assert torch.equal(_native.select(*case), by_oracle(case)), (seed, keep)
+
+
+@needs_native
 def test_pairwise_where_one_token_is_the_partner_of_all():
     """Equal tokens, and products of magnitudes: after 64 rounds most pairs are still to come."""
     n = 700
