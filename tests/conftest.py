@@ -50,3 +50,11 @@ def simd(request: pytest.FixtureRequest) -> Iterator[str]:
     _native._C.use_simd(request.param)
     yield request.param
     _native._C.use_simd(before)
+
+
+@pytest.fixture(params=["registered", "reference", pytest.param("native", marks=needs_native)])
+def kernel(request):
+    """An operator's implementation by the operator's name."""
+    if request.param == "registered":
+        return lambda op: getattr(torch.ops.vispruner, op).default
+    return lambda op: _backends._implementation(op, request.param)

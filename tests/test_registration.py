@@ -1,4 +1,4 @@
-"""The operators as PyTorch sees them: owners, schemas, fakes, compilation, gradients, modes."""
+"""The operators as PyTorch sees them: owners, schemas, opcheck, fakes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from calls import (
+    CASES,
+    NO_BACKWARD,
+    OPERATORS,
+    assert_same_answer,
+    leaves,
+    overload,
+    samples,
+    with_gradients,
+)
 from conftest import needs_native
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
@@ -17,11 +27,7 @@ import vispruner_kernels
 from vispruner_kernels import _backends, _schemas
 from vispruner_kernels.testing import (
     DTYPES,
-    assert_same_bits,
-    sample_features,
-    sample_offsets,
     sample_qkv,
-    sample_scores,
 )
 
 # As docs/contract.md has them.
@@ -56,7 +62,6 @@ SCHEMAS = {
     text.split("(")[0].strip().removeprefix("vispruner::"): " ".join(text.split())
     for text in CONTRACT.strip().split("\n\n")
 }
-OPERATORS = sorted(SCHEMAS)
 DEFAULTS = {
     "select": [0.5, 8, "bipartite"],
     "prune": [0.5, 8, "bipartite"],
@@ -68,85 +73,6 @@ DEFAULTS = {
     "received_scores": [None, 0, None],
     "received_scores_varlen": [None, None],
 }
-# The outputs through which a gradient is an error instead of absent.
-NO_BACKWARD = {
-    "prune": "call vispruner_kernels.prune, or index",
-    "cls_attention": "use an attention kernel that has a backward",
-}
-
-
-def overload(op: str) -> Any:
-    return getattr(torch.ops.vispruner, op).default
-
-
-def samples(op: str, dtype: torch.dtype = torch.float32, size: int = 0) -> list[tuple[Any, ...]]:
-    """Arguments by position, without defaults and with other values; every size grows with `size`,
-    no two sizes of a call are equal."""
-    generator = torch.Generator().manual_seed(size)
-    batch, tokens, channels = 2 + size, 19 + 2 * size, 5
-    features = sample_features("clustered", batch, tokens, channels, generator).to(dtype)
-    scores = sample_scores("ties", batch, tokens, generator)
-    q, k, v = sample_qkv(batch, 11 + 2 * size, 4 + 6 * size, 8, dtype, seed=size)
-    rule = (0.3, 3, "pairwise")
-    if op in ("select", "prune"):
-        return [(features, scores.to(dtype), 6 + size), (features, scores, 7, *rule)]
-    if op == "select_varlen":
-        lengths = [7 + size, 0, *[5] * (1 + size)]
-        keep = [(n + 1) // 2 for n in lengths]
-        total = sum(lengths)
-        packed = (features.flatten(0, 1)[:total], scores.flatten()[:total])
-        sizes = (sample_offsets(lengths), sample_offsets(keep), max(lengths), sum(keep))
-        return [(*packed, *sizes), (*packed, *sizes, *rule)]
-    if op == "select_topk":
-        return [(scores.to(dtype), 6 + size)]
-    if op == "select_rows":
-        return [(scores.to(dtype)[:, : 3 * (5 + size)], 5 + size, 3 - size % 2)]
-    if op == "cls_attention":
-        return [(q, k, v), (q, k, v, 0.2, 3)]
-    if op == "cls_scores":
-        return [(q, k), (q, k, 0.2, 3)]
-    if op == "received_scores":
-        lse = 8.0 + torch.randn(batch, q.shape[2], q.shape[1], generator=generator)
-        return [(q, k), (q, k, 0.2, 3, lse)]
-    q, k = q.flatten(0, 1), k.flatten(0, 1)
-    lengths = [5, 0, 1, len(q) - 6]
-    lse = 8.0 + torch.randn(q.shape[1], len(q), generator=generator)
-    sizes = (sample_offsets(lengths), max(lengths))
-    return [(q, k, *sizes), (q, k, *sizes, 0.2, lse)]
-
-
-CASES = [
-    pytest.param(op, number, id=f"{op}-{number}")
-    for op in OPERATORS
-    for number in range(len(samples(op)))
-]
-
-
-def leaves(got: Any) -> tuple[Tensor, ...]:
-    return got if isinstance(got, tuple) else (got,)
-
-
-@pytest.fixture(params=["registered", "reference", pytest.param("native", marks=needs_native)])
-def kernel(request):
-    """An operator's implementation by the operator's name."""
-    if request.param == "registered":
-        return overload
-    return lambda op: _backends._implementation(op, request.param)
-
-
-def assert_same_answer(got: Any, expected: Any) -> None:
-    for one, other in zip(leaves(got), leaves(expected), strict=True):
-        assert_same_bits(one, other)
-
-
-def with_gradients(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(
-        x.detach().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x
-        for x in args
-    )
-
-
-# Owners and schemas.
 
 
 def test_operators():
@@ -340,227 +266,3 @@ def test_results_are_new_and_contiguous(op, number, kernel):
     for result in leaves(kernel(op)(*args)):
         assert result.stride() == torch.empty(result.shape).stride()
         assert result.untyped_storage().data_ptr() not in mine
-
-
-# Compilation.
-
-
-def compiled(function: Callable[..., Any], dynamic: bool | None) -> Callable[..., Any]:
-    torch._dynamo.reset()
-    return torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-
-
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize(("op", "number"), CASES)
-def test_compile(op, number, dynamic):
-    args = samples(op)[number]
-    for function in (getattr(vispruner_kernels, op), overload(op)):
-        again = compiled(lambda *args, f=function: f(*args), dynamic)
-        assert_same_answer(again(*args), function(*args))
-
-
-@pytest.mark.parametrize("op", OPERATORS)
-def test_dynamic_shapes_compile_once(op):
-    function = getattr(vispruner_kernels, op)
-    again = compiled(lambda *args: function(*args), dynamic=True)
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for size in range(4):
-            args = samples(op, size=size)[0]
-            assert_same_answer(again(*args), function(*args))
-    # Were it static, that would be an error.
-    again = compiled(lambda *args: function(*args), dynamic=False)
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        again(*samples(op, size=0)[0])
-        with pytest.raises(torch._dynamo.exc.RecompileError):
-            again(*samples(op, size=1)[0])
-
-
-@pytest.mark.parametrize("op", ["select", "prune", "select_topk"])
-def test_another_keep_compiles_once_more_at_most(op):
-    # Without dynamic=True: the second value makes it dynamic, and that is all.
-    function = getattr(vispruner_kernels, op)
-    again = compiled(lambda *args: function(*args), dynamic=None)
-    *inputs, _ = samples(op)[0]
-    for number, keep in enumerate((5, 6, 7, 18)):
-        with torch._dynamo.config.patch(error_on_recompile=number > 1):
-            assert_same_answer(again(*inputs, keep), function(*inputs, keep))
-
-
-def test_inductor():
-    torch._dynamo.reset()
-
-    def function(features, scores, keep):
-        kept, indices = vispruner_kernels.prune(features * 2, scores + 0.5, keep)
-        return kept + 1, indices + 1
-
-    again = torch.compile(function, fullgraph=True, backend="inductor")
-    try:
-        for size in range(2):
-            args = samples("prune", size=size)[0]
-            assert_same_answer(again(*args), function(*args))
-    except torch._inductor.exc.InductorError as error:
-        if "compiler" not in str(error).lower():
-            raise
-        pytest.skip("Inductor finds no C++ compiler")
-
-
-def test_keep_from_data_in_a_compiled_function():
-    def function(scores, mask):
-        return vispruner_kernels.select_topk(scores, mask.sum().item())
-
-    (scores, _) = samples("select_topk")[0]
-    masks = {keep: torch.arange(30) < keep for keep in (3, 4, 19, 20)}
-    again = compiled(function, dynamic=None)
-    with torch._dynamo.config.patch(capture_scalar_outputs=True, error_on_recompile=True):
-        for keep in (3, 4, 19):
-            assert_same_answer(again(scores, masks[keep]), function(scores, masks[keep]))
-        # The fake could not know; the kernel checks again.
-        with pytest.raises(ValueError, match="select_topk: keep is 20, expected 1 <= keep <= 19"):
-            again(scores, masks[20])
-
-
-class Select(torch.nn.Module):
-    def __init__(self, keep: int) -> None:
-        super().__init__()
-        self.keep = keep
-
-    def forward(self, features: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-        indices = torch.ops.vispruner.select(features, scores, self.keep)
-        return indices, vispruner_kernels.select(features, scores, self.keep, matching="pairwise")
-
-
-def test_export():
-    (features, scores, keep) = samples("select")[0]
-    batch, tokens = torch.export.Dim("batch"), torch.export.Dim("tokens", min=keep, max=16384)
-    shapes = {0: batch, 1: tokens}
-    program = torch.export.export(Select(keep), (features, scores), dynamic_shapes=(shapes, shapes))
-    targets = [node.target for node in program.graph.nodes]
-    assert targets.count(torch.ops.vispruner.select.default) == 2
-    for size in range(3):
-        features, scores, _ = samples("select", size=size)[0]
-        assert_same_answer(program.module()(features, scores), Select(keep)(features, scores))
-
-
-# Gradients and modes.
-
-
-@pytest.mark.parametrize("op", sorted(NO_BACKWARD))
-def test_backward_raises(op):
-    args = with_gradients(samples(op)[0])
-    first, second = overload(op)(*args)
-    assert first.requires_grad
-    assert not second.requires_grad
-    message = rf"vispruner::{op} has no gradient \(inference only\); .*"
-    with pytest.raises(RuntimeError, match=message + NO_BACKWARD[op]):
-        first.sum().backward()
-    first, _ = overload(op)(*args)
-    with pytest.raises(RuntimeError, match=message):
-        torch.autograd.grad(first.sum(), args[0])
-    assert args[0].grad is None
-
-
-@pytest.mark.parametrize(("op", "number"), CASES)
-def test_indices_and_scores_carry_no_gradient(op, number, kernel):
-    args = with_gradients(samples(op)[number])
-    results = leaves(kernel(op)(*args))
-    for result in results[1:] if op in NO_BACKWARD else results:
-        assert not result.requires_grad
-        assert result.grad_fn is None
-    expected = kernel(op)(*samples(op)[number])
-    assert_same_answer(tuple(x.detach() for x in results), expected)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("number", [0, 1])
-def test_the_function_prune_is_differentiable(number, dtype):
-    features, *rest = samples("prune", dtype)[number]
-    weights = torch.randn(
-        features.shape[0], rest[1], features.shape[2], generator=torch.Generator().manual_seed(7)
-    ).to(dtype)
-
-    def gradient(prune: Callable[..., Any]) -> tuple[Any, Tensor]:
-        x = features.clone().requires_grad_()
-        kept, indices = prune(x, *rest)
-        assert kept.requires_grad
-        assert not indices.requires_grad
-        (kept * weights).sum().backward()
-        return (kept.detach(), indices), x.grad
-
-    def indexed(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        indices = vispruner_kernels.select(x, *rest)
-        return x[torch.arange(len(x))[:, None], indices], indices
-
-    got, expected = gradient(vispruner_kernels.prune), gradient(indexed)
-    assert_same_answer(got[0], expected[0])
-    assert_same_bits(got[1], expected[1])
-    assert_same_answer(got[0], vispruner_kernels.prune(features, *rest))
-    again = compiled(vispruner_kernels.prune, dynamic=False)
-    assert_same_bits(gradient(again)[1], expected[1])
-
-
-def test_forward_mode_through_the_function_prune():
-    features, scores, keep = samples("prune")[0]
-    tangent = torch.randn(features.shape, generator=torch.Generator().manual_seed(8))
-    kept, kept_tangent = torch.func.jvp(
-        lambda x: vispruner_kernels.prune(x, scores, keep)[0], (features,), (tangent,)
-    )
-    indices = vispruner_kernels.select(features, scores, keep)
-    rows = torch.arange(len(features))[:, None]
-    assert_same_bits(kept, features[rows, indices])
-    assert_same_bits(kept_tangent, tangent[rows, indices])
-
-
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize(("op", "number"), CASES)
-def test_without_gradients(op, number, mode):
-    expected = overload(op)(*samples(op)[number])
-    for args in (samples(op)[number], with_gradients(samples(op)[number])):
-        for function in (getattr(vispruner_kernels, op), overload(op)):
-            with mode():
-                results = leaves(function(*args))
-            assert not any(x.requires_grad for x in results)
-            assert_same_answer(results, expected)
-
-
-@pytest.mark.parametrize("op", OPERATORS)
-def test_autocast_changes_nothing(op, kernel):
-    for dtype, lower in itertools.product(DTYPES, (torch.bfloat16, torch.float16)):
-        for args in samples(op, dtype):
-            expected = kernel(op)(*args)
-            with torch.autocast("cpu", dtype=lower):
-                assert_same_answer(kernel(op)(*args), expected)
-
-
-@pytest.mark.parametrize("op", OPERATORS)
-def test_global_settings_change_nothing(op, kernel):
-    args = samples(op)[0]
-    expected = kernel(op)(*args)
-    dtype = torch.get_default_dtype()
-    try:
-        torch.set_default_dtype(torch.float64)
-        assert_same_answer(kernel(op)(*args), expected)
-        torch.set_default_dtype(dtype)
-        # Fills empty tensors with NaN.
-        torch.use_deterministic_algorithms(True)
-        assert_same_answer(kernel(op)(*args), expected)
-    finally:
-        torch.set_default_dtype(dtype)
-        torch.use_deterministic_algorithms(False)
-
-
-@pytest.mark.parametrize("op", OPERATORS)
-def test_a_default_device_changes_nothing(op):
-    args = samples(op)[0]
-    expected = overload(op)(*args)
-    with torch.device("meta"):
-        assert_same_answer(overload(op)(*args), expected)
-        assert_same_answer(getattr(vispruner_kernels, op)(*args), expected)
-
-
-def test_views_with_a_negative_bit():
-    # The dispatcher resolves them; a kernel that took the pointer would see the other sign.
-    (scores, keep) = samples("select_topk")[0]
-    assert_same_bits(
-        vispruner_kernels.select_topk(torch._neg_view(scores), keep),
-        vispruner_kernels.select_topk(-scores, keep),
-    )
