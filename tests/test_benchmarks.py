@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from benchmarks import harness, select
+from benchmarks import harness, select, stability
 
 
 def test_select(tmp_path, capsys):
@@ -28,6 +28,18 @@ def test_a_wrong_answer_gets_no_time(monkeypatch, capsys):
     monkeypatch.setattr(select, "select", lambda *args: right(*args).roll(1))
     assert select.main(["--quick", "--rounds", "1"]) == 1
     assert "WRONG" in capsys.readouterr().out
+
+
+def test_stability_is_as_the_readme_says(tmp_path):
+    file = tmp_path / "stability.json"
+    assert stability.main(["--json", str(file)]) == 0
+    rows = json.loads(file.read_text())["rows"]
+    assert len(rows) == 16
+    for bipartite, pairwise in zip(rows[::2], rows[1::2], strict=True):
+        assert 17 <= round(bipartite["changed %"]) <= 43
+        assert pairwise["changed %"] <= 1
+        worse = bipartite["coverage"] - pairwise["coverage"]
+        assert worse <= (0.03 if bipartite["features"] == "clustered" else 0.1)
 
 
 def test_interleaved_takes_turns():
