@@ -6,7 +6,8 @@
 //
 // each(n, f):              f(0) .. f(n - 1) in any order or at once, then a barrier
 // each_row(n, f):          the same where f calls a row function: a warp on a GPU
-// each_ranked(keys, n, f): f(i, how many keys are larger than keys[i]), as each
+// each_ranked(keys, n, f): f(i, how many keys are larger than keys[i]), as each; only kNoPair may
+//                          stand in keys twice, and its rank is not read
 // next_living(mask, n, next): next[i] is the first living index >= i, or n; next[n + 1]
 // max(n, f), count(n, f):  reductions over f(0) .. f(n - 1), the same in every thread
 // row_max(row, mask, n):   row function: max over j of min(row[j], mask[j])

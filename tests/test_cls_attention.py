@@ -53,15 +53,17 @@ def rms_error(got: Tensor, exact: Tensor) -> float:
 def assert_out(
     got: Tensor, exact: np.ndarray, q: Tensor, k: Tensor, v: Tensor, scale: float | None
 ) -> None:
-    """The bound of the contract. Root mean square, which does not hang on one element; eager has no
-    error at all in some tiny cases, hence half a unit in the last place."""
+    """At most twice the error of eager PyTorch in the same dtype.
+
+    The root mean square, which does not hang on one element; eager has no error at all in some
+    tiny cases, so half a unit in the last place of the largest output is always allowed.
+    """
     assert got.dtype == q.dtype
     assert got.shape == q.shape
     assert got.is_contiguous()
     expected = torch.from_numpy(exact)
     rounding = torch.finfo(q.dtype).eps / 2 * float(expected.abs().max())
-    logits = 2**-22 * max_logit(q, k, scale) * float(v.abs().max())
-    bound = max(2.0 * rms_error(eager_attention(q, k, v, scale), expected), rounding, logits)
+    bound = max(2.0 * rms_error(eager_attention(q, k, v, scale), expected), rounding)
     error = rms_error(got, expected)
     assert error <= bound, f"error {error:.3g}, expected at most {bound:.3g}"
     assert_close(got, expected, OUT_TOLERANCE[q.dtype] * float(v.abs().max()))
@@ -223,6 +225,7 @@ def test_scores_have_the_same_bits_with_every_instruction_set(simd):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_large_logits(backend, dtype):
+    """Where rounding the logits is what counts, `out` may be off like `scores`, per |v|."""
     qkv = sample_qkv(2, 50, 3, 64, dtype, 10)
     q, k, v = qkv
     for scale in (1.0, -4.0, 30.0, 300.0):
@@ -230,9 +233,11 @@ def test_large_logits(backend, dtype):
         out, scores = backend.cls_attention(*qkv, scale)
         assert_scores(scores, exact[1], q, k, scale)
         expected = torch.from_numpy(exact[0])
-        logits = 2**-22 * max_logit(q, k, scale) * float(v.abs().max())
-        eager = rms_error(eager_attention(q, k, v, scale), expected)
-        assert rms_error(out, expected) <= max(2.0 * eager, logits)
+        bound = max(
+            2.0 * float((eager_attention(q, k, v, scale).double() - expected).abs().max()),
+            2**-22 * max_logit(q, k, scale) * float(v.abs().max()),
+        )
+        assert_close(out, expected, bound)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -276,8 +281,7 @@ def test_values_that_are_not_finite(backend, value):
     assert_close(out[1], eager[1], 1e-6)
 
 
-# Under 16 tokens PyTorch's attention gives 0 for a query row of NaN.
-@pytest.mark.parametrize("sequence", [16, 21])
+@pytest.mark.parametrize("sequence", [5, 15, 16, 21])
 @pytest.mark.parametrize("where", NONFINITE)
 def test_not_finite_as_eager_softmax(backend, where, sequence):
     q, k = sample_nonfinite(where, sequence, torch.float32)

@@ -78,8 +78,8 @@ def refused(capsys, *argv) -> str:
 def test_default_run_prints_the_duel_first(default_run):
     done, _ = default_run
     assert done.returncode == 0
-    # Matplotlib may say there that it builds its cache of fonts.
-    assert "Traceback" not in done.stderr
+    # On a fresh machine Matplotlib may say there that it builds its cache of fonts.
+    assert [line for line in done.stderr.splitlines() if "font cache" not in line] == []
     first, second, *_ = done.stdout.splitlines()
     match = re.fullmatch(
         rf"published loop ({NUMBER}) ms, ours ({NUMBER}) ms, ratio (\d+\.\d), (\d+) of 64 tokens "
@@ -141,7 +141,7 @@ def test_picture_is_written_when_nobody_reads_on(tmp_path):
     )
     os.close(writer)
     assert done.returncode == 0
-    assert b"Traceback" not in done.stderr
+    assert [line for line in done.stderr.splitlines() if b"font cache" not in line] == []
     assert size_of(tmp_path / "vispruner_demo.png") == (picture.WIDTH, picture.HEIGHT)
 
 

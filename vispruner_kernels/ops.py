@@ -112,7 +112,8 @@ def prune(
         >>> torch.equal(kept[0], features[0, indices[0]])
         True
     """
-    if (features.requires_grad and torch.is_grad_enabled()) or forward_ad._current_level >= 0:
+    has_tangent = forward_ad.unpack_dual(features).tangent is not None
+    if (features.requires_grad and torch.is_grad_enabled()) or has_tangent:
         indices = _ops.select.default(features, scores, keep, important_ratio, step, matching)
         return features.gather(1, indices[:, :, None].expand(-1, -1, features.shape[2])), indices
     # Scores never carry a gradient, so they must not make `kept` ask for one.

@@ -21,6 +21,8 @@ MIN_MAGNITUDE = 1e-30
 FIXED_POINT_MAX = 16256.0
 # Query rows per block of attention, so that no S x S matrix exists.
 BLOCK_ROWS = 64
+# With fewer, PyTorch's fused kernel for the CPU gives zeros for a query row of NaN.
+MIN_FUSED_TOKENS = 16
 
 
 def order(scores: Tensor) -> Tensor:
@@ -217,12 +219,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
     if q.shape[-1] == 1:
         # With D = 1 the last stride is free, and PyTorch's fused kernels want 1.
         q, k, v = (x.flatten().view(x.shape) for x in (q, k, v))
-    q_t, k_t, v_t = (x.transpose(1, 2) for x in (q, k, v))
+    q_t, k_t, v_t = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, S, D]
     # An operator computes in the dtype of its arguments, whatever autocast says of its parts.
     with torch.autocast(q.device.type, enabled=False):
-        out = torch.nn.functional.scaled_dot_product_attention(
-            q_t, k_t, v_t, scale=_scale(q, scale)
-        )
+        if q.shape[1] < MIN_FUSED_TOKENS:
+            # Contiguous, for a product may round otherwise with other strides.
+            q_t, k_t, v_t = (x.double().contiguous() for x in (q_t, k_t, v_t))
+            weights = (q_t @ k_t.mT * _scale(q, scale)).softmax(-1)
+            out = (weights @ v_t).to(q.dtype)
+        else:
+            out = torch.nn.functional.scaled_dot_product_attention(
+                q_t, k_t, v_t, scale=_scale(q, scale)
+            )
     # Flat in between: dimensions of size 1 get the strides of a contiguous tensor too.
     return out.transpose(1, 2).flatten().view(q.shape)
 
