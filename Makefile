@@ -8,15 +8,16 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+AOT_ARGS ?=
 
 PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: help demo test test-slow dev lint bench dist-test clean
+.PHONY: help demo test test-slow test-triton test-aot test-gpu dev lint bench bench-gpu dist-test clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-11s %s\n", $$1, $$2}' Makefile
 
 demo: dev ## prune a photograph with every method; writes demo.png (DEMO_ARGS=...)
 	$(PY) -m vispruner_kernels.demo --out demo.png $(DEMO_ARGS)
@@ -26,6 +27,25 @@ test: dev ## the quick tests, on the CPU (PYTEST_ARGS=...)
 
 test-slow: dev ## the long tests that need no GPU
 	$(PY) -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
+
+test-triton: dev ## the tests of the operators with the Triton kernels, in Triton's interpreter
+	TRITON_INTERPRET=1 VISPRUNER_KERNELS_BACKEND=triton $(PY) -m pytest $(PYTEST_ARGS) \
+	  tests/test_select*.py tests/test_prune.py tests/test_cls_*.py tests/test_received*.py
+
+test-aot: dev ## compile every Triton kernel for six GPUs; prints registers, memory, spills
+	$(PY) tests/aot.py $(AOT_ARGS)
+
+# These two also run without an installation: PYTHON=... with PyTorch, Triton and pytest is taken as
+# it is.
+OWN := $(filter file,$(origin PYTHON))
+GPU_PY := $(if $(OWN),$(PY),$(PYTHON))
+
+test-gpu: $(if $(OWN),dev) ## every operator on this machine's GPU against the CPU (PYTHON=...)
+	$(GPU_PY) -m tests.gpu $(PYTEST_ARGS)
+
+bench-gpu: $(if $(OWN),dev) ## the tables on this machine's GPU, in benchmarks/results/<device>/ (PYTHON=...)
+	@set -e; for table in select attention scores; do \
+	  $(GPU_PY) -m benchmarks.$$table --device cuda --json $(BENCH_ARGS); done
 
 dev: .venv/stamp-native ## .venv: dependencies, tools, the package (editable), the native core
 

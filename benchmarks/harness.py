@@ -1,25 +1,56 @@
-"""What every benchmark shares: the header, interleaved timing, the table and the JSON."""
+"""What every benchmark shares: options, header, interleaved timing, the tables and the JSON.
+
+On a CPU a time is the wall time of a call, in ms. On a GPU, in us:
+    device  of a call in a CUDA graph of several; L2 is not flushed, so small inputs are warm, as
+            where the layer before has just written them
+    cold    the same over so many copies of the inputs that L2 keeps none of them
+    wall    of an eager call from idle to idle, by the host's clock
+    host    the host's part of an eager call, the device being busy with something else
+A call that waits for the device cannot be captured: it has a wall time only, and its row says so.
+"""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
+import gc
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from tqdm import tqdm
+from torch import Tensor
 
 import vispruner_kernels
+from benchmarks import limits
 from vispruner_kernels import _backends, _native
+
+try:
+    from tqdm import tqdm
+except ImportError:
+    tqdm = None
+
+UNITS = {"cpu": ("ms", 1e3), "cuda": ("us", 1e6)}
+# The clock that rates and shares are computed from.
+MAIN = {"cpu": "wall", "cuda": "device"}
+ROUNDS = {"cpu": 21, "cuda": 51}
+# A case is timed for about this long at most, with fewer rounds if need be, but never under
+# MIN_ROUNDS.
+CASE_SECONDS = {"cpu": 20.0, "cuda": 6.0}
+MIN_ROUNDS = 3
+# --json without a FILE: benchmarks/results/<device>/<benchmark>.json.
+AUTO = Path("AUTO")
+RESULTS = Path(__file__).parent / "results"
 
 
 def _processor() -> str:
@@ -40,7 +71,14 @@ def _commit() -> str:
         return "unknown"
 
 
-def header(threads: int) -> dict[str, Any]:
+def _module() -> str:
+    spec = sys.modules["__main__"].__spec__
+    return spec.name if spec else sys.argv[0]
+
+
+def header(
+    threads: int, device: str = "cpu", ops: Sequence[str] = ("select",), commit: str | None = None
+) -> dict[str, Any]:
     """The machine, the versions and the command: what a figure means nothing without."""
     variables = [
         f"{name}={os.environ[name]}"
@@ -50,99 +88,293 @@ def header(threads: int) -> dict[str, Any]:
     return {
         "command": " ".join([*variables, "python -m", _module(), *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
-        "commit": _commit(),
+        "commit": commit or _commit(),
         "machine": f"{_processor()}, {platform.system()} {platform.machine()}",
-        "owner of select": _backends.OWNERS["select", "cpu"],
+        **{f"owner of {op}": _backends.OWNERS[op, device] for op in ops},
         "simd": _native._C.simd() if _native.INSTALLED else "native core not built",
         "threads": threads,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "vispruner_kernels": vispruner_kernels.__version__,
+        **(limits.facts() if device == "cuda" else {}),
     }
 
 
-def _module() -> str:
-    spec = sys.modules["__main__"].__spec__
-    return spec.name if spec else sys.argv[0]
-
-
-def parser(description: str) -> argparse.ArgumentParser:
+def parser(description: str, devices: Sequence[str] = ("cpu",)) -> argparse.ArgumentParser:
     """The options that every benchmark has."""
     result = argparse.ArgumentParser(description=description)
-    result.add_argument("--device", choices=["cpu"], default="cpu")
-    result.add_argument("--threads", type=int, default=1, help="PyTorch's thread count")
-    result.add_argument("--rounds", type=int, default=21, help="timed calls of each competitor")
-    result.add_argument("--json", type=Path, metavar="FILE", help="write the results here as well")
+    best = "cuda" if "cuda" in devices and limits.cuda.is_available() else "cpu"
+    result.add_argument("--device", choices=devices, default=best)
+    result.add_argument("--threads", type=int, help="PyTorch's thread count; on a CPU 1 by default")
+    result.add_argument("--rounds", type=int, help="samples of each competitor")
+    result.add_argument(
+        "--json",
+        type=Path,
+        nargs="?",
+        const=AUTO,
+        metavar="FILE",
+        help="write the results here as well; by default into benchmarks/results/<device>/",
+    )
+    return result
+
+
+def race_parser(description: str) -> argparse.ArgumentParser:
+    """And those of a race between competitors, on either device."""
+    result = parser(description, ("cpu", "cuda"))
+    result.add_argument("--commit", help="what the header says where git does not know it")
+    result.add_argument("--quick", action="store_true", help="the first case of each table only")
+    result.add_argument(
+        "--compile",
+        nargs="?",
+        choices=["none", "first", "all"],
+        const="all",
+        help="cases with torch.compile as a competitor, which can take minutes: all, where not "
+        "said which; by default the first on a GPU, and none on a CPU or with --quick",
+    )
     return result
 
 
 def check(options: argparse.Namespace, usage: argparse.ArgumentParser) -> None:
-    """Refuses options before minutes are spent on them."""
+    """Refuses options before minutes are spent on them, and fills in those that depend on the
+    device."""
+    on_cpu = options.device == "cpu"
+    if not on_cpu and not limits.cuda.is_available():
+        usage.error("--device cuda: PyTorch finds no GPU here; use --device cpu")
+    if options.threads is None:
+        options.threads = 1 if on_cpu else torch.get_num_threads()
+    if options.rounds is None:
+        options.rounds = ROUNDS[options.device]
+    if getattr(options, "compile", "none") is None:
+        options.compile = "none" if on_cpu or options.quick else "first"
     if options.threads < 1:
         usage.error(f"--threads is {options.threads}, expected at least 1")
     if options.rounds < 1:
         usage.error(f"--rounds is {options.rounds}, expected at least 1")
+    if options.json == AUTO:
+        name = f"cpu {_processor()}" if on_cpu else limits.cuda.get_device_name()
+        folder = RESULTS / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+        folder.mkdir(parents=True, exist_ok=True)
+        options.json = folder / f"{_module().split('.')[-1]}.json"
     if options.json and not options.json.resolve().parent.is_dir():
         usage.error(f"--json: the folder of {options.json} does not exist")
 
 
 class Timing:
-    """Milliseconds of one competitor."""
+    """p50, p10 and p90 of samples in seconds, in another unit."""
 
-    def __init__(self, samples: Sequence[float]) -> None:
+    def __init__(self, samples: Sequence[float], scale: float) -> None:
         ordered = sorted(samples)
-        self.p50 = statistics.median(ordered)
-        self.p10 = ordered[len(ordered) // 10]
-        self.p90 = ordered[-1 - len(ordered) // 10]
+        self.seconds = statistics.median(ordered)
+        self.p50 = self.seconds * scale
+        self.p10 = ordered[len(ordered) // 10] * scale
+        self.p90 = ordered[-1 - len(ordered) // 10] * scale
         self.rounds = len(ordered)
 
     def __str__(self) -> str:
         return f"{self.p50:.3f} [{self.p10:.3f}, {self.p90:.3f}]"
 
-
-# A case takes about this long at most, with fewer rounds if need be, but never under MIN_ROUNDS.
-CASE_SECONDS = 20.0
-MIN_ROUNDS = 3
+    def json(self) -> dict[str, float]:
+        return {name: getattr(self, name) for name in ("p50", "p10", "p90", "rounds")}
 
 
-def interleaved(competitors: dict[str, Callable[[], Any]], rounds: int) -> dict[str, Timing]:
-    """Times the competitors in turns, so that what disturbs one disturbs all. The first turn warms
-    up and is not counted."""
-    samples: dict[str, list[float]] = {name: [] for name in competitors}
-    for run in competitors.values():
-        run()
+class Competitor(NamedTuple):
+    """`run` gets the inputs of the case. `check` gets its answer and says "", or WRONG and what;
+    an AssertionError is WRONG too. `context` is entered around every call, outside the time.
+    `only` is the one clock that matters, where it is one."""
+
+    run: Callable[..., Any]
+    check: Callable[[Any], str | None]
+    context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    only: str = ""
+
+
+class Result:
+    """Times of one competitor by clock, or in a word why there is none."""
+
+    def __init__(self) -> None:
+        self.state = ""
+        self.times: dict[str, Timing | str] = {}
+
+    def __getitem__(self, clock: str) -> Timing | str | None:
+        return self.state or self.times.get(clock)
+
+    def seconds(self, clock: str) -> float | None:
+        timing = self[clock]
+        return timing.seconds if isinstance(timing, Timing) else None
+
+
+def share(part: float | None, whole: float | None) -> float | None:
+    """Their quotient, where both were measured."""
+    return part / whole if part and whole else None
+
+
+def ratio(over: Result | None, under: Result, clock: str) -> float | None:
+    """How many times longer `over` takes than `under`, where both have a time."""
+    return share(over.seconds(clock) if over else None, under.seconds(clock))
+
+
+def times(result: Result, device: str, name: str = "", cold: bool = False) -> dict[str, Any]:
+    """The columns of a competitor's times."""
+    unit = UNITS[device][0]
+    if device == "cpu":
+        return {f"{name}{unit} [p10, p90]": result["wall"]}
+    return {
+        f"{name}{unit} [p10, p90]": result["device"],
+        **({f"cold {unit}": result["cold"]} if cold else {}),
+        f"wall {unit}": result["wall"],
+        f"host {unit}": result["host"],
+    }
+
+
+T = TypeVar("T", bound=Hashable)
+
+
+def interleaved(
+    clocks: dict[T, Callable[[], float]], rounds: int, seconds: float
+) -> dict[T, list[float]]:
+    """Reads the clocks in turns, so that what disturbs one disturbs all. The first turn warms up
+    and is not counted."""
+    samples: dict[T, list[float]] = {name: [] for name in clocks}
+    for sample in clocks.values():
+        sample()
     begin = time.perf_counter()
     for turn in range(rounds):
-        for name, run in competitors.items():
-            start = time.perf_counter()
-            run()
-            samples[name].append((time.perf_counter() - start) * 1e3)
-        if turn + 1 >= MIN_ROUNDS and time.perf_counter() - begin > CASE_SECONDS:
+        for name, sample in clocks.items():
+            samples[name].append(sample())
+        if turn + 1 >= MIN_ROUNDS and time.perf_counter() - begin > seconds:
             break
-    return {name: Timing(values) for name, values in samples.items()}
+    return samples
 
 
-def progress(cases: Sequence[Any]) -> Any:
-    """A bar on standard error, where that is a terminal."""
-    return tqdm(cases, unit="case", leave=False, disable=None)
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    # A collection would be timed, and one that unloads a kernel breaks a capture. Those that
+    # torch.cuda.graph begins with have nothing to walk through.
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
 
 
-def _cell(value: Any) -> str:
+def race(
+    competitors: dict[T, Competitor],
+    inputs: tuple[Tensor, ...],
+    options: argparse.Namespace,
+    cold: Tensor | None = None,
+) -> dict[T, Result]:
+    """Checks every competitor, then times those that are right, in turns. `cold` is the input that
+    L2 must not hold in a cold time, where there is to be one."""
+    device, copies = options.device, 1
+    if cold is not None and device == "cuda":
+        copies += 2 * limits.l2_bytes() // (cold.numel() * cold.element_size())
+    sets = [inputs, *(tuple(limits.place(x, device) for x in inputs) for _ in range(copies - 1))]
+    results: dict[T, Result] = {}
+    running: dict[tuple[T, str], Callable[[], float]] = {}
+    with _no_collection():
+        for name, (run, check, context, only) in competitors.items():
+            result = results[name] = Result()
+            try:
+                with context(), warnings.catch_warnings():
+                    # PyTorch explains in warnings why a backend of attention cannot serve.
+                    warnings.simplefilter("ignore")
+                    answer = run(*inputs)
+                    # A kernel that fails is its own competitor's, not the next one's.
+                    limits.synchronize(device)
+                    result.state = check(answer) or ""
+                clocks = {} if result.state else limits.clocks(run, context, sets, device)
+            except AssertionError:
+                result.state = "WRONG"
+            except Exception as error:  # a competitor fails in its own ways, and its row says so
+                result.state = f"raises {type(error).__name__}"
+            else:
+                for clock, sample in clocks.items():
+                    if isinstance(sample, str):
+                        result.times[clock] = sample
+                    elif only in ("", clock):
+                        running[name, clock] = sample
+        samples = interleaved(running, options.rounds, CASE_SECONDS[device])
+    for (name, clock), seconds in samples.items():
+        results[name].times[clock] = Timing(seconds, UNITS[device][1])
+    if copies == 1:
+        for result in results.values():
+            result.times["cold"] = result.times.get("device", "")
+    return results
+
+
+def progress(cases: Sequence[Any]) -> Iterator[Any]:
+    """A bar on standard error where that is a terminal, else a line for each case."""
+    if tqdm is not None and sys.stderr.isatty():
+        yield from tqdm(cases, unit="case", leave=False)
+        return
+    begin = time.perf_counter()
+    for number, case in enumerate(cases, 1):
+        seconds = time.perf_counter() - begin
+        print(f"{seconds:5.0f} s  {number}/{len(cases)}  {case}", file=sys.stderr, flush=True)
+        yield case
+
+
+Rows = list[dict[str, Any]]
+# By name: the cases, and the function that makes the rows of one case.
+Tables = Mapping[str, tuple[Sequence[Any], Callable[..., Rows]]]
+
+
+def run(head: dict[str, Any], tables: Tables, options: argparse.Namespace) -> dict[str, Rows]:
+    """Makes and reports tables. What there is gets written after every case, should the next be
+    too much."""
+    head["limits"] = options.limits = limits.measure(options.device)
+    done: dict[str, Rows] = {name: [] for name in tables}
+    for name, (cases, rows_of) in tables.items():
+        for number, case in enumerate(progress(cases[:1] if options.quick else cases)):
+            compiled = options.compile == "all" or (options.compile == "first" and number == 0)
+            done[name] += rows_of(case, options, compiled)
+            _write(head, done, options.json)
+    _print(head, done)
+    return done
+
+
+def status(tables: dict[str, Rows]) -> int:
+    """What the command returns: 1 if an answer of ours was wrong or not there."""
+    for row in (row for rows in tables.values() for row in rows):
+        (value,) = (row[name] for name in row if name.endswith("[p10, p90]"))
+        failed = isinstance(value, str) and value.startswith(("WRONG", "raises"))
+        if failed and row.get("by", "ours").startswith("ours"):
+            return 1
+    return 0
+
+
+def report(head: dict[str, Any], rows: Rows, file: Path | None) -> None:
+    """Prints the header and the table, and writes both as JSON."""
+    _print(head, {"rows": rows})
+    _write(head, {"rows": rows}, file)
+
+
+def _write(head: dict[str, Any], tables: dict[str, Rows], file: Path | None) -> None:
+    if file:
+        file.write_text(json.dumps({**head, **tables}, indent=1, default=Timing.json) + "\n")
+
+
+def _cell(name: str, value: Any) -> str:
+    if isinstance(value, Timing) and "p10" not in name:
+        value = value.p50
     if isinstance(value, float):
         return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
     return "" if value is None else str(value)
 
 
-def report(head: dict[str, Any], rows: list[dict[str, Any]], file: Path | None) -> None:
-    """Prints the header and the table, and writes both as JSON."""
+def _print(head: dict[str, Any], tables: dict[str, Rows]) -> None:
     for name, value in head.items():
-        print(f"{name:<18} {value}")
-    cells = [list(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    print()
-    for line in cells:
-        print(
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        )
-    if file:
-        file.write_text(json.dumps({**head, "rows": rows}, indent=1, default=vars) + "\n")
+        if isinstance(value, dict):
+            value = ", ".join(f"{key} {_cell(key, x)}" for key, x in value.items())
+        print(f"{name:<{max(map(len, head))}} {value}")
+    for rows in tables.values():
+        names = [name for name in rows[0] if any(row[name] is not None for row in rows)]
+        lines = [names, *([_cell(name, row[name]) for name in names] for row in rows)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        print()
+        for line in lines:
+            cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+            print("  ".join(cells).rstrip())

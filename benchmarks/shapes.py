@@ -1,4 +1,4 @@
-"""Shapes of real models, the one registry of the benchmarks."""
+"""Shapes of real models, the one registry of the benchmarks, by device."""
 
 from __future__ import annotations
 
@@ -18,18 +18,101 @@ class Shape(NamedTuple):
     dtype: torch.dtype = torch.float32
 
 
+class Sequence(NamedTuple):
+    """Images, tokens of each with CLS, heads, head dimension of the vision encoder."""
+
+    name: str
+    batch: int
+    tokens: int
+    heads: int
+    head_dim: int
+    dtype: torch.dtype = torch.float32
+
+
+class Packed(NamedTuple):
+    """Images of different lengths in one sequence."""
+
+    name: str
+    lengths: tuple[int, ...]
+    heads: int
+    head_dim: int
+    dtype: torch.dtype = torch.float32
+
+
 # LLaVA-1.5: CLIP-L/336. LLaVA-NeXT: five crops of it, or all their tokens at once. LLaVA-OneVision:
 # SigLIP-so400m/384. Video-LLaVA: LanguageBind ViT-L/224, eight frames.
-SELECT = [
-    Shape("llava-1.5", 1, 576, 1024, 64),
-    Shape("llava-1.5", 1, 576, 1024, 32),
-    Shape("llava-1.5", 1, 576, 1024, 128),
-    Shape("llava-1.5", 1, 576, 1024, 192),
-    Shape("llava-1.5", 1, 576, 1024, 64, torch.float16),
-    Shape("llava-1.5", 1, 576, 1024, 64, torch.bfloat16),
-    Shape("llava-1.5", 8, 576, 1024, 64),
-    Shape("llava-next", 5, 576, 1024, 32),
-    Shape("llava-next, all crops", 1, 2880, 1024, 160),
-    Shape("llava-onevision", 1, 729, 1152, 64),
-    Shape("video-llava", 8, 256, 1024, 64),
-]
+SELECT = {
+    "cpu": [
+        Shape("llava-1.5", 1, 576, 1024, 64),
+        Shape("llava-1.5", 1, 576, 1024, 32),
+        Shape("llava-1.5", 1, 576, 1024, 128),
+        Shape("llava-1.5", 1, 576, 1024, 192),
+        Shape("llava-1.5", 1, 576, 1024, 64, torch.float16),
+        Shape("llava-1.5", 1, 576, 1024, 64, torch.bfloat16),
+        Shape("llava-1.5", 8, 576, 1024, 64),
+        Shape("llava-next", 5, 576, 1024, 32),
+        Shape("llava-next, all crops", 1, 2880, 1024, 160),
+        Shape("llava-onevision", 1, 729, 1152, 64),
+        Shape("video-llava", 8, 256, 1024, 64),
+    ],
+    "cuda": [
+        Shape("llava-1.5", 1, 576, 1024, 64, torch.float16),
+        Shape("llava-1.5", 1, 576, 1024, 128, torch.float16),
+        Shape("llava-next", 5, 576, 1024, 32, torch.float16),
+        Shape("llava-1.5", 32, 576, 1024, 64, torch.float16),
+        Shape("llava-1.5", 64, 576, 1024, 64, torch.float16),
+        Shape("llava-next, all crops", 1, 2880, 1024, 160, torch.float16),
+    ],
+}
+# The other selections, a crop or image of each row; select_varlen packs crops of different sizes.
+OTHERS = {
+    "cpu": [Shape("llava-next", 5, 576, 1024, 32)],
+    "cuda": [
+        Shape("llava-next", 5, 576, 1024, 32, torch.float16),
+        Shape("llava-1.5", 64, 576, 1024, 64, torch.float16),
+    ],
+}
+HALVES = (torch.float16, torch.bfloat16)
+# CLIP-L/336, SigLIP-so400m/384 (which has no CLS: its first token stands for one), and ViT-H/14 at
+# 448.
+ATTENTION = {
+    "cpu": [
+        Sequence("clip-l/336", 1, 577, 16, 64),
+        Sequence("clip-l/336", 5, 577, 16, 64),
+        Sequence("siglip-so400m/384", 1, 729, 16, 72),
+        Sequence("vit-h/14, 448", 1, 1025, 16, 80),
+    ],
+    "cuda": [
+        Sequence(*shape, dtype)
+        for dtype in HALVES
+        for shape in (
+            ("clip-l/336", 1, 577, 16, 64),
+            ("clip-l/336", 5, 577, 16, 64),
+            ("clip-l/336", 32, 577, 16, 64),
+            ("clip-l/336", 128, 577, 16, 64),
+            ("siglip-so400m/384", 1, 729, 16, 72),
+            ("siglip-so400m/384", 32, 729, 16, 72),
+            ("vit-h/14, 448", 1, 1025, 16, 80),
+            ("vit-h/14, 448", 32, 1025, 16, 80),
+        )
+    ],
+}
+# And SigLIP2-L/512: flash-colsum 0.1.0 is right for multiples of 128 tokens alone.
+SCORES = {
+    "cpu": ATTENTION["cpu"],
+    "cuda": [
+        *(shape for shape in ATTENTION["cuda"] if shape.dtype == torch.float16),
+        Sequence("siglip2-l/512", 8, 1024, 16, 64, torch.float16),
+        Sequence("clip-l/336", 1, 577, 16, 64, torch.bfloat16),
+    ],
+}
+# Qwen2.5-VL: whole images, and the windows of one (8 x 8 patches and what remains at an edge).
+IMAGES = (1024, 576, 784, 256, 1024, 400, 576, 900)
+WINDOWS = (64,) * 12 + (32,) * 4
+PACKED = {
+    "cpu": [Packed("qwen2.5-vl, windows", WINDOWS, 16, 80)],
+    "cuda": [
+        Packed("qwen2.5-vl, images", IMAGES, 16, 80, torch.float16),
+        Packed("qwen2.5-vl, windows", WINDOWS, 16, 80, torch.float16),
+    ],
+}

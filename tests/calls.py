@@ -29,8 +29,13 @@ DENSE = (*CLS, "received_scores")
 ATTENTION = (*DENSE, "received_scores_varlen")
 OPERATORS = (*SELECT_ALL, *SCORES, *ATTENTION)
 
+# Triton's interpreter is slow: it is in the list where it is asked for.
 BACKENDS = [
-    name for name, (module, _) in _backends.BACKENDS.items() if getattr(module, "INSTALLED", True)
+    name
+    for name, (module, devices) in _backends.BACKENDS.items()
+    if "cpu" in devices
+    and getattr(module, "INSTALLED", True)
+    and name in ("native", "reference", _backends.REQUESTED)
 ]
 
 

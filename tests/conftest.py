@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+
+# Triton reads it at its import: without a GPU its kernels run in its interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from vispruner_kernels import _backends, _native, _schemas
 
@@ -30,7 +35,8 @@ def _one_thread() -> Iterator[None]:
         *(
             pytest.param(name, marks=needs_native if module is _native else ())
             for name, (module, devices) in _backends.BACKENDS.items()
-            if "cpu" in devices
+            # The interpreter is slow: tests/test_triton.py, or as "registered" make test-triton.
+            if "cpu" in devices and name != "triton"
         ),
     ]
 )

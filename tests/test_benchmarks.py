@@ -1,33 +1,351 @@
-"""The benchmarks run, check what they time, and write what they print."""
+"""The benchmarks run, check what they time, and write what they print.
+
+What times a GPU runs here against a stand-in for torch.cuda, whose time passes only when a test
+says so.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import time
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from benchmarks import harness, select, stability
+from benchmarks import attention, harness, limits, scores, select, shapes, stability
+
+HALF = torch.float16
+TINY = {
+    "SELECT": [shapes.Shape("tiny", 2, 64, 16, 16, HALF)],
+    "OTHERS": [shapes.Shape("tiny", 2, 64, 16, 16, HALF)],
+    "ATTENTION": [shapes.Sequence("tiny", 2, 33, 2, 8, HALF)],
+    "SCORES": [shapes.Sequence("tiny", 2, 33, 2, 8, HALF)],
+    "PACKED": [shapes.Packed("tiny", (20, 7, 1), 2, 8, HALF)],
+}
+RACES = {"select": select, "attention": attention, "scores": scores}
+
+
+@pytest.fixture(autouse=True)
+def small_limits(monkeypatch):
+    monkeypatch.setattr(limits, "SIDE", {"cpu": 64, "cuda": 64})
+    monkeypatch.setattr(limits, "COPIED", {"cpu": 2, "cuda": 2})
+
+
+class FakeGraph:
+    def __init__(self, gpu):
+        self.gpu, self.seconds = gpu, 0.0
+
+    def replay(self):
+        self.gpu.now += self.seconds
+
+
+class FakeEvent:
+    def __init__(self, gpu):
+        self.gpu, self.at = gpu, None
+
+    def record(self):
+        self.at = self.gpu.now
+
+    def synchronize(self):
+        self.gpu.synchronize()
+
+    def elapsed_time(self, other):
+        return (other.at - self.at) * 1e3
+
+
+class FakeCuda:
+    """torch.cuda as `limits` knows it."""
+
+    def __init__(self):
+        self.now, self.mode, self.stream_now, self.capturing = 0.0, 0, "default", None
+        self.CUDAGraph = lambda: FakeGraph(self)
+        self.Event = lambda enable_timing: FakeEvent(self)
+        self.Stream = self.current_stream = lambda: SimpleNamespace(wait_stream=lambda other: None)
+
+    def launch(self, seconds):
+        """A kernel that takes so long."""
+        if self.capturing:
+            self.capturing.seconds += seconds
+        else:
+            self.now += seconds
+
+    def wait(self):
+        """What a copy from the host does."""
+        if self.mode == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    def is_available(self):
+        return True
+
+    def get_device_name(self):
+        return "Fake GPU (1)"
+
+    def get_device_properties(self, index):
+        sizes = {"multi_processor_count": 2, "total_memory": 1 << 30, "L2_cache_size": 1 << 12}
+        return SimpleNamespace(name=self.get_device_name(), major=9, minor=0, **sizes)
+
+    def get_sync_debug_mode(self):
+        return self.mode
+
+    def set_sync_debug_mode(self, mode):
+        self.mode = mode
+
+    def synchronize(self):
+        assert not self.capturing
+
+    def _sleep(self, cycles):
+        self.launch(cycles * 1e-9)
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        before, self.stream_now = self.stream_now, stream
+        try:
+            yield
+        finally:
+            self.stream_now = before
+
+    @contextlib.contextmanager
+    def graph(self, graph, stream):
+        # As torch.cuda.graph: what raises inside leaves the stream current.
+        self.capturing, self.stream_now = graph, stream
+        try:
+            yield
+        finally:
+            self.capturing = None
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    fake = FakeCuda()
+    monkeypatch.setattr(limits, "cuda", fake)
+    monkeypatch.setattr(limits, "target", lambda device: torch.device("cpu"))
+    monkeypatch.setattr(limits, "ROUNDS", 2)
+    monkeypatch.setitem(attention.BACKENDS, "cuda", attention.BACKENDS["cpu"])
+    for name, cases in TINY.items():
+        monkeypatch.setitem(getattr(shapes, name), "cuda", cases)
+    limits._cycles_per_second.cache_clear()
+    yield fake
+    limits._cycles_per_second.cache_clear()
+
+
+def run(module, tmp_path, *argv):
+    file = tmp_path / "result.json"
+    status = module.main([*argv, "--quick", "--rounds", "2", "--json", str(file)])
+    return status, json.loads(file.read_text())
 
 
 def test_select(tmp_path, capsys):
-    file = tmp_path / "select.json"
-    assert select.main(["--device", "cpu", "--quick", "--rounds", "1", "--json", str(file)]) == 0
+    status, result = run(select, tmp_path, "--device", "cpu")
     printed = capsys.readouterr().out
-    result = json.loads(file.read_text())
+    assert status == 0
     assert [row["matching"] for row in result["rows"]] == ["bipartite", "pairwise"]
     for row in result["rows"]:
         assert row["published / ours"] > 0
+        assert row["of matmul"] > 0
         assert f"{row['matching']:<10} {row['published / ours']:.1f}" in printed
     for name in ("machine", "commit", "torch", "threads", "command"):
         assert result[name]
         assert str(result[name]) in printed
+    assert result["limits"]["copy GB/s"] > 0
+    others = [(row["operator"], row["ms [p10, p90]"]["rounds"]) for row in result["others"]]
+    ops = ("prune", "select_varlen", "select_topk", "select_rows")
+    assert others == [(op, 2) for op in ops for _ in range(2)]
 
 
-def test_a_wrong_answer_gets_no_time(monkeypatch, capsys):
-    right = select.select
-    monkeypatch.setattr(select, "select", lambda *args: right(*args).roll(1))
-    assert select.main(["--quick", "--rounds", "1"]) == 1
-    assert "WRONG" in capsys.readouterr().out
+def test_attention(tmp_path, monkeypatch):
+    monkeypatch.setitem(shapes.ATTENTION, "cpu", [shapes.Sequence("tiny", 2, 33, 2, 8)])
+    status, result = run(attention, tmp_path, "--device", "cpu")
+    assert status == 0
+    names = ["ours", "SDPA flash, cls_scores", "SDPA flash", "SDPA math", "published"]
+    assert [row["by"] for row in result["rows"]] == names
+    for row in result["rows"]:
+        assert row["ms [p10, p90]"]["p50"] > 0
+        assert row["TFLOP/s"] > 0
+        assert row["of limit"] > 0
+    by = {row["by"]: row for row in result["rows"]}
+    assert by["SDPA flash"]["/ flash"] == by["published"]["published / this"] == 1
+
+
+def test_scores(tmp_path, monkeypatch):
+    monkeypatch.setitem(shapes.SCORES, "cpu", [shapes.Sequence("tiny", 2, 33, 2, 8)])
+    monkeypatch.setitem(shapes.PACKED, "cpu", [shapes.Packed("tiny", (20, 7, 1), 2, 8)])
+    status, result = run(scores, tmp_path, "--device", "cpu")
+    assert status == 0
+    ways = ["ours", "ours, given lse", "eager"]
+    assert [(row["operator"], row["by"]) for row in result["rows"]] == [
+        *(("cls_scores", way) for way in (ways[0], ways[2])),
+        *(("received_scores", way) for way in ways),
+        ("attention", "SDPA flash"),
+    ]
+    assert [row["by"] for row in result["varlen"]] == ways
+    for row in result["rows"] + result["varlen"]:
+        assert row["ms [p10, p90]"]["p50"] > 0
+        assert row["of K read"] > 0
+
+
+@pytest.mark.parametrize(
+    ("module", "op"),
+    [
+        (select, "select"),
+        (select, "prune"),
+        (attention, "cls_attention"),
+        (scores, "cls_scores"),
+        (scores, "received_scores_varlen"),
+    ],
+)
+@pytest.mark.parametrize("ending", ["WRONG", "raises ZeroDivisionError"])
+def test_a_bad_answer_gets_no_time(module, op, ending, gpu, monkeypatch, tmp_path, capsys):
+    right = getattr(module, op)
+
+    def bad(*args, **kwargs):
+        answer = right(*args, **kwargs)
+        if ending != "WRONG":
+            raise ZeroDivisionError
+        if isinstance(answer, tuple):
+            return answer[0].roll(1), *answer[1:]
+        return answer.roll(1)
+
+    monkeypatch.setattr(module, op, bad)
+    status, result = run(module, tmp_path, "--device", "cuda")
+    assert status == 1
+    assert ending in capsys.readouterr().out
+    rows = [row for table in result.values() if isinstance(table, list) for row in table]
+    rows = [row for row in rows if ending in row.values()]
+    assert rows
+    for row in rows:
+        assert not any(row[name] for name in row if "/ ours" in name or "of " in name)
+
+
+@pytest.mark.parametrize("name", RACES)
+def test_no_gpu(name, gpu, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as error:
+        RACES[name].main(["--device", "cuda"])
+    assert error.value.code == 2
+    assert "--device cuda: PyTorch finds no GPU here" in capsys.readouterr().err
+    assert harness.race_parser("").parse_args([]).device == "cpu"
+
+
+@pytest.mark.parametrize("name", RACES)
+def test_a_run_on_a_gpu(name, gpu, monkeypatch, tmp_path):
+    """Every call is one kernel of 1 ms; the published loop waits for the device, unless the device
+    is its default."""
+    of, copies = limits.clocks, set()
+
+    def clocks(run, context, sets, device):
+        copies.add(len(sets))
+
+        def call(*inputs):
+            if "loops_of" in run.__qualname__ and context is contextlib.nullcontext:
+                gpu.wait()
+            answer = run(*inputs)
+            gpu.launch(1e-3)
+            return answer
+
+        return of(call, context, sets, device)
+
+    def colsum(q, k, cls_len=None):
+        assert q.shape == (2, 2, 33, 8)
+        weights = (q @ k.mT * 8**-0.5).float().softmax(-1)
+        return weights[:, :, :cls_len].mean((1, 2))
+
+    monkeypatch.setattr(limits, "clocks", clocks)
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    monkeypatch.setattr(scores, "flash_colsum", colsum)
+    monkeypatch.setattr(scores, "flash_colreduce", lambda q, k, reduction: colsum(q, k)[:, None])
+    monkeypatch.setattr(attention, "flash_attn_func", attention.flash)
+    assert RACES[name].main(["--quick", "--rounds", "3", "--json"]) == 0
+    (file,) = (tmp_path / "fake-gpu-1").glob("*.json")
+    result = json.loads(file.read_text())
+    assert result["gpu"].startswith("Fake GPU (1), 2 SMs, compute capability 9.0, 1 GiB")
+    assert {"copy GB/s", "int8 TOP/s", "float16 TFLOP/s", "empty kernel, host us"} <= set(
+        result["limits"]
+    )
+    for rows in (result[key] for key in ("rows", "others", "varlen") if key in result):
+        for row in rows:
+            (device,) = (row[key] for key in row if key.endswith("us [p10, p90]"))
+            assert device["p50"] == pytest.approx(1e3)
+            assert row["wall us"]["p50"] > 0
+            assert row["host us"]["p50"] > 0
+    row, names = result["rows"][0], [row.get("by") for row in result["rows"]]
+    if name == "attention":
+        assert "flash-attn" in names
+    if name == "select":
+        assert row["published device us"] == "synchronises"
+        assert row["published us"]["p50"] > 0
+        assert row["graphed / ours"] == pytest.approx(1)
+        assert row["of limit"] > 0
+    if name == "scores":
+        assert [names.count(f"flash-col{name}") for name in ("sum", "reduce")] == [2, 1]
+        # More than twice L2, which is 4 KiB, with a K of 2112 and of 896 bytes.
+        assert copies == {1, 4, 10}
+        assert row["cold us"]["p50"] == pytest.approx(1e3)
+        read = 2 * 33 * 2 * 8 * 2 / 1e9 / result["limits"]["copy GB/s"]
+        assert row["of K read"] == pytest.approx(read / 1e-3)
+
+
+def test_device_time_is_of_one_call(gpu):
+    inputs = [(torch.zeros(i + 1),) for i in range(100)]
+    seen = []
+
+    def call(x):
+        if gpu.capturing:
+            seen.append(len(x))
+        gpu.launch(7e-6)
+
+    one = limits.Graph(call, contextlib.nullcontext, inputs[:1])
+    assert 1 < len(seen) == one.calls <= limits.MAX_CALLS
+    assert one() == pytest.approx(7e-6)
+    seen.clear()
+    many = limits.Graph(call, contextlib.nullcontext, inputs)
+    assert seen == list(range(1, 101))
+    assert many() == pytest.approx(7e-6)
+
+
+def test_a_failed_capture_is_a_row(gpu):
+    def call():
+        if gpu.capturing:
+            raise MemoryError
+
+    competitors = {"x": harness.Competitor(call, lambda answer: "")}
+    result = harness.race(competitors, (), SimpleNamespace(device="cuda", rounds=1))["x"]
+    assert result["device"] == "no graph: MemoryError"
+    assert result.seconds("wall") > 0
+    assert gpu.stream_now == "default"
+    assert gpu.mode == 0
+
+
+def test_host_time_does_not_wait(gpu, monkeypatch):
+    """The device is given work before the calls, and nobody waits for it."""
+    events = []
+    monkeypatch.setattr(gpu, "synchronize", lambda: events.append("wait"))
+    monkeypatch.setattr(limits, "_occupy", lambda seconds: events.append("work"))
+
+    def call():
+        events.append("call")
+        time.sleep(1e-4)
+
+    host = limits.Host(call, contextlib.nullcontext, ())
+    events.clear()
+    assert 1e-4 <= host() < 1e-2
+    assert events == ["wait", "work", *["call"] * host.calls]
+
+
+def test_calls_too_long_to_capture(gpu, monkeypatch):
+    monkeypatch.setattr(limits, "LONG_CALL", 0.0)
+    clocks = limits.clocks(lambda: None, contextlib.nullcontext, [()], "cuda")
+    assert clocks["device"] == "too long to capture"
+
+
+def test_results_are_written_case_by_case(gpu, monkeypatch, tmp_path):
+    """A run that is cut short leaves what it has."""
+    monkeypatch.setitem(shapes.ATTENTION, "cpu", [shapes.Sequence("tiny", 2, 33, 2, 8), None])
+    file = tmp_path / "x.json"
+    with pytest.raises(TypeError):
+        attention.main(["--device", "cpu", "--rounds", "1", "--json", str(file)])
+    assert len(json.loads(file.read_text())["rows"]) == 5
 
 
 def test_stability_is_as_the_readme_says(tmp_path):
@@ -44,10 +362,25 @@ def test_stability_is_as_the_readme_says(tmp_path):
 
 def test_interleaved_takes_turns():
     turns = []
-    times = harness.interleaved({"a": lambda: turns.append("a"), "b": lambda: turns.append("b")}, 3)
+
+    def clock(name):
+        turns.append(name)
+        return float(len(turns))
+
+    samples = harness.interleaved({"a": lambda: clock("a"), "b": lambda: clock("b")}, 3, 1.0)
     assert turns == ["a", "b"] * 4
-    assert times["a"].rounds == 3
-    assert times["a"].p10 <= times["a"].p50 <= times["a"].p90
+    assert samples == {"a": [3.0, 5.0, 7.0], "b": [4.0, 6.0, 8.0]}
+    timing = harness.Timing(samples["a"], 1e3)
+    assert (timing.p10, timing.p50, timing.p90, timing.seconds) == (3e3, 5e3, 7e3, 5.0)
+
+
+def test_progress_without_a_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(harness, "tqdm", None)
+    assert list(harness.progress(["x", "y"])) == ["x", "y"]
+    assert [line.split()[2:] for line in capsys.readouterr().err.splitlines()] == [
+        ["1/2", "x"],
+        ["2/2", "y"],
+    ]
 
 
 @pytest.mark.parametrize(
@@ -57,10 +390,11 @@ def test_interleaved_takes_turns():
         (["--rounds", "0"], "--rounds is 0"),
         (["--json", "no/such/folder/x.json"], "--json"),
         (["--device", "tpu"], "--device"),
+        (["--compile", "some"], "--compile"),
     ],
 )
 def test_bad_options(argv, names, capsys):
     with pytest.raises(SystemExit) as error:
-        select.main(argv)
+        select.main(["--device", "cpu", *argv])
     assert error.value.code == 2
     assert names in capsys.readouterr().err

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import vispruner_kernels
 from vispruner_kernels import _backends, _native, _schemas, ops
@@ -112,15 +113,19 @@ def test_contract_has_every_schema():
 def test_table_of_operators_is_true():
     """The README's operators by backend are those that `_backends` registers."""
     names = {"C++": "native", "SDPA and C++": "native", "reference": "reference"}
+    names["Triton"] = "triton"
     rows = re.findall(
-        r"^\| `(\w+)` \| [^|]+ \| ([^|]+) \| ([^|]+) \|$", page(ROOT / "README.md"), re.MULTILINE
+        r"^\| `(\w+)` \| [^|]+ \| ([^|]+) \| ([^|]+) \| ([^|]+) \|$",
+        page(ROOT / "README.md"),
+        re.MULTILINE,
     )
     table = {
         (op, device): names[owner]
-        for op, cpu, gpu in rows
-        for device, owner in (("cpu", cpu), ("cuda", gpu))
+        for op, cpu, cuda, hip in rows
+        for device, owner in (("cpu", cpu), ("cuda", hip if torch.version.hip else cuda))
     }
     assert table == _backends.OWNERS
+    assert {hip for *_, hip in rows} == {"reference"}
 
 
 def test_figures_of_the_readme_are_the_committed_ones():

@@ -102,7 +102,7 @@ def by_reference():
 
 def test_auto(auto, by_reference):
     best = "native" if _native.INSTALLED else "reference"
-    assert owners(auto["report"]) == dict.fromkeys(OPERATORS, (best, "reference"))
+    assert owners(auto["report"]) == dict.fromkeys(OPERATORS, (best, "triton"))
     assert "backend            auto (VISPRUNER_KERNELS_BACKEND)" in auto["report"]
     assert "checks             off (VISPRUNER_KERNELS_CHECK)" in auto["report"]
     assert f"vispruner_kernels  {vispruner_kernels.__version__}" in auto["report"]
@@ -119,9 +119,23 @@ def test_reference(by_reference):
 @needs_native
 def test_native(auto):
     got = answers(VISPRUNER_KERNELS_BACKEND="native")
-    assert owners(got["report"]) == dict.fromkeys(OPERATORS, ("native", "reference"))
+    assert owners(got["report"]) == dict.fromkeys(OPERATORS, ("native", "triton"))
     assert "backend            native (VISPRUNER_KERNELS_BACKEND)" in got["report"]
     assert got["digests"] == auto["digests"]
+
+
+def test_triton_serves_a_cpu_only_in_its_interpreter(auto):
+    pytest.importorskip("triton")
+    best = "native" if _native.INSTALLED else "reference"
+    compiled = answers(VISPRUNER_KERNELS_BACKEND="triton", TRITON_INTERPRET="0")
+    assert owners(compiled["report"]) == dict.fromkeys(OPERATORS, (best, "triton"))
+    assert "Triton kernels     for CUDA devices\n" in compiled["report"]
+    interpreted = answers(VISPRUNER_KERNELS_BACKEND="triton", TRITON_INTERPRET="1")
+    assert owners(interpreted["report"]) == dict.fromkeys(OPERATORS, ("triton", "triton"))
+    for op in SELECTIONS:
+        assert interpreted["digests"][op] == auto["digests"][op]
+    # The interpreter has to be asked for.
+    assert owners(answers(TRITON_INTERPRET="1")["report"])["select"] == (best, "triton")
 
 
 def test_read_once_at_import():
@@ -137,9 +151,21 @@ def test_read_once_at_import():
 def test_values_that_raise_at_import():
     # One interpreter: an import that raises registers nothing, so the next one can be tried.
     code = """
-import json, os, sys, torch
+import importlib.metadata, json, os, sys, torch
 
-def attempt(variables, without_core=False):
+installed = importlib.metadata.version
+
+def version_of_triton(version):
+    def answer(package):
+        if package != "triton":
+            return installed(package)
+        if version is None:
+            raise importlib.metadata.PackageNotFoundError(package)
+        return version
+    return answer
+
+def attempt(variables, without_core=False, triton="3.4.0"):
+    importlib.metadata.version = version_of_triton(triton)
     for name in [name for name in sys.modules if name.split(".")[0] == "vispruner_kernels"]:
         del sys.modules[name]
     if without_core:
@@ -155,14 +181,15 @@ def attempt(variables, without_core=False):
     return message
 
 print(json.dumps({
-    "triton": attempt({"VISPRUNER_KERNELS_BACKEND": "triton"}),
+    "no triton": attempt({"VISPRUNER_KERNELS_BACKEND": "triton"}, triton=None),
+    "old triton": attempt({"VISPRUNER_KERNELS_BACKEND": "triton"}, triton="3.3.1+git"),
     "nonsense": attempt({"VISPRUNER_KERNELS_BACKEND": "nonsense"}),
     "empty": attempt({"VISPRUNER_KERNELS_BACKEND": ""}),
     "module": attempt({"VISPRUNER_KERNELS_BACKEND": "_native"}),
     "check": attempt({"VISPRUNER_KERNELS_CHECK": "yes"}),
     "no core": attempt({"VISPRUNER_KERNELS_BACKEND": "native"}, without_core=True),
     "simd": attempt({"VISPRUNER_KERNELS_SIMD": "nonsense"}),
-    "nothing": attempt({}),
+    "nothing": attempt({}, triton=None),
 }))
 """
     done = python(code)
@@ -170,8 +197,9 @@ print(json.dumps({
     messages = json.loads(done.stdout)
     backend = "VISPRUNER_KERNELS_BACKEND="
     assert messages["nothing"] is None
-    assert messages["triton"].startswith(f"{backend}triton: ")
-    assert "unset it or use auto, reference or native" in messages["triton"]
+    remedy = "pip install 'triton>=3.4', or use auto, reference or native"
+    assert messages["no triton"] == f"{backend}triton: Triton is not installed; {remedy}"
+    assert messages["old triton"] == f"{backend}triton: Triton is 3.3.1+git; {remedy}"
     every = "expected auto, reference, native or triton"
     assert messages["nonsense"] == f"{backend}nonsense: {every}"
     assert messages["empty"] == f"{backend}: {every}"
@@ -330,7 +358,7 @@ def test_compared_catches_a_broken_kernel_of_any_backend(backend):
 def test_without_the_core(by_reference):
     got = answers(WITHOUT_CORE + ANSWER)
     assert got["digests"] == by_reference["digests"]
-    assert set(owners(got["report"]).values()) == {("reference", "reference")}
+    assert set(owners(got["report"]).values()) == {("reference", "triton")}
     line = next(x for x in got["report"].splitlines() if x.startswith("native core"))
     assert "not built" in line
     assert "the reference serves the CPU" in line

@@ -10,6 +10,7 @@ import torch
 
 from vispruner_kernels import __version__, _backends, _native
 from vispruner_kernels._schemas import SCHEMAS
+from vispruner_kernels._triton import operators
 
 
 def _version(package: str) -> str:
@@ -36,6 +37,15 @@ def _native_state() -> str:
     return f"C++, {_native._C.simd()} in use (this processor has {sets})"
 
 
+def _triton_state() -> str:
+    if not operators.INSTALLED:
+        return operators.REASON
+    if torch.version.hip:
+        return "not for HIP devices; the reference serves them"
+    interpreted = " and, in Triton's interpreter, CPU tensors" if operators.INTERPRETED else ""
+    return f"for CUDA devices{interpreted}"
+
+
 def report() -> str:
     """The text that is printed."""
     facts = {
@@ -47,14 +57,14 @@ def report() -> str:
         "GPU": _gpu(),
         "native core": _native_state(),
         "CUDA kernels": "none in this version",
-        "Triton kernels": "none in this version",
+        "Triton kernels": _triton_state(),
         "backend": f"{_backends.REQUESTED} (VISPRUNER_KERNELS_BACKEND)",
         "checks": f"{'on' if _backends.CHECKED else 'off'} (VISPRUNER_KERNELS_CHECK)",
     }
     lines = [f"{name:<18} {value}" for name, value in facts.items()]
     devices = list(_backends.KEYS)
-    # HIP devices are "cuda" devices to PyTorch and have the same owner.
-    heads = ["cpu", "cuda, hip"]
+    # HIP devices are "cuda" devices to PyTorch.
+    heads = ["cpu", "hip" if torch.version.hip else "cuda"]
     lines += ["", f"{'operator':<24}" + "".join(f"{head:<12}" for head in heads)]
     for op in SCHEMAS:
         owners = "".join(f"{_backends.OWNERS[op, device]:<12}" for device in devices)

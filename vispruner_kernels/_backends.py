@@ -14,23 +14,28 @@ from typing import Any
 import torch
 
 from vispruner_kernels import _native, _schemas, reference
+from vispruner_kernels._triton import operators as _triton
 
 # Device type -> dispatch key. HIP devices are "cuda" devices to PyTorch.
 KEYS = {"cpu": "CPU", "cuda": "CUDA"}
+# Not on AMD GPUs: there a barrier in Triton does not wait for stores, which the kernels that finish
+# in one launch rely on. On CPU tensors in Triton's interpreter.
+_TRITON_DEVICES = ("cuda",) * (torch.version.hip is None) + ("cpu",) * _triton.INTERPRETED
 # The devices a backend can serve, best backend first. An operator belongs to the first backend
-# that is installed, serves the device and has a function of the operator's name.
+# that is installed, serves the device and has a function of the operator's name. Triton owns CUDA
+# devices whether it is installed or not: without it the operators say what to install.
 BACKENDS: dict[str, tuple[ModuleType, tuple[str, ...]]] = {
     "native": (_native, ("cpu",)),
+    "triton": (_triton, _TRITON_DEVICES),
     "reference": (reference, ("cpu", "cuda")),
 }
 
 
 def _requested() -> str:
     name = os.environ.get("VISPRUNER_KERNELS_BACKEND", "auto")
-    if name == "triton":
+    if name == "triton" and not _triton.INSTALLED:
         raise ImportError(
-            "VISPRUNER_KERNELS_BACKEND=triton: this version has no Triton kernels; "
-            "unset it or use auto, reference or native"
+            f"VISPRUNER_KERNELS_BACKEND=triton: {_triton.REASON}, or use auto, reference or native"
         )
     if name == "native" and not _native.INSTALLED:
         raise ImportError(
@@ -59,11 +64,13 @@ CHECKED = _flag("VISPRUNER_KERNELS_CHECK")
 def _owner(op: str, device: str) -> str:
     def has(backend: str) -> bool:
         module, devices = BACKENDS[backend]
-        return device in devices and hasattr(module, op) and getattr(module, "INSTALLED", True)
+        installed = getattr(module, "INSTALLED", True) or device == "cuda"
+        return device in devices and hasattr(module, op) and installed
 
     if REQUESTED != "auto" and has(REQUESTED):
         return REQUESTED
-    return next(backend for backend in BACKENDS if has(backend))
+    # The interpreter is for tests: it serves a CPU only where it is asked for.
+    return next(b for b in BACKENDS if has(b) and not (b == "triton" and device == "cpu"))
 
 
 # (operator, device type) -> backend.

@@ -49,7 +49,10 @@ def select(
 
     Cost:
         Reads the features once and makes about N*N*C/2 integer multiply-adds per image. Scratch per
-        image in flight: 4*N*N + 2*N*C bytes in C++, some 20*N*N + 16*N*C on the reference.
+        image in flight: 4*N*N + 2*N*C bytes in C++, some 20*N*N + 16*N*C on the reference. On a
+        CUDA device one launch; scratch 4*N*N + 288*N bytes per image of the batch, so 1 GiB at
+        N=16384. There one block walks an image's passes: some (N - keep) / step dependent ones with
+        "bipartite", a few dozen rounds with "pairwise".
 
     Source:
         VisPruner, arXiv 2412.01818v2, section 3; Theia-4869/VisPruner at aefa01a,
@@ -208,7 +211,8 @@ def select_topk(scores: Tensor, keep: int) -> Tensor:
         ``torch.topk``, which leaves ties open. No synchronisation, no gradient. Contract 3.
 
     Cost:
-        One partial sort of N 64-bit keys per image; 8*N bytes of scratch.
+        One partial sort of N 64-bit keys per image; 8*N bytes of scratch. On a CUDA device one
+        launch without scratch: 32 counts of the keys in registers find the last one kept.
 
     Source:
         FasterVLM, arXiv 2412.01818v1; FoPru, arXiv 2411.14164.

@@ -1,0 +1,451 @@
+"""Selections on a GPU: the bits of the CPU, over and over, whatever else the device does."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import itertools
+import random
+from typing import Any, NamedTuple
+
+import gpu
+import pytest
+import torch
+from gpu import (
+    DEVICE,
+    SIMULATED,
+    answers,
+    assert_answers,
+    download,
+    expected,
+    filled,
+    needs_cuda,
+    placed,
+    poison,
+    run,
+    some,
+    streams,
+    synchronize,
+    uploaded,
+)
+from torch import Tensor
+
+from vispruner_kernels import _native
+from vispruner_kernels._schemas import MATCHINGS
+from vispruner_kernels.testing import (
+    DTYPES,
+    FEATURE_KINDS,
+    SCORE_KINDS,
+    Case,
+    random_case,
+    sample_features,
+    sample_offsets,
+    sample_scores,
+)
+
+pytestmark = gpu.marks
+watch = gpu.watch
+
+# Cases of each look and rule, and their most tokens.
+CASES, MOST = some(500, 2), some(200, 24)
+# Streams that calls are spread over.
+WIDTH = 4
+
+
+# To Triton a size of 1 is a constant and a multiple of 16 is known as one; a kernel is compiled for
+# each such set, which takes seconds. So the sets are these, and all else is random.
+
+
+class Look(NamedTuple):
+    """What kernels are compiled for."""
+
+    features: torch.dtype
+    scores: torch.dtype
+    channels: tuple[int, ...]
+    # Whether addresses and strides, and whether N, are multiples of 16.
+    aligned: bool
+    whole: bool
+
+    def __str__(self) -> str:
+        dtypes = (str(x).removeprefix("torch.") for x in (self.features, self.scores))
+        flags = "-aligned" * self.aligned + "-whole" * self.whole
+        return "-".join([*dtypes, "x".join(map(str, self.channels))]) + flags
+
+
+F32, F16, B16 = DTYPES
+LOOKS = (
+    Look(F32, F32, (16, 64, 208), True, False),
+    Look(F32, F16, (3, 31, 101), False, True),
+    Look(F16, F16, (16, 64, 208), True, True),
+    Look(F16, F32, (31, 101), False, False),
+    Look(B16, F32, (64, 144), True, False),
+    Look(B16, B16, (7, 63), False, False),
+    Look(F32, B16, (1,), False, False),
+)
+looks = pytest.mark.parametrize("look", LOOKS, ids=str)
+matchings = pytest.mark.parametrize("matching", MATCHINGS)
+
+
+def some_tokens(rng: random.Random, look: Look) -> int:
+    low, most = rng.choice([(2, 3), (2, min(64, MOST)), (2, MOST), (MOST // 2, MOST)])
+    size = rng.randint(low, most)
+    return -(-size // 16) * 16 if look.whole else size + (size % 16 == 0)
+
+
+def some_values(rng: random.Random, look: Look, batch: int, tokens: int) -> tuple[Tensor, Tensor]:
+    """Features [B, N, C] and scores [B, N], which are rows, or columns of something else."""
+    generator = torch.Generator().manual_seed(rng.getrandbits(40))
+    channels = rng.choice(look.channels)
+    features = sample_features(rng.choice(FEATURE_KINDS), batch, tokens, channels, generator)
+    features = placed(features.to(look.features), look.aligned, rng)
+    scores = sample_scores(rng.choice(SCORE_KINDS), batch, tokens, generator).to(look.scores)
+    if look.aligned:
+        return features, placed(scores[:, None], True, rng)[:, 0]
+    return features, placed(scores[:, :, None], False, rng)[:, :, 0]
+
+
+def random_selection(seed: int, look: Look, matching: str) -> Case:
+    """Arguments of `select` where similarities decide, like those of testing.random_case."""
+    rng = random.Random(seed)
+    # Odd, so that B * N is a multiple of 16 only where N is.
+    batch, tokens = rng.choice([1, 1, 3, 5]), some_tokens(rng, look)
+    return Case(
+        *some_values(rng, look, batch, tokens),
+        rng.choice([1, tokens - 1, rng.randint(1, tokens - 1), rng.randint(1, tokens - 1)]),
+        rng.choice([0.0, 0.25, 0.3, 0.5, 0.5, 0.75, rng.random()]),
+        rng.choice([1, 2, 3, 8, 8, 8, 2**40]),
+        matching,
+    )
+
+
+def random_packed(seed: int, look: Look, matching: str) -> tuple[Any, ...]:
+    """Arguments of `select_varlen`: images without tokens, images that keep all or nothing, tokens
+    of no image, output that no image fills."""
+    rng = random.Random(seed)
+    images = rng.choice([1, 2, 3, 5, 9, some(150, 5) if rng.random() < 0.1 else 2])
+    lengths = [rng.choice([0, 1, 2, rng.randint(1, MOST // 4)]) for _ in range(images)]
+    lengths[rng.randrange(images)] = some_tokens(rng, look)
+    keeps = [rng.choice([0, n, rng.randint(0, n), rng.randint(0, n)]) for n in lengths]
+
+    def at_least(size: int) -> int:
+        return -(-size // 16) * 16 if look.whole else size + (size % 16 == 0)
+
+    total = at_least(sum(lengths) + rng.choice([0, 0, 30]))
+    features, scores = some_values(rng, look, 1, total)
+    return (
+        features[0],
+        scores[0],
+        sample_offsets(lengths),
+        sample_offsets(keeps),
+        at_least(max(lengths) + rng.choice([0, 0, 50])),
+        min(total, sum(keeps) + rng.choice([0, 0, 1, 300])),
+        # The bits of 0.0 are a small integer, for which a kernel of its own is compiled.
+        rng.choice([0.0 if look is LOOKS[0] else 0.2, 0.3, 0.5, rng.random(), 1.0]),
+        rng.choice([1, 3, 8, 8]),
+        matching,
+    )
+
+
+def pruned(case: Case, indices: Tensor) -> tuple[Tensor, Tensor]:
+    return case.features[torch.arange(len(indices))[:, None], indices], indices
+
+
+@matchings
+@looks
+def test_random_cases(look, matching):
+    cases = [random_selection(seed, look, matching) for seed in range(CASES)]
+    wanted = [expected(("select", case)) for case in cases]
+    assert_answers(answers([("select", case) for case in cases], WIDTH), wanted)
+    if look in LOOKS[:3]:
+        kept = [pruned(case, *indices) for case, indices in zip(cases, wanted, strict=True)]
+        assert_answers(answers([("prune", case) for case in cases], WIDTH), kept)
+
+
+@matchings
+@pytest.mark.parametrize("look", LOOKS[:4], ids=str)
+def test_random_packed_cases(look, matching):
+    calls = [("select_varlen", random_packed(seed, look, matching)) for seed in range(CASES)]
+    assert_answers(answers(calls, WIDTH), [expected(call) for call in calls])
+
+
+def test_cases_as_elsewhere():
+    """What the other tests draw, where few are enough to compile for."""
+    calls = [("select", random_case(seed, MOST)) for seed in range(some(10, 3))]
+    assert_answers(answers(calls), [expected(call) for call in calls])
+
+
+@pytest.mark.parametrize("op", ["select_topk", "select_rows"])
+@pytest.mark.parametrize("look", [LOOKS[0], LOOKS[3], LOOKS[5]], ids=str)
+def test_random_scores(look, op):
+    """Short and long, which is what their kernels are compiled for, and a width of 1 and more."""
+    calls = []
+    for seed in range(some(700, 8)):
+        rng = random.Random(seed)
+        generator = torch.Generator().manual_seed(seed)
+        width = rng.choice([1, 3, 24]) if op == "select_rows" else 1
+        rows = rng.choice([1, 3, 61, *((577, 2880, 16384) if width == 1 else ())])
+        rows = min(rows, some(16384, 61))
+        batch = rng.choice([1, 3, 64 if rows < 600 else 2])
+        kind = rng.choice(SCORE_KINDS)
+        scores = sample_scores(kind, batch, rows * width, generator).to(look.scores)
+        scores = placed(scores[:, :, None], look.aligned, rng)[:, :, 0]
+        keep = rng.choice([1, rows, rng.randint(1, rows)])
+        calls.append((op, (scores, *([width] * (op == "select_rows")), keep)))
+    assert_answers(answers(calls, WIDTH), [expected(call) for call in calls])
+
+
+def test_the_score_alone_decides():
+    """Ratio 1, everything kept, one token: another kernel, or another way through it."""
+    calls = []
+    tokens = some(61, 9)
+    for seed, look in itertools.product(range(some(20, 2)), (LOOKS[3], LOOKS[5])):
+        rng = random.Random(seed)
+        features, scores = some_values(rng, look, 3, tokens)
+        keep = rng.randint(1, tokens)
+        for op, rule in itertools.product(("select", "prune"), ((keep, 1.0), (tokens, 0.5))):
+            calls.append((op, (features, scores, *rule, 8, "bipartite")))
+            calls.append((op, (features[:, :1], scores[:, :1], 1, rule[1], 8, "pairwise")))
+        packed = features[0], scores[0], sample_offsets([keep, tokens - keep])
+        for matching, first in itertools.product(MATCHINGS, (keep // 2, keep)):
+            kept = sample_offsets([first, tokens - keep]), tokens, first + tokens - keep
+            calls.append(("select_varlen", (*packed, *kept, 1.0, 8, matching)))
+    assert_answers(answers(calls, WIDTH), [expected(call) for call in calls])
+
+
+# Images, tokens, channels, tokens kept: LLaVA-1.5, NeXT, SigLIP, Qwen2.5-VL, NeXT at once, a batch.
+MODELS = [
+    (1, 576, 1024, 64, F16),
+    (5, 576, 1024, 32, B16),
+    (3, 729, 1152, 128, F32),
+    (2, 1024, 1280, 205, B16),
+    (1, 2880, 1024, 160, F16),
+    (64, 576, 64, 64, F16),
+]
+
+
+@functools.cache
+def model(
+    batch: int, tokens: int, channels: int, keep: int, dtype: torch.dtype, matching: str
+) -> tuple[Case, tuple[Tensor, ...]]:
+    """A call of `select` and its answer."""
+    generator = torch.Generator().manual_seed(tokens)
+    features = sample_features("clustered", batch, tokens, channels, generator).to(dtype)
+    scores = sample_scores("softmax", batch, tokens, generator)
+    case = Case(features, scores, keep, 0.5, 8, matching)
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        return case, expected(("select", case))
+    finally:
+        torch.set_num_threads(before)
+
+
+def model_sizes(batch: int, tokens: int, channels: int, keep: int) -> tuple[int, ...]:
+    return (
+        (min(batch, 2), tokens % 50 + 30, 33, keep % 20 + 5)
+        if SIMULATED
+        else (
+            batch,
+            tokens,
+            channels,
+            keep,
+        )
+    )
+
+
+@matchings
+@pytest.mark.parametrize("case", MODELS, ids=lambda case: "x".join(map(str, case[:3])))
+def test_models(case, matching):
+    *sizes, dtype = case
+    case, wanted = model(*model_sizes(*sizes), dtype, matching)
+    got = answers([("select", case), ("prune", case)])
+    assert_answers(got, [wanted, pruned(case, *wanted)])
+
+
+@matchings
+@pytest.mark.parametrize("others", ["nobody", "itself", "products"])
+@pytest.mark.parametrize("number", [0, 1, 5])
+def test_the_same_every_time(number, others, matching):
+    """Who arrives last goes on: nothing may depend on who it is. Alone on the device, beside calls
+    like it on other streams, beside matrix products."""
+    *sizes, dtype = MODELS[number]
+    case, (wanted,) = model(*model_sizes(*sizes), dtype, matching)
+    call, wanted = uploaded(("select", case)), gpu.upload(wanted)
+    turns = streams(WIDTH if others == "itself" else 1)
+    (beside,) = streams(1)
+    matrix = torch.ones(some(2048, 1), some(2048, 1), device=DEVICE)
+    synchronize()
+    wrong = []
+    for i in range(some(200, 2)):
+        with torch.cuda.stream(turns[i % len(turns)]):
+            if i % 20 < len(turns):
+                poison()
+            wrong.append((run(call)[0] != wanted).sum())
+        if others == "products":
+            with torch.cuda.stream(beside):
+                matrix @ matrix
+    synchronize()
+    assert torch.stack(wrong).count_nonzero() == 0
+
+
+@pytest.fixture
+def constants(monkeypatch):
+    """Sets constants of the kernel."""
+    kernel = importlib.import_module("vispruner_kernels._triton.select")
+
+    def set_constants(**values: int) -> None:
+        for name, value in values.items():
+            monkeypatch.setattr(kernel, name, value)
+        kernel._layout.cache_clear()
+
+    yield set_constants
+    kernel._layout.cache_clear()
+
+
+@matchings
+@pytest.mark.parametrize("look", [LOOKS[0], LOOKS[3]], ids=str)
+def test_every_way_through_the_passes(constants, look, matching):
+    """The first passes with lists of neighbours, which else only images of more than 128 tokens
+    have; lists too short for an answer; the pairwise rule's care for its bad case at once."""
+    constants(SMALL=16, NEIGHBOURS=16, EAGER=1)
+    cases = [random_selection(10_000 + seed, look, matching) for seed in range(some(100, 3))]
+    calls = [("select", case) for case in cases]
+    assert_answers(answers(calls, WIDTH), [expected(call) for call in calls])
+
+
+def test_pairwise_where_one_token_is_the_partner_of_all():
+    """Equal tokens, and products of magnitudes: after EAGER rounds most pairs are still to come."""
+    tokens = some(701, 41)
+    generator = torch.Generator().manual_seed(11)
+    angle = torch.linspace(0.1, 1.5, tokens)[None, :, None]
+    hub = torch.cat([angle.cos(), angle.sin()], 2)
+    mixed = hub[:, torch.randperm(tokens, generator=generator)]
+    ascending = torch.arange(tokens).float()[None]
+    calls = [
+        ("select", (features, scores, tokens // 10, 0.0, 8, "pairwise"))
+        for features in (torch.ones_like(hub), hub, mixed)
+        for scores in (ascending, torch.rand(1, tokens, generator=generator))
+    ]
+    assert_answers(answers(calls), [expected(call) for call in calls])
+
+
+@needs_cuda
+def test_largest_sizes():
+    generator = torch.Generator().manual_seed(7)
+    features = sample_features("constant", 1, 20, 65536, generator)
+    scores = sample_scores("ties", 1, 20, generator)
+    calls = [("select", (features, scores, 6, 0.5, 2, matching)) for matching in MATCHINGS]
+    features = sample_features("clustered", 1, 16384, 16, generator)
+    scores = sample_scores("softmax", 1, 16384, generator)
+    calls.append(("select", (features, scores, 16384 - 20, 0.5, 8, "bipartite")))
+    if _native.INSTALLED:
+        # The reference takes minutes.
+        calls.append(("select", (features, scores, 1638, 0.5, 8, "pairwise")))
+    torch.set_num_threads(4)
+    assert_answers(answers(calls), [expected(call) for call in calls])
+
+
+# Offsets that contradict each other or the tensors: the GPU cannot raise.
+
+ENDS = (-(2**31), -(2**31) + 1, -1, 0, 1, 2**31 - 1)
+
+
+def random_offsets(rng: random.Random, count: int, most: int) -> Tensor:
+    kind = rng.choice(["any", "rising", "ends", "one", "falling"])
+    values = [rng.randint(-5, most + 50) for _ in range(count)]
+    if kind != "any":
+        values = sorted(max(0, x) for x in values)
+    if kind == "falling":
+        values.reverse()
+    if kind == "ends":
+        values = [rng.choice([*ENDS, x]) for x in values]
+    if kind == "one":
+        values[rng.randrange(count)] = rng.choice(ENDS)
+    return torch.tensor(values, dtype=torch.int32)
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Only a CPU checks offsets: the simulation of a GPU does not."""
+    for name in ("select", "received_scores"):
+        module = importlib.import_module(f"vispruner_kernels._triton.{name}")
+        if SIMULATED and hasattr(module, "check_offsets"):
+            monkeypatch.setattr(module, "check_offsets", lambda *args: None)
+
+
+@matchings
+def test_contradictory_offsets(unchecked, matching):
+    """No exception, no hang, every element written, with a value in [0, total)."""
+    total = some(151, 31)
+    generator = torch.Generator().manual_seed(5)
+    features = sample_features("clustered", 1, total, 16, generator)[0]
+    scores = sample_scores("ties", 1, total, generator)[0]
+    calls = []
+    for seed in range(some(300, 8)):
+        rng = random.Random(seed)
+        count = rng.choice([2, 3, 6, 41])
+        offsets = random_offsets(rng, count, total), random_offsets(rng, count, total)
+        # Numbers that kernels are compiled for once.
+        sizes = rng.choice([3, 70, 157, 16383]), rng.randint(1, total)
+        rule = rng.choice([0.0, 0.5, 1.0]), 8, matching
+        calls.append(("select_varlen", (features, scores, *offsets, *sizes, *rule)))
+    right = ("select_varlen", (features, scores, *(sample_offsets([total]),) * 2, total, total))
+    for garbage in (filled, poisoned):
+        there = [uploaded(call) for call in calls]
+        with garbage():
+            got = [run(call) for call in there]
+        for number, (indices,) in enumerate(download(got)):
+            assert ((indices >= 0) & (indices < total)).all(), f"{number}: {calls[number][1][2:]}"
+    assert_answers(answers([right]), [expected(right)])
+
+
+class poisoned:
+    def __enter__(self) -> None:
+        poison()
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+# Offsets in memory beyond 31 bits.
+
+
+@needs_cuda
+@pytest.mark.parametrize("far", ["tokens", "images"])
+def test_strides_beyond_31_bits(far):
+    """Where a stride, or its product with a token, does not fit an int32."""
+    batch, tokens, channels = (1, 80, 32) if far == "tokens" else (2, 40, 32)
+    strides = (16, 2**25, 1) if far == "tokens" else (2**31 + 16, channels, 1)
+    size = 1 + sum((n - 1) * s for n, s in zip((batch, tokens, channels), strides, strict=True))
+    if torch.cuda.mem_get_info()[0] < 2 * size + 2**30:
+        pytest.skip(f"{2 * size / 2**30:.1f} GiB of memory are not free")
+    memory = torch.empty(size, dtype=torch.float16, device=DEVICE)
+    generator = torch.Generator().manual_seed(9)
+    features = sample_features("clustered", batch, tokens, channels, generator).half()
+    scores = sample_scores("ties", batch, tokens, generator).half()
+    calls = [("select_topk", (scores, 11)), ("select_rows", (scores, 4, 3))]
+    for matching in MATCHINGS:
+        rest = (tokens // 5, 0.5, 8, matching)
+        calls += [(op, (features, scores, *rest)) for op in ("select", "prune")]
+        if far == "tokens":
+            sizes = sample_offsets([30, 50]), sample_offsets([7, 9]), 50, 16
+            packed = (features[0], scores[0], *sizes, *rest[1:])
+            calls.append(("select_varlen", packed))
+    for op, args in calls:
+        wanted = expected((op, args))
+        # One of them is far apart at a time.
+        for number in range(1 if args[0] is scores else 2):
+            there = list(uploaded((op, args))[1])
+            shape = there[number].shape
+            view = memory.as_strided(
+                shape, _strides(strides, len(shape), number, args[0] is scores)
+            )
+            there[number] = view.copy_(there[number])
+            assert_answers(download([run((op, tuple(there)))]), [wanted], [(op, number)])
+
+
+def _strides(strides: tuple[int, ...], dims: int, number: int, scores: bool) -> tuple[int, ...]:
+    """Of features or of scores, of a batch or packed."""
+    image, token, channel = strides
+    per_token = (token,) if scores or number else (token, channel)
+    return (image, *per_token)[-dims:]

@@ -1,0 +1,373 @@
+"""The Triton kernels in Triton's interpreter, with sizes that make small cases take every way.
+
+The tests of the operators run them too, at length: make test-triton.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import types
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from vispruner_kernels import _backends, reference
+from vispruner_kernels._triton import operators
+from vispruner_kernels.testing import (
+    DTYPES,
+    FEATURE_KINDS,
+    SCORE_KINDS,
+    assert_same_bits,
+    random_case,
+    sample_features,
+    sample_offsets,
+    sample_scores,
+)
+
+pytestmark = pytest.mark.skipif(
+    not operators.INTERPRETED, reason="Triton compiles here: make test-gpu"
+)
+if operators.INTERPRETED:
+    import triton
+    import triton.language as tl
+
+    from vispruner_kernels._triton import launch, neighbours, pairwise, select
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_scratch():
+    """torch.empty is full of NaN and of the largest integers."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def sizes(monkeypatch):
+    """Sets the sizes that decide which way a case takes."""
+
+    def set_sizes(**values: int) -> None:
+        select._layout.cache_clear()
+        for name, value in values.items():
+            monkeypatch.setattr(select, name, value)
+
+    yield set_sizes
+    select._layout.cache_clear()
+
+
+def small_sizes(seed: int) -> dict[str, int]:
+    rng = random.Random(seed)
+    return {
+        "SMALL": rng.choice([16, 128]),
+        "EAGER": rng.choice([1, 3, 64]),
+        "NEIGHBOURS": rng.choice([8, 16, 32]),
+    }
+
+
+@pytest.mark.parametrize("matching", ["bipartite", "pairwise"])
+@pytest.mark.parametrize(
+    "seeds", [range(120), pytest.param(range(120, 1000), marks=pytest.mark.slow)]
+)
+def test_select(seeds, matching, sizes):
+    for seed in seeds:
+        case = random_case(seed, matching=matching)
+        sizes(**small_sizes(seed))
+        try:
+            assert_same_bits(operators.select(*case), reference.select(*case))
+        except AssertionError as error:
+            raise AssertionError(f"seed {seed}") from error
+
+
+@pytest.mark.parametrize("seeds", [range(30), pytest.param(range(30, 300), marks=pytest.mark.slow)])
+def test_prune(seeds, sizes):
+    for seed in seeds:
+        case = random_case(seed)
+        sizes(**small_sizes(seed))
+        for got, expected in zip(operators.prune(*case), reference.prune(*case), strict=True):
+            assert_same_bits(got, expected)
+
+
+@pytest.mark.parametrize("matching", ["bipartite", "pairwise"])
+@pytest.mark.parametrize(("kind", "tokens"), [("clustered", 576), ("constant", 200)])
+def test_more_tokens(kind, tokens, matching):
+    generator = torch.Generator().manual_seed(1)
+    features = sample_features(kind, 1, tokens, 48, generator).half()
+    scores = sample_scores("softmax", 1, tokens, generator)
+    args = (features, scores, 64, 0.5, 8, matching)
+    assert_same_bits(operators.select(*args), reference.select(*args))
+
+
+def packed(seed: int) -> tuple:
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    lengths = [
+        rng.choice([0, 1, 2, rng.randint(1, 70), rng.randint(1, 140)])
+        for _ in range(rng.randint(0, 4))
+    ]
+    keep = [rng.choice([0, min(n, 1), n, rng.randint(0, n)]) for n in lengths]
+    total = sum(lengths) + rng.choice([0, 3])
+    kind, dtype = rng.choice(FEATURE_KINDS), rng.choice(DTYPES)
+    features = sample_features(kind, 1, total, rng.choice([1, 16, 33]), generator)[0].to(dtype)
+    return (
+        features,
+        sample_scores(rng.choice(SCORE_KINDS), 1, total, generator)[0],
+        sample_offsets(lengths),
+        sample_offsets(keep),
+        max(lengths, default=0) + rng.choice([0, 5]),
+        min(total, sum(keep) + rng.choice([0, 2])),
+        rng.choice([0.0, 0.3, 0.5, 0.9, 1.0]),
+        rng.choice([1, 8]),
+        rng.choice(["bipartite", "pairwise"]),
+    )
+
+
+@pytest.mark.parametrize("seeds", [range(40), pytest.param(range(40, 300), marks=pytest.mark.slow)])
+def test_select_varlen(seeds, sizes):
+    for seed in seeds:
+        args = packed(seed)
+        sizes(**small_sizes(seed))
+        try:
+            assert_same_bits(operators.select_varlen(*args), reference.select_varlen(*args))
+        except AssertionError as error:
+            raise AssertionError(f"seed {seed}") from error
+
+
+@pytest.mark.parametrize("keep", [1, 3, 7, 29, 49, 93])
+def test_important_tokens_of_packed_images_are_counted_in_float64(keep):
+    """In float32 some of these ratios keep a token more or less by score."""
+    generator = torch.Generator().manual_seed(keep)
+    features = sample_features("normal", 1, 100, 3, generator)[0]
+    scores = sample_scores("uniform", 1, 100, generator)[0]
+    for ratio in {0.1, 0.29, 0.57, 0.7, 1 / 3, 1 / keep, (keep - 1) / keep}:
+        args = (features, scores, sample_offsets([100]), sample_offsets([keep]), 100, keep, ratio)
+        assert_same_bits(operators.select_varlen(*args), reference.select_varlen(*args))
+
+
+def test_contradictory_offsets_stay_in_bounds(monkeypatch):
+    """A GPU cannot look at offsets without a copy to the host. Sentinels lie around the output."""
+    monkeypatch.setattr(select, "check_offsets", lambda *args: None)
+    for seed in range(60):
+        rng = random.Random(seed)
+        images, total = rng.randint(0, 3), rng.randint(1, 70)
+
+        def offsets(end, rng=rng, images=images):
+            values = [rng.randint(0, end), rng.randint(-(2**31), 2**31 - 1), 0]
+            return torch.tensor(
+                [rng.choice([rng.choice(values), rng.randint(0, end)]) for _ in range(images + 1)],
+                dtype=torch.int32,
+            )
+
+        memory = torch.full((total + 64,), -7)
+        kept = rng.randint(0, total)
+        empty = torch.empty
+
+        def sentinels(*shape, memory=memory, kept=kept, empty=empty, **kwargs):
+            if kwargs.get("dtype") is torch.int64:
+                return memory[32 : 32 + kept]
+            return empty(*shape, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "empty", sentinels)
+            out = operators.select_varlen(
+                torch.randn(total, 4),
+                torch.rand(total),
+                offsets(total),
+                offsets(kept + 3),
+                rng.choice([0, 1, 70, 16384]),
+                kept,
+                0.5,
+                8,
+                rng.choice(["bipartite", "pairwise"]),
+            )
+        assert ((out >= 0) & (out < total)).all(), f"seed {seed}"
+        assert (memory[:32] == -7).all()
+        assert (memory[32 + kept :] == -7).all()
+
+
+def test_select_topk_and_select_rows():
+    for seed in range(100):
+        rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+        n = rng.choice([1, 2, 3, 7, 16, 33, 60, 300])
+        scores = sample_scores(rng.choice(SCORE_KINDS), rng.randint(0, 3), n, generator)
+        scores = scores.to(rng.choice(DTYPES))
+        keep = rng.randint(1, n)
+        assert_same_bits(operators.select_topk(scores, keep), reference.select_topk(scores, keep))
+        width = rng.choice([w for w in range(1, n + 1) if n % w == 0])
+        args = (scores, width, rng.randint(1, n // width))
+        assert_same_bits(operators.select_rows(*args), reference.select_rows(*args))
+
+
+@pytest.mark.parametrize("op", ["select", "cls_attention", "cls_scores", "received_scores"])
+def test_counters_are_left_as_a_replay_wants_them(op, monkeypatch):
+    """A CUDA graph launches with the same arguments again and again: same tag, same scratch."""
+    launches = []
+    run = launch.run
+
+    def recorded(*args, **meta):
+        launches.append((args, meta))
+        run(*args, **meta)
+
+    monkeypatch.setattr(launch, "run", recorded)
+    generator = torch.Generator().manual_seed(0)
+    if op == "select":
+        features = sample_features("normal", 3, 150, 8, generator)
+        args = (features, torch.rand(3, 150, generator=generator), 20)
+    else:
+        args = torch.randn(3 if op == "cls_attention" else 2, 2, 70, 3, 16, generator=generator)
+    got = getattr(operators, op)(*args)
+    outputs = got if isinstance(got, tuple) else (got,)
+    before = [x.clone() for x in outputs]
+    for _ in range(2):
+        for x in outputs:
+            x.zero_()
+        for arguments, meta in launches:
+            run(*arguments, **meta)
+        for x, expected in zip(outputs, before, strict=True):
+            assert_same_bits(x, expected)
+
+
+def test_every_way_is_taken(monkeypatch, sizes):
+    """Lists, whole lists, whole rows, late rounds, and removals that do not come to pass."""
+    taken = set()
+
+    def watch(module, name):
+        function = getattr(module, name)
+
+        def call(*args):
+            # The whole list of 16, or its beginning.
+            whole = name == "_nearest_listed" and "16" in str(args[-1])
+            taken.add((name, whole))
+            return function(*args)
+
+        monkeypatch.setattr(module, name, call)
+
+    watch(neighbours, "_nearest_listed")
+    watch(neighbours, "_nearest_in_row")
+    watch(pairwise, "_lower_bounds")
+    watch(pairwise, "count_larger")
+    for seed in range(4):
+        for matching in ("bipartite", "pairwise"):
+            sizes(SMALL=16, EAGER=1, NEIGHBOURS=16)
+            case = random_case(seed, matching=matching)
+            generator = torch.Generator().manual_seed(seed)
+            features = sample_features("clustered", 1, 90, 16, generator)
+            args = (features, sample_scores("ties", 1, 90, generator), 12, *case[3:])
+            assert_same_bits(operators.select(*args), reference.select(*args))
+    names = ["_nearest_listed", "_nearest_in_row", "_lower_bounds", "count_larger"]
+    assert taken == {("_nearest_listed", True), *((name, False) for name in names)}
+
+
+def test_lists_are_the_nearest():
+    """Between half of NEIGHBOURS and all of them, in the order of the pairwise rule."""
+    tokens = 208
+    generator = torch.Generator().manual_seed(3)
+    features = sample_features("clustered", 1, tokens, 24, generator)
+    sim = reference.similarity(features[0]).fill_diagonal_(-torch.inf)
+    keys = sim.view(torch.int32)
+    keys = torch.where(keys >= 0, keys, keys ^ 0x7FFFFFFF)
+    keys.fill_diagonal_(-(2**31))
+    lists = torch.empty(tokens, 32, dtype=torch.int64)
+
+    @triton.jit
+    def list_kernel(sim_ptr, lists_ptr, N):
+        for row in range(0, N, 8):
+            neighbours.list_neighbours(sim_ptr, N, lists_ptr, N, row + tl.arange(0, 8), 32)
+
+    launch.run(list_kernel, 1, keys, keys, lists, tokens)
+    for token in range(tokens):
+        listed = lists[token][lists[token] != -(2**63)]
+        assert 16 <= len(listed) <= 32
+        index = 0x7FFFFFFF - (listed & 0x7FFFFFFF)
+        order = torch.sort(sim[token], descending=True, stable=True).indices
+        assert index.tolist() == order[: len(listed)].tolist()
+        assert torch.equal((listed >> 32).int(), keys[token][index])
+
+
+def test_tags_are_random_and_leave_the_callers_generator_alone():
+    random.seed(5)
+    first = [launch.new_tag() for _ in range(100)]
+    assert random.random() == random.Random(5).random()
+    random.seed(5)
+    assert len({*first, *(launch.new_tag() for _ in range(100))}) == 200
+    # Always an int64 to Triton, and positive with the count behind it.
+    assert all(2**31 < tag and tag << 20 < 2**63 for tag in first)
+
+
+def test_too_many_programs():
+    with pytest.raises(ValueError, match="needs 2147483648 programs, expected at most 2147483647"):
+        launch.run(select._select_kernel, 2**31, torch.empty(1))
+
+
+def test_devices():
+    assert _backends.BACKENDS["triton"][1] == ("cuda", "cpu")
+
+
+def test_no_triton_on_a_gpu(monkeypatch):
+    """Nothing falls back silently."""
+    monkeypatch.setattr(operators, "INSTALLED", False)
+    monkeypatch.setattr(operators, "REASON", "Triton is not installed; pip install 'triton>=3.4'")
+    operators._load.cache_clear()
+    message = (
+        "select_topk: no kernels for a cuda device: Triton is not installed; "
+        "pip install 'triton>=3.4', or set VISPRUNER_KERNELS_BACKEND=reference"
+    )
+    with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
+        operators.select_topk(torch.rand(1, 3), 2)
+
+
+def test_a_gpu_that_is_too_old(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Tesla V100")
+    launch._check_device.cache_clear()
+    with pytest.raises(
+        RuntimeError, match=r"Tesla V100 has compute capability 7\.0.*BACKEND=reference"
+    ):
+        launch._check_device(0)
+
+
+def test_compiled_kernels_are_kept_by_shape_class(monkeypatch):
+    """A compiled kernel must not serve arguments that Triton would compile another one for."""
+    compiled, launched = [], []
+
+    class Kernel:
+        arg_names = ("x_ptr", "n", "scale", "BLOCK", "FLAG")
+
+        def __getitem__(self, grid):
+            def compile_and_launch(*args, **meta):
+                compiled.append((grid, args, meta))
+
+                class Compiled:
+                    def __getitem__(self, grid):
+                        return lambda *args: launched.append((grid, args))
+
+                return Compiled()
+
+            return compile_and_launch
+
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(launch, "_COMPILED", {})
+    monkeypatch.setattr(launch, "_check_device", lambda index: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    like = types.SimpleNamespace(device=torch.device("cuda", 0))
+    kernel, x = Kernel(), torch.zeros(64)
+    meta = {"FLAG": True, "BLOCK": 16, "num_warps": 4}
+    launch.run(kernel, 7, like, x, 32, 0.5, **meta)
+    launch.run(kernel, 9, like, x[16:], 48, 0.25, **meta)
+    assert compiled == [((7,), (x, 32, 0.5), meta)]
+    ((grid, args),) = launched
+    assert grid == (9, 1, 1)
+    assert args[0].data_ptr() == x[16:].data_ptr()
+    assert args[1:] == (48, 0.25, 16, True)
+    for other in (
+        (x[1:], 32, 0.5),
+        (x.half(), 32, 0.5),
+        (x, 33, 0.5),
+        (x, 1, 0.5),
+        (x, 2**40, 0.5),
+    ):
+        launch.run(kernel, 7, like, *other, **meta)
+    launch.run(kernel, 7, like, x, 32, 0.5, **{**meta, "num_warps": 8})
+    assert len(compiled) == 7
+    assert len(launched) == 1

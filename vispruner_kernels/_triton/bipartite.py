@@ -1,0 +1,100 @@
+"""The published rule of duplicate removal, by one program.
+
+Everything it reads lies in the cache of one multiprocessor: a step costs a load or two and a
+barrier.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from vispruner_kernels._triton.neighbours import find_nearest
+from vispruner_kernels._triton.rules import INT32_MIN, INT64_MIN, count_larger, index_key
+
+# States of a token; that of a living one is its position, and b are the odd positions.
+DROPPED = tl.constexpr(-2)
+IMPORTANT = tl.constexpr(-4)
+# Tokens per step of a sweep.
+SWEEP = tl.constexpr(256)
+
+
+@triton.jit
+def bipartite(
+    sim_ptr,
+    ld,
+    lists_ptr,
+    state_ptr,
+    residual_ptr,
+    next_ptr,
+    missed_ptr,
+    keys_ptr,
+    N,
+    n,
+    keep,
+    step,
+    NEIGHBOURS: tl.constexpr,
+    SMALL: tl.constexpr,
+):
+    """The published rule: `state` is the position of each of the `n` tokens of `residual`; those
+    still in it when `keep` are left have a state of 0 or more."""
+    while n > tl.maximum(keep, SMALL):
+        size_a = (n + 1) // 2
+        drop = tl.minimum(tl.minimum(step, n - keep), size_a)
+        # Phase 1: the nearest of b, the odd positions, to each of a.
+        find_nearest(
+            sim_ptr,
+            ld,
+            lists_ptr,
+            state_ptr,
+            residual_ptr,
+            missed_ptr,
+            keys_ptr,
+            keys_ptr,
+            N,
+            size_a,
+            False,
+            NEIGHBOURS,
+        )
+        # Phase 2: a in sorted order less its first `drop`, then b as it was.
+        for first in range(0, size_a, SWEEP):
+            offs_a = first + tl.arange(0, SWEEP)
+            mask_a = offs_a < size_a
+            key = tl.load(keys_ptr + offs_a, mask=mask_a, other=INT64_MIN)
+            token = tl.load(residual_ptr + 2 * offs_a, mask=mask_a, other=0)
+            position = count_larger(keys_ptr, size_a, key) - drop
+            tl.store(next_ptr + position, token, mask=mask_a & (position >= 0))
+            tl.store(state_ptr + token, tl.where(position >= 0, position, DROPPED), mask=mask_a)
+        for first in range(0, n // 2, SWEEP):
+            offs_b = first + tl.arange(0, SWEEP)
+            mask_b = offs_b < n // 2
+            token = tl.load(residual_ptr + 2 * offs_b + 1, mask=mask_b, other=0)
+            position = size_a - drop + offs_b
+            tl.store(next_ptr + position, token, mask=mask_b)
+            tl.store(state_ptr + token, position, mask=mask_b)
+        tl.debug_barrier()
+        residual_ptr, next_ptr = next_ptr, residual_ptr
+        n -= drop
+    if n > keep:
+        # The same in registers.
+        offs = tl.arange(0, SMALL)
+        mask = offs < n
+        token = tl.load(residual_ptr + offs, mask=mask, other=0)
+        value = tl.load(
+            sim_ptr + token.to(tl.int64)[:, None] * ld + token[None, :],
+            mask=mask[:, None] & mask[None, :],
+            other=INT32_MIN,
+        )  # symmetric: columns are a, rows are b
+        position = tl.where(mask, offs, DROPPED)
+        while n > keep:
+            size_a = (n + 1) // 2
+            drop = tl.minimum(tl.minimum(step, n - keep), size_a)
+            in_b = (position & 1) == 1
+            in_a = (position >= 0) & (in_b == 0)
+            nearest = tl.max(tl.where(in_b[:, None], value, INT32_MIN), axis=0)
+            key = tl.where(in_a, index_key(nearest, position), INT64_MIN)
+            rank = tl.sum((key[:, None] > key[None, :]).to(tl.int32), axis=0)
+            sorted_a = tl.where(in_a & (rank >= drop), rank - drop, DROPPED)
+            position = tl.where(in_b, size_a - drop + position // 2, sorted_a)
+            n -= drop
+        tl.store(state_ptr + token, position, mask=mask)

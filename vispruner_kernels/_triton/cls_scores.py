@@ -1,0 +1,337 @@
+"""`cls_scores`, and the CLS row for `cls_attention`: both run the same code, so their scores have the
+same bits."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vispruner_kernels._triton import launch
+from vispruner_kernels._triton.rules import COUNT_MASK, arrive, close_counter, open_counter
+
+# Keys whose exponentials are added by one program; heads and keys of a tile of the mean.
+CHUNK, BLOCK_H, BLOCK_S = 256, 16, 256
+# Elements of k that a program reads at once.
+TILE = 8192
+# Arguments of which no kernel is compiled anew.
+INTEGERS = ("S", "H", "num_prefix", "record", "tag")
+LOG2E = tl.constexpr(1.4426950408889634)
+INTERPRETED = tl.constexpr(launch.INTERPRETED)
+
+
+@triton.jit
+def split_scale(scale):
+    """(sign, c): softmax(scale * x) is the softmax to base 2 of c * (sign * x), c > 0.
+
+    So the largest logit is the largest sign * x, whose difference to itself is 0, exactly. What is
+    not finite stays so at scale 0; at the ends of the range c neither overflows nor vanishes.
+    """
+    size = tl.abs(scale)
+    unit = tl.where(size > 1e38, 2.0, 1.0)
+    sign = tl.where(scale < 0, -unit, tl.where(scale > 0, unit, 0.0))
+    return sign, tl.where(size > 0, size / unit, 1.0) * LOG2E
+
+
+@triton.jit
+def largest(x, axis: tl.constexpr):
+    """tl.max, in which NaN has no say: it comes out of the exponentials."""
+    if INTERPRETED:
+        # numpy warns of a row of NaN.
+        x = tl.where(x == x, x, -float("inf"))
+    return tl.max(x, axis=axis)
+
+
+@triton.jit
+def _sum_pairwise(x):
+    """Sums of the rows of x [N, D], neighbours first: no layout changes the order."""
+    for _ in tl.static_range(8):
+        if x.shape[1] > 1:
+            even, odd = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
+            x = even + odd
+    return tl.reshape(x, [x.shape[0]])
+
+
+@triton.jit
+def _logits(
+    q_ptr,
+    k_ptr,
+    logits_ptr,
+    stride_ks,
+    sign,
+    begin,
+    end,
+    D: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """logits[begin:end] = sign * q . k, in float32."""
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d < D
+    q = tl.load(q_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32) * sign
+    for start in range(begin, end, BLOCK_N):
+        offs_n = start + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < end
+        k = tl.load(
+            k_ptr + offs_n.to(tl.int64)[:, None] * stride_ks * UNIT + offs_d[None, :],
+            mask=mask_n[:, None] & mask_d[None, :],
+            other=0.0,
+        ).to(tl.float32)  # [BLOCK_N, BLOCK_D]
+        tl.store(logits_ptr + offs_n, _sum_pairwise(k * q[None, :]), mask=mask_n)
+
+
+@triton.jit
+def _mean_of_heads(
+    logits_ptr,
+    sums_ptr,
+    scores_ptr,
+    c,
+    S,
+    H,
+    num_prefix,
+    ld,
+    chunks,
+    BLOCK_H: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """scores = the softmax of every head's logits, added in float64, without the prefix."""
+    offs_c = tl.arange(0, BLOCK_C)
+    for start in range(0, S, BLOCK_S):
+        offs_n = start + tl.arange(0, BLOCK_S)
+        mask_n = offs_n < S
+        total = tl.zeros([BLOCK_S], tl.float64)
+        for first in range(0, H, BLOCK_H):
+            head = (first + tl.arange(0, BLOCK_H)).to(tl.int64)[:, None]  # [BLOCK_H, 1]
+            mask_h = head < H
+            mask_c = mask_h & (offs_c < chunks)[None, :]
+            part_ptr = sums_ptr + (head * chunks + offs_c[None, :]) * 2
+            peaks = tl.load(part_ptr, mask=mask_c, other=-float("inf"))
+            sums = tl.load(part_ptr + 1, mask=mask_c, other=0.0)
+            peak = largest(peaks, 1)[:, None]
+            norm = tl.sum(sums * tl.exp2((peaks - peak) * c), axis=1)[:, None]
+            row_ptr = logits_ptr + head * ld + offs_n[None, :]
+            x = tl.load(row_ptr, mask=mask_h & (offs_n < ld)[None, :], other=0.0)
+            weight = tl.exp2((x - peak) * c) * tl.div_rn(1.0, norm)  # [BLOCK_H, BLOCK_S]
+            total += tl.sum(tl.where(mask_h, weight, 0.0).to(tl.float64), axis=0)
+        tl.store(
+            scores_ptr + offs_n - num_prefix,
+            (total / H).to(tl.float32),
+            mask=mask_n & (offs_n >= num_prefix),
+        )
+
+
+@triton.jit
+def cls_row(
+    q_ptr,
+    k_ptr,
+    scores_ptr,
+    scratch_ptr,
+    stride_ks,
+    S,
+    H,
+    num_prefix,
+    scale,
+    tag,
+    head,
+    chunk,
+    end_chunk,
+    arrivals,
+    D: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """The logits of some chunks of a head's keys with query row 0; the last of an image's
+    `arrivals` programs writes its scores. q, k, scores and scratch are those of the image and head.
+
+    Scratch: a counter, logits [H, ld], the maximum and the sum of exponentials of every chunk.
+    """
+    ld = tl.cdiv(S, 16) * 16
+    chunks = tl.cdiv(S, CHUNK)
+    logits_ptr = (scratch_ptr + 16).to(tl.pointer_type(tl.float32))
+    sums_ptr = logits_ptr + H * ld.to(tl.int64)
+    open_counter(scratch_ptr, tag)
+    sign, c = split_scale(scale)
+
+    row_ptr = logits_ptr + head * ld
+    end = tl.minimum(end_chunk * CHUNK, S)
+    _logits(q_ptr, k_ptr, row_ptr, stride_ks, sign, chunk * CHUNK, end, D, UNIT, BLOCK_N, BLOCK_D)
+    # Read back: the layout of these sums does not depend on that of the keys.
+    tl.debug_barrier()
+    for i in range(chunk, end_chunk):
+        offs_n = i * CHUNK + tl.arange(0, CHUNK)
+        x = tl.load(row_ptr + offs_n, mask=offs_n < ld, other=0.0)
+        x = tl.where(offs_n < S, x, -float("inf"))
+        peak = largest(x, 0)
+        weight = tl.exp2((x - tl.where(peak == -float("inf"), 0.0, peak)) * c)
+        part_ptr = sums_ptr + (head * chunks + i) * 2
+        tl.store(part_ptr, peak)
+        tl.store(part_ptr + 1, tl.sum(weight, axis=0))
+
+    if arrive(scratch_ptr, arrivals):
+        _mean_of_heads(
+            logits_ptr,
+            sums_ptr,
+            scores_ptr,
+            c,
+            S,
+            H,
+            num_prefix,
+            ld,
+            chunks,
+            BLOCK_H,
+            BLOCK_S,
+            BLOCK_C,
+        )
+        close_counter(scratch_ptr)
+
+
+@triton.jit(do_not_specialize=[*INTEGERS, "stride_qb", "stride_qh", "stride_kb", "stride_ks", "stride_kh"])
+def _cls_scores_kernel(
+    q_ptr,
+    k_ptr,
+    scores_ptr,
+    scratch_ptr,
+    S,
+    H,
+    num_prefix,
+    record,
+    stride_qb,
+    stride_qh,
+    stride_kb,
+    stride_ks,
+    stride_kh,
+    scale,
+    tag,
+    D: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """scores[image] = attention that query row 0 pays, mean over heads.
+
+    Grid: (images * heads * chunks of keys); the last program of an image adds its heads.
+    Scratch: 4 bytes per head and token, see cls_row.
+    Moves: k once, row 0 of q, logits out and in, scores once.
+    Deterministic: the split and the order of every sum depend on the shape only; no float atomics.
+    """
+    chunks = tl.cdiv(S, CHUNK)
+    image = (tl.program_id(0) // (H * chunks)).to(tl.int64)
+    part = tl.program_id(0) % (H * chunks)
+    head = (part // chunks).to(tl.int64)
+    chunk = part % chunks
+    cls_row(
+        q_ptr + (image * stride_qb + head * stride_qh) * UNIT,
+        k_ptr + (image * stride_kb + head * stride_kh) * UNIT,
+        scores_ptr + image * (S - num_prefix),
+        scratch_ptr + image * record * 16,
+        stride_ks,
+        S,
+        H,
+        num_prefix,
+        scale,
+        tag,
+        head,
+        chunk,
+        chunk + 1,
+        H * chunks,
+        D,
+        UNIT,
+        BLOCK_N,
+        BLOCK_D,
+        CHUNK,
+        BLOCK_C,
+        BLOCK_H,
+        BLOCK_S,
+    )
+
+
+def check_arrivals(arrivals: int) -> None:
+    if arrivals > COUNT_MASK.value:
+        raise ValueError(f"{arrivals} programs per image, expected at most {COUNT_MASK.value}")
+
+
+def stride_unit(itemsize: int, aligned: bool, *strides: tuple[int, ...]) -> int:
+    """16 bytes in elements if every row begins at a multiple of them, else 1. Triton sees it only
+    of strides that are multiples of 16 elements."""
+    unit = 16 // itemsize
+    return unit if aligned and not any(x % unit for row in strides for x in row[:-1]) else 1
+
+
+def cls_plan(
+    shape: torch.Size, num_prefix: int, itemsize: int, unit: int
+) -> tuple[int, list[int], dict[str, Any]]:
+    """Chunks of a head, (S, H, num_prefix, 128 bytes of scratch per image), cls_row's constants."""
+    _, tokens, heads, head_dim = shape
+    chunks = triton.cdiv(tokens, CHUNK)
+    check_arrivals(heads * chunks)
+    record = 1 + triton.cdiv(heads * (triton.cdiv(tokens, 16) * 16 + 2 * chunks), 32)
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    meta = {
+        "D": head_dim,
+        "UNIT": unit,
+        "BLOCK_N": min(CHUNK, TILE // block_d),
+        "BLOCK_D": block_d,
+        "CHUNK": CHUNK,
+        "BLOCK_C": triton.next_power_of_2(chunks),
+        "BLOCK_H": min(BLOCK_H, triton.next_power_of_2(heads)),
+        "BLOCK_S": BLOCK_S,
+        "num_warps": 4 if itemsize == 2 and block_d <= 64 else 8,
+        # Fused or not, and in which product, would be the compiler's choice.
+        "enable_fp_fusion": False,
+    }
+    return chunks, [tokens, heads, num_prefix, record], meta
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    shape: torch.Size,
+    q: tuple[int, ...],
+    k: tuple[int, ...],
+    aligned: bool,
+    num_prefix: int,
+    itemsize: int,
+) -> tuple[int, int, list[int], dict[str, Any]]:
+    """Programs, int64 words of scratch, the kernel's integers and constants; q and k are strides."""
+    unit = stride_unit(itemsize, aligned, q, k)
+    chunks, sizes, meta = cls_plan(shape, num_prefix, itemsize, unit)
+    strides = [x // unit for x in (q[0], q[2], *k[:3])]
+    return shape[0] * shape[2] * chunks, shape[0] * sizes[-1] * 16, [*sizes, *strides], meta
+
+
+def cls_scores(q: Tensor, k: Tensor, scale: float | None = None, num_prefix: int = 1) -> Tensor:
+    batch, tokens, _, head_dim = q.shape
+    scores = torch.empty((batch, tokens - num_prefix), dtype=torch.float32, device=q.device)
+    if batch:
+        aligned = (q.data_ptr() | k.data_ptr()) % 16 == 0
+        grid, words, sizes, meta = _plan(
+            q.shape, q.stride(), k.stride(), aligned, num_prefix, q.itemsize
+        )
+        launch.run(
+            _cls_scores_kernel,
+            grid,
+            q,
+            q,
+            k,
+            scores,
+            torch.empty(words, dtype=torch.int64, device=q.device),
+            *sizes,
+            head_dim**-0.5 if scale is None else scale,
+            launch.new_tag(),
+            **meta,
+        )
+    return scores

@@ -1,0 +1,88 @@
+"""Launching: the only place that starts a kernel."""
+
+from __future__ import annotations
+
+import functools
+import random
+import threading
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+from torch import Tensor
+
+# Kernels run on CPU tensors, one program after another.
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+MIN_CAPABILITY = (7, 5)
+# Programs of a launch, on one axis.
+MAX_GRID = 2**31 - 1
+
+# Triton's interpreter keeps its state in globals.
+_LOCK = threading.Lock()
+# Seeded by the system: the caller's generators are left alone, and no two calls share a tag.
+_RANDOM = random.Random()
+_TAG_BITS = 42
+# Compiled kernels and the values of their constants, by shape class. Triton has a cache too, but
+# looking things up there takes three times as long as the rest of a launch.
+_COMPILED: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+
+
+def new_tag() -> int:
+    """The tag of a call's counters: always an int64 to Triton, never 0; tag << 20 is positive."""
+    return 2**_TAG_BITS + _RANDOM.getrandbits(_TAG_BITS)
+
+
+@functools.cache
+def _check_device(index: int) -> None:
+    capability = torch.cuda.get_device_capability(index)
+    if capability < MIN_CAPABILITY:
+        raise RuntimeError(
+            f"vispruner_kernels: {torch.cuda.get_device_name(index)} has compute capability "
+            f"{capability[0]}.{capability[1]}, the Triton kernels need 7.5; "
+            "set VISPRUNER_KERNELS_BACKEND=reference"
+        )
+
+
+def _shape_class(arg: Any) -> Any:
+    """All that Triton compiles a kernel anew for."""
+    if isinstance(arg, Tensor):
+        return arg.dtype, arg.data_ptr() % 16 == 0
+    if isinstance(arg, int):
+        return arg == 1, arg % 16 == 0, -(2**31) <= arg < 2**31
+    return type(arg)
+
+
+def run(kernel: Any, grid: int, like: Tensor, *args: Any, **meta: Any) -> None:
+    """Launches `grid` programs on the device and current stream of `like`.
+
+    `meta`: the kernel's constants, and options of the compiler.
+    """
+    if grid > MAX_GRID:
+        raise ValueError(
+            f"vispruner_kernels: {kernel.__name__} needs {grid} programs, expected at most "
+            f"{MAX_GRID}; call it with fewer images at a time"
+        )
+    if INTERPRETED:
+        # inf - inf is no accident here.
+        with _LOCK, np.errstate(all="ignore"):
+            kernel[(grid,)](*args, **meta)
+        return
+    device = like.device.index
+    if device == torch.cuda.current_device():
+        _run_on(device, kernel, grid, args, meta)
+    else:
+        with torch.cuda.device(device):
+            _run_on(device, kernel, grid, args, meta)
+
+
+def _run_on(device: int, kernel: Any, grid: int, args: Any, meta: dict[str, Any]) -> None:
+    key = (kernel, device, *map(_shape_class, args), *meta.values())
+    if key in _COMPILED:
+        compiled, constants = _COMPILED[key]
+        compiled[(grid, 1, 1)](*args, *constants)
+        return
+    _check_device(device)
+    compiled = kernel[(grid,)](*args, **meta)
+    # A launch takes the constants too, in the order of the signature.
+    _COMPILED[key] = compiled, tuple(meta[name] for name in kernel.arg_names[len(args) :])

@@ -1,0 +1,406 @@
+"""`received_scores` and `received_scores_varlen`: one launch with lse, two without."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vispruner_kernels._schemas import check_offsets
+from vispruner_kernels._triton import launch
+from vispruner_kernels._triton.cls_attention import dot
+from vispruner_kernels._triton.cls_scores import (
+    LOG2E,
+    check_arrivals,
+    largest,
+    split_scale,
+    stride_unit,
+)
+from vispruner_kernels._triton.rules import arrive, close_counter, open_counter
+
+# (bytes of an element, padded head dimension): BLOCK, STEP and num_stages where rows begin at
+# multiples of 16 bytes, and where every element takes the registers of a pointer; by registers and
+# shared memory. A program keeps BLOCK rows, queries in the first launch and keys in the second, and
+# goes over the others by STEP.
+BLOCKS = {
+    (2, 16): ((128, 64, 3), (64, 32, 2)),
+    (2, 32): ((128, 64, 3), (64, 32, 2)),
+    (2, 64): ((128, 64, 3), (64, 32, 2)),
+    (2, 128): ((128, 64, 2), (64, 32, 2)),
+    (2, 256): ((64, 64, 2), (32, 16, 2)),
+    (4, 16): ((32, 32, 2), (32, 32, 2)),
+    (4, 32): ((32, 32, 2), (32, 32, 2)),
+    (4, 64): ((64, 32, 2), (32, 32, 2)),
+    (4, 128): ((64, 16, 2), (32, 32, 2)),
+    (4, 256): ((32, 32, 2), (16, 32, 2)),
+}
+NUM_WARPS = 8
+# Heads added, offsets read and tokens zeroed at once.
+BLOCK_H, OFFSETS, ZEROS = tl.constexpr(16), tl.constexpr(128), tl.constexpr(1024)
+# ln(2) in two parts; products of the first with whole numbers below 2**15 are exact.
+LN2_HI, LN2_LO = tl.constexpr(0.693359375), tl.constexpr(-2.12194440e-4)
+# Arguments of both kernels, and of the second; no kernel is compiled anew for them.
+BOTH = ("S", "H", "tokens", *(f"stride_{x}{y}" for x in "qk" for y in "bsh"), "stride_cu")
+SECOND = (*BOTH, "num_prefix", "stride_lb", "stride_lh", "stride_ls", "tag")
+
+
+@triton.jit
+def _image(cu_ptr, stride_cu, image, tokens, S):
+    """(start, end, S): where an image is among the tokens, and how many it has.
+
+    Contradictory offsets: what falls counts as the largest before it, and an image ends after S.
+    """
+    largest_offset = tl.zeros([OFFSETS], tl.int32)
+    for first in range(0, image + 1, OFFSETS):
+        offs = first + tl.arange(0, OFFSETS)
+        offset = tl.load(cu_ptr + offs.to(tl.int64) * stride_cu, mask=offs <= image, other=0)
+        largest_offset = tl.maximum(largest_offset, offset)
+    before = tl.max(largest_offset, axis=0)
+    after = tl.maximum(before, tl.load(cu_ptr + (image + 1) * stride_cu))
+    start = tl.minimum(before, tokens).to(tl.int64)
+    end = tl.minimum(after, tokens).to(tl.int64)
+    return start, end, tl.minimum(end - start, S).to(tl.int32)
+
+
+@triton.jit
+def _zero(out_ptr, begin, end):
+    for start in range(begin, end, ZEROS):
+        offs = start + tl.arange(0, ZEROS)
+        tl.store(out_ptr + offs, 0.0, mask=offs < end)
+
+
+@triton.jit
+def _kept(
+    x_ptr, stride, first, S, sign, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """sign * x[first : first + ROWS], 0 from row S on."""
+    offs = first + tl.arange(0, ROWS)
+    offs_d = tl.arange(0, BLOCK_D)
+    x = tl.load(
+        x_ptr + offs.to(tl.int64)[:, None] * stride + offs_d[None, :],
+        mask=(offs < S)[:, None] & (offs_d < D)[None, :],
+        other=0.0,
+    )
+    return (x.to(tl.float32) * sign).to(x.dtype)
+
+
+@triton.jit(do_not_specialize=BOTH)
+def _softmax_kernel(
+    q_ptr,
+    k_ptr,
+    cu_ptr,
+    scratch_ptr,
+    S,
+    H,
+    tokens,
+    stride_qb,
+    stride_qs,
+    stride_qh,
+    stride_kb,
+    stride_ks,
+    stride_kh,
+    stride_cu,
+    scale,
+    VARLEN: tl.constexpr,
+    D: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The largest logit of every query row and 1 / the sum of its exponentials.
+
+    Grid: (images * heads * blocks of BLOCK queries).
+    Scratch: as in _received_kernel, 8 bytes per head and token.
+    Moves: q once, k once per block.
+    Deterministic: one program per row, keys in order.
+    """
+    blocks = tl.cdiv(S, BLOCK)
+    image = (tl.program_id(0) // (H * blocks)).to(tl.int64)
+    images = tl.num_programs(0) // (H * blocks)
+    head = (tl.program_id(0) // blocks % H).to(tl.int64)
+    first = tl.program_id(0) % blocks * BLOCK
+    scratch_ptr += images * blocks
+    start = image * S
+    q_ptr += (image * stride_qb + head * stride_qh) * UNIT
+    k_ptr += (image * stride_kb + head * stride_kh) * UNIT
+    if VARLEN:
+        start, _, S = _image(cu_ptr, stride_cu, image, tokens, S)
+        q_ptr += start * stride_qs * UNIT
+        k_ptr += start * stride_ks * UNIT
+    if first >= S:
+        return
+
+    sign, c = split_scale(scale)
+    q = _kept(q_ptr, stride_qs * UNIT, first, S, sign, D, BLOCK, BLOCK_D)
+    offs_n = tl.arange(0, STEP)
+    offs_d = tl.arange(0, BLOCK_D)
+    k_ptrs = k_ptr + offs_n.to(tl.int64)[None, :] * stride_ks * UNIT + offs_d[:, None]
+    step = tl.full([], STEP * UNIT, tl.int64) * stride_ks
+    peak = tl.full([BLOCK], -float("inf"), tl.float32)
+    norm = tl.zeros([BLOCK], tl.float32)
+    for n in range(0, S, STEP):
+        mask_n = offs_n < S - n
+        k = tl.load(k_ptrs, mask=mask_n[None, :] & (offs_d < D)[:, None], other=0.0)
+        x = tl.where(mask_n[None, :], dot(q, k), -float("inf"))  # [BLOCK, STEP]
+        new_peak = tl.maximum(peak, largest(x, 1))
+        # Nothing but -inf so far: any finite shift will do.
+        shift = tl.where(new_peak == -float("inf"), 0.0, new_peak)
+        weight = tl.exp2((x - shift[:, None]) * c)
+        norm = norm * tl.exp2((peak - shift) * c) + tl.sum(weight, axis=1)
+        peak = new_peak
+        k_ptrs += step
+
+    offs_m = first + tl.arange(0, BLOCK)
+    rows_ptr = (scratch_ptr + (H + head) * tokens + start + offs_m).to(tl.pointer_type(tl.float32))
+    tl.store(rows_ptr, peak, mask=offs_m < S)
+    tl.store(rows_ptr + 1, tl.div_rn(1.0, norm), mask=offs_m < S)
+
+
+@triton.jit
+def _split_lse(lse):
+    """(n, w): exp(-lse) = 2**-n * w, n whole and w near 1, so that neither rounds to speak of."""
+    x = lse * LOG2E
+    n = tl.floor(x + 0.5)
+    rest = (lse - n * LN2_HI) - n * LN2_LO
+    # Beyond, and of what is not finite, x is all that is known.
+    small = tl.abs(lse) < 16384.0
+    return tl.where(small, n, x), tl.exp2(tl.where(small, rest, 0.0) * -LOG2E)
+
+
+@triton.jit(do_not_specialize=SECOND)
+def _received_kernel(
+    q_ptr,
+    k_ptr,
+    lse_ptr,
+    cu_ptr,
+    scores_ptr,
+    scratch_ptr,
+    S,
+    H,
+    tokens,
+    stride_qb,
+    stride_qs,
+    stride_qh,
+    stride_kb,
+    stride_ks,
+    stride_kh,
+    stride_cu,
+    num_prefix,
+    stride_lb,
+    stride_lh,
+    stride_ls,
+    scale,
+    tag,
+    LSE: tl.constexpr,
+    VARLEN: tl.constexpr,
+    D: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """scores[key] = attention that the key receives, mean over heads and query rows.
+
+    Grid: (images * heads * blocks of BLOCK keys); the last head of a block to arrive adds them.
+    Scratch: int64 counters [images, blocks], float64 sums [H, tokens] and, without lse, what
+      _softmax_kernel left [H, tokens].
+    Moves: k once, q and lse once per block, sums out and in, scores once.
+    Deterministic: every sum has an order that depends on the shape only; no float atomics.
+
+    VARLEN: S is the largest that an image can have, num_prefix is 0.
+    """
+    blocks = tl.cdiv(S, BLOCK)
+    image = (tl.program_id(0) // (H * blocks)).to(tl.int64)
+    images = tl.num_programs(0) // (H * blocks)
+    head = (tl.program_id(0) // blocks % H).to(tl.int64)
+    block = tl.program_id(0) % blocks
+    first = block * BLOCK
+    counter_ptr = scratch_ptr + image * blocks + block
+    scratch_ptr += images * blocks
+    start = image * S
+    q_ptr += (image * stride_qb + head * stride_qh) * UNIT
+    k_ptr += (image * stride_kb + head * stride_kh) * UNIT
+    lse_ptr += image * stride_lb + head * stride_lh
+    if VARLEN:
+        start, end, S = _image(cu_ptr, stride_cu, image, tokens, S)
+        if (head == 0) & (block == 0):
+            # What is no image's.
+            _zero(scores_ptr, 0, tl.where(image == 0, start, 0))
+            _zero(scores_ptr, start + S, end)
+            _zero(scores_ptr, tl.where(image == images - 1, end, tokens), tokens)
+        q_ptr += start * stride_qs * UNIT
+        k_ptr += start * stride_ks * UNIT
+        lse_ptr += start * stride_ls
+        scores_ptr += start
+    else:
+        scores_ptr += image * (S - num_prefix)
+    if first >= S:
+        return
+    open_counter(counter_ptr, tag)
+
+    sign, c = split_scale(scale)
+    k = tl.trans(_kept(k_ptr, stride_ks * UNIT, first, S, sign, D, BLOCK, BLOCK_D))
+    offs_m = tl.arange(0, STEP)
+    offs_d = tl.arange(0, BLOCK_D)
+    q_ptrs = q_ptr + offs_m.to(tl.int64)[:, None] * stride_qs * UNIT + offs_d[None, :]
+    step = tl.full([], STEP * UNIT, tl.int64) * stride_qs
+    rows_ptr = scratch_ptr + (H + head) * tokens + start
+    acc = tl.zeros([STEP, BLOCK], tl.float32)
+    for m in range(0, S, STEP):
+        mask_m = offs_m < S - m
+        # Asked for before the product, which takes as long.
+        if LSE:
+            offs = (m + offs_m).to(tl.int64) * stride_ls
+            shift, factor = _split_lse(tl.load(lse_ptr + offs, mask=mask_m, other=0.0))
+        else:
+            row = tl.load(rows_ptr + m + offs_m, mask=mask_m, other=0)
+            peak = row.to(tl.int32).to(tl.float32, bitcast=True)
+            factor = (row >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+        q = tl.load(q_ptrs, mask=mask_m[:, None] & (offs_d < D)[None, :], other=0.0)
+        x = dot(q, k)  # [STEP, BLOCK]
+        if LSE:
+            weight = tl.exp2(tl.fma(x, c, -shift[:, None]))
+        else:
+            weight = tl.exp2((x - peak[:, None]) * c)
+        acc = tl.fma(tl.where(mask_m[:, None], weight, 0.0), factor[:, None], acc)
+        q_ptrs += step
+
+    offs_n = first + tl.arange(0, BLOCK)
+    mask_n = offs_n < S
+    sums_ptr = scratch_ptr.to(tl.pointer_type(tl.float64)) + start + offs_n
+    tl.store(sums_ptr + head * tokens, tl.sum(acc.to(tl.float64), axis=0), mask=mask_n)
+    if arrive(counter_ptr, H):
+        total = tl.zeros([BLOCK], tl.float64)
+        for h in range(0, H, BLOCK_H):
+            heads = (h + tl.arange(0, BLOCK_H)).to(tl.int64)[:, None]  # [BLOCK_H, 1]
+            mask = (heads < H) & mask_n[None, :]
+            part = tl.load(sums_ptr[None, :] + heads * tokens, mask=mask, other=0.0)
+            total += tl.sum(part, axis=0)
+        score = (total / H / S).to(tl.float32)
+        tl.store(scores_ptr + offs_n - num_prefix, score, mask=mask_n & (offs_n >= num_prefix))
+        close_counter(counter_ptr)
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    images: int,
+    sequence: int,
+    tokens: int,
+    heads: int,
+    head_dim: int,
+    strides: tuple[tuple[int, ...], ...],
+    aligned: bool,
+    itemsize: int,
+    lse: bool,
+) -> tuple[int, int, list[int], dict[str, Any]]:
+    """Programs, int64 words of scratch, integers of both kernels and their constants.
+
+    `strides` are those of q and k, [B, S, H, D] or [total, H, D].
+    """
+    check_arrivals(heads)
+    unit = stride_unit(itemsize, aligned, *strides)
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    block, step, num_stages = BLOCKS[itemsize, block_d][unit == 1]
+    blocks = triton.cdiv(sequence, block)
+    packed = len(strides[0]) == 3
+    integers = [sequence, heads, tokens]
+    for stride in strides:
+        integers += [x // unit for x in ((0, *stride[:2]) if packed else stride[:3])]
+    meta = {
+        "VARLEN": packed,
+        "D": head_dim,
+        "UNIT": unit,
+        "BLOCK": block,
+        "STEP": step,
+        "BLOCK_D": block_d,
+        "num_warps": NUM_WARPS,
+        "num_stages": num_stages,
+        # What is to be fused says so.
+        "enable_fp_fusion": False,
+    }
+    words = images * blocks + heads * tokens * (1 if lse else 2)
+    return images * heads * blocks, words, integers, meta
+
+
+def _launch(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor | None,
+    cu_seqlens: Tensor | None,
+    images: int,
+    sequence: int,
+    tokens: int,
+    num_prefix: int,
+    scale: float | None,
+    scores: Tensor,
+) -> None:
+    heads, head_dim = q.shape[-2:]
+    scale = head_dim**-0.5 if scale is None else scale
+    aligned = (q.data_ptr() | k.data_ptr()) % 16 == 0
+    strides = (q.stride(), k.stride())
+    grid, words, integers, meta = _plan(
+        images, sequence, tokens, heads, head_dim, strides, aligned, q.itemsize, lse is not None
+    )
+    scratch = torch.empty(words, dtype=torch.int64, device=q.device)
+    offsets = cu_seqlens if cu_seqlens is not None else scratch
+    integers = [*integers, offsets.stride(0)]
+    lse_strides: tuple[int, ...] = (0, 0, 0)
+    if lse is None:
+        launch.run(_softmax_kernel, grid, q, q, k, offsets, scratch, *integers, scale, **meta)
+    else:
+        lse_strides = lse.stride() if lse.dim() == 3 else (0, *lse.stride())
+    launch.run(
+        _received_kernel,
+        grid,
+        q,
+        q,
+        k,
+        lse if lse is not None else scratch,
+        offsets,
+        scores,
+        scratch,
+        *integers,
+        num_prefix,
+        *lse_strides,
+        scale,
+        launch.new_tag(),
+        LSE=lse is not None,
+        **meta,
+    )
+
+
+def received_scores(
+    q: Tensor,
+    k: Tensor,
+    scale: float | None = None,
+    num_prefix: int = 0,
+    lse: Tensor | None = None,
+) -> Tensor:
+    batch, sequence = q.shape[:2]
+    scores = torch.empty((batch, sequence - num_prefix), dtype=torch.float32, device=q.device)
+    if batch:
+        _launch(q, k, lse, None, batch, sequence, batch * sequence, num_prefix, scale, scores)
+    return scores
+
+
+def received_scores_varlen(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float | None = None,
+    lse: Tensor | None = None,
+) -> Tensor:
+    tokens, images = q.shape[0], cu_seqlens.shape[0] - 1
+    if q.device.type == "cpu":
+        check_offsets("received_scores_varlen", tokens, cu_seqlens, max_seqlen)
+    if tokens == 0 or images == 0 or max_seqlen == 0:
+        return torch.zeros(tokens, dtype=torch.float32, device=q.device)
+    scores = torch.empty(tokens, dtype=torch.float32, device=q.device)
+    _launch(q, k, lse, cu_seqlens, images, min(max_seqlen, tokens), tokens, 0, scale, scores)
+    return scores

@@ -1,0 +1,87 @@
+"""Fixed-point cosine similarity of two blocks of tokens (docs/contract.md, section 2.3)."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from vispruner_kernels._triton.rules import INT32_MAX, float_bits
+
+# The bits of 1e-30 and of infinity: magnitudes compare as integers, and NaN is above infinity.
+MIN_MAGNITUDE_BITS = tl.constexpr(0x0DA24260)
+INFINITY_BITS = tl.constexpr(0x7F800000)
+FIXED_POINT_MAX = tl.constexpr(16256.0)
+
+
+@triton.jit
+def _fixed_point_scale(row_ptr, mask_n, C, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
+    """What a token's features are multiplied with; 0 if the token has no usable magnitude."""
+    magnitude = tl.zeros([BLOCK_N, BLOCK_C], tl.int32)
+    for channel in range(0, C, BLOCK_C):
+        offs_c = channel + tl.arange(0, BLOCK_C)
+        mask = mask_n[:, None] & (offs_c < C)[None, :]
+        x = tl.load(row_ptr[:, None] + offs_c[None, :], mask=mask, other=0.0)
+        magnitude = tl.maximum(magnitude, float_bits(x) & INT32_MAX)
+    bits = tl.max(magnitude, axis=1)  # [BLOCK_N]
+    usable = (bits >= MIN_MAGNITUDE_BITS) & (bits < INFINITY_BITS)
+    magnitude = tl.where(usable, bits, INFINITY_BITS).to(tl.float32, bitcast=True)
+    # 16256 / infinity is 0.
+    return tl.div_rn(tl.full([BLOCK_N], FIXED_POINT_MAX, tl.float32), magnitude)
+
+
+@triton.jit
+def _fixed_point(row_ptr, mask_n, scale, channel, C, BLOCK_C: tl.constexpr):
+    """Integers in [-16256, 16256], int32 [BLOCK_N, BLOCK_C]."""
+    offs_c = channel + tl.arange(0, BLOCK_C)
+    mask = mask_n[:, None] & (offs_c < C)[None, :]
+    x = tl.load(row_ptr[:, None] + offs_c[None, :], mask=mask, other=0.0).to(tl.float32)
+    usable = scale > 0.0
+    # Not by the product: infinity times 0 is NaN.
+    return (tl.where(usable[:, None], x, 0.0) * scale[:, None]).to(tl.int32)
+
+
+@triton.jit
+def _reciprocal_norm(square):
+    """1 / sqrt of int64 sums of squares, both correctly rounded in float32; 0 of 0."""
+    root = tl.sqrt_rn(tl.maximum(square, 1).to(tl.float32))
+    return tl.where(square > 0, tl.div_rn(tl.full(root.shape, 1.0, tl.float32), root), 0.0)
+
+
+@triton.jit
+def similarity(
+    row_a_ptr,
+    mask_a,
+    row_b_ptr,
+    mask_b,
+    C,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """float32 [BLOCK_N, BLOCK_N], from pointers to the tokens' features [BLOCK_N].
+
+    With q = 128 hi + lo both halves are int8: three int32 sums on tensor cores are exact.
+    """
+    scale_a = _fixed_point_scale(row_a_ptr, mask_a, C, BLOCK_N, BLOCK_C)
+    scale_b = _fixed_point_scale(row_b_ptr, mask_b, C, BLOCK_N, BLOCK_C)
+    high = tl.zeros([BLOCK_N, BLOCK_N], tl.int32)
+    mixed = tl.zeros([BLOCK_N, BLOCK_N], tl.int32)
+    low = tl.zeros([BLOCK_N, BLOCK_N], tl.int32)
+    square_a = tl.zeros([BLOCK_N], tl.int64)
+    square_b = tl.zeros([BLOCK_N], tl.int64)
+    for channel in range(0, C, BLOCK_C):
+        a = _fixed_point(row_a_ptr, mask_a, scale_a, channel, C, BLOCK_C)
+        b = _fixed_point(row_b_ptr, mask_b, scale_b, channel, C, BLOCK_C)
+        a_hi, a_lo = a >> 7, a & 127
+        b_hi, b_lo = b >> 7, b & 127
+        # BLOCK_C products of 7 by 14 bits fit int32.
+        square_a += (tl.sum(a_hi * a, axis=1).to(tl.int64) << 7) + tl.sum(a_lo * a, axis=1)
+        square_b += (tl.sum(b_hi * b, axis=1).to(tl.int64) << 7) + tl.sum(b_lo * b, axis=1)
+        a_hi, a_lo = a_hi.to(tl.int8), a_lo.to(tl.int8)
+        b_hi, b_lo = tl.trans(b_hi.to(tl.int8)), tl.trans(b_lo.to(tl.int8))
+        high = tl.dot(a_hi, b_hi, high, out_dtype=tl.int32)
+        mixed = tl.dot(a_hi, b_lo, mixed, out_dtype=tl.int32)
+        mixed = tl.dot(a_lo, b_hi, mixed, out_dtype=tl.int32)
+        low = tl.dot(a_lo, b_lo, low, out_dtype=tl.int32)
+    gram = (high.to(tl.int64) << 14) + (mixed.to(tl.int64) << 7) + low.to(tl.int64)
+    r_a, r_b = _reciprocal_norm(square_a), _reciprocal_norm(square_b)
+    return gram.to(tl.float32) * (r_a[:, None] * r_b[None, :])
