@@ -191,8 +191,12 @@ def compiled(target: str, number: int, *settings: Any) -> Result:
     # Ends this process.
     faulthandler.dump_traceback_later(LONGEST, exit=True)
     begun = time.perf_counter()
+    meta = variant.meta
+    if TARGETS[target].backend == "hip":
+        # An option of NVIDIA's assembler.
+        meta = {name: value for name, value in meta.items() if name != "maxnreg"}
     try:
-        binary = variant.kernel.warmup(*variant.args, grid=(1,), **variant.meta)
+        binary = variant.kernel.warmup(*variant.args, grid=(1,), **meta)
         seconds = time.perf_counter() - begun
         return result._replace(
             **_resources(binary),

@@ -12,18 +12,35 @@ from vispruner_kernels._triton.rules import INT32_MIN, score_key
 
 
 @triton.jit
-def _top(key, valid, keep):
-    """Which of the int32 keys [BLOCK] are the `keep` largest; equal keys: the earlier first."""
-    # The keep-th largest key, bit by bit from the top: at least `keep` keys reach it.
-    threshold = tl.full([], INT32_MIN, tl.int64)
+def _keys(score, valid):
+    return tl.where(valid, score_key(score), INT32_MIN)
+
+
+@triton.jit
+def _threshold(key, keep):
+    """The `keep`-th largest of the int32 keys [BLOCK], and how many equal to it are kept."""
+    # Bit by bit from the top: at least `keep` keys reach it. Nothing is below INT32_MIN, so what is
+    # not valid reaches no candidate.
+    threshold = tl.full([], INT32_MIN, tl.int32)
     for step in range(32):
-        candidate = threshold + (tl.full([], 1, tl.int64) << (31 - step))
-        reach = tl.sum(((key >= candidate) & valid).to(tl.int32), axis=0)
+        # INT32_MIN plus 2**31, in two's complement, is 0.
+        candidate = threshold ^ (tl.full([], 1, tl.int32) << (31 - step))
+        reach = tl.sum((key >= candidate).to(tl.int32), axis=0)
         threshold = tl.where(reach >= keep, candidate, threshold)
-    above = (key > threshold) & valid
+    return threshold, keep - tl.sum((key > threshold).to(tl.int32), axis=0)
+
+
+@triton.jit
+def _kept(key, valid, threshold, room, before):
+    """Which keys are kept, equal ones in their order; how many up to each; `before` of the next."""
+    above = key > threshold
     equal = (key == threshold) & valid
-    room = keep - tl.sum(above.to(tl.int32), axis=0)
-    return above | (equal & (tl.cumsum(equal.to(tl.int32), axis=0) <= room))
+    # Two counts of at most 2**14 in one scan.
+    both = (above.to(tl.int32) << 16) + equal.to(tl.int32)
+    count = before + tl.cumsum(both, axis=0)
+    equals = count & 0xFFFF
+    kept = above | (equal & (equals <= room))
+    return kept, (count >> 16) + tl.minimum(equals, room), before + tl.sum(both, axis=0)
 
 
 @triton.jit
@@ -41,6 +58,7 @@ def _topk_kernel(
     stride_fn,
     GATHER: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -48,24 +66,30 @@ def _topk_kernel(
 
     Grid: (images).
     Scratch: none; the keys of an image are in registers.
-    Moves: scores once, indices once; the kept features twice.
+    Moves: scores twice, indices once; the kept features twice.
     Deterministic: integer keys, one program per image.
     """
     image = tl.program_id(0).to(tl.int64)
+    scores_ptr += image * stride_sb
+    out_ptr += image * keep
     offs_n = tl.arange(0, BLOCK_N)
-    mask_n = offs_n < N
-    score = tl.load(
-        scores_ptr + image * stride_sb + offs_n.to(tl.int64) * stride_sn, mask=mask_n, other=0.0
-    )
-    kept = _top(score_key(score), mask_n, keep)
-    place = tl.cumsum(kept.to(tl.int32), axis=0) - 1
-    tl.store(out_ptr + image * keep + place, offs_n.to(tl.int64), mask=kept)
+    score = tl.load(scores_ptr + offs_n.to(tl.int64) * stride_sn, mask=offs_n < N, other=0.0)
+    threshold, room = _threshold(_keys(score, offs_n < N), keep)
+    # Once more from the cache, for a scan of all keys would not fit the registers.
+    before = 0
+    for first in range(0, N, BLOCK_S):
+        offs_s = first + tl.arange(0, BLOCK_S)
+        mask_s = offs_s < N
+        part = tl.load(scores_ptr + offs_s.to(tl.int64) * stride_sn, mask=mask_s, other=0.0)
+        key = _keys(part, mask_s)
+        kept, count, before = _kept(key, mask_s, threshold, room, before)
+        tl.store(out_ptr + count - 1, offs_s.to(tl.int64), mask=kept)
     if GATHER:
         tl.debug_barrier()
         gather_rows(
             features_ptr + image * stride_fb,
             stride_fn,
-            out_ptr + image * keep,
+            out_ptr,
             kept_ptr + image * keep * C,
             keep,
             C,
@@ -125,9 +149,10 @@ def _rows_kernel(
     for _ in range(1, width):
         row_ptr += stride_sn
         total += tl.load(row_ptr, mask=mask_h, other=0.0).to(tl.float32)
-    kept = _top(score_key(total), mask_h, rows)
-    place = tl.cumsum(kept.to(tl.int32), axis=0) - 1
-    place_ptr = out_ptr + image * rows * width + place * width
+    key = _keys(total, mask_h)
+    threshold, room = _threshold(key, rows)
+    kept, count, _ = _kept(key, mask_h, threshold, room, 0)
+    place_ptr = out_ptr + image * rows * width + (count - 1) * width
     for column in range(width):
         tl.store(place_ptr + column, (offs_h * width + column).to(tl.int64), mask=kept)
 
@@ -165,6 +190,7 @@ def launch_topk(scores: Tensor, features: Tensor, out: Tensor, kept: Tensor | No
         features.stride(1),
         GATHER=kept is not None,
         BLOCK_N=block,
+        BLOCK_S=min(block, 1024),
         BLOCK_T=8,
         BLOCK_C=256,
         num_warps=_num_warps(block),
