@@ -9,12 +9,14 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 AOT_ARGS ?=
+# For a second run of the tests that changes nothing about these.
+NO_TRITON := --ignore=tests/test_triton.py --ignore=tests/test_aot.py --ignore=tests/test_launches.py
 
 PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: help demo test test-slow test-triton test-aot test-gpu dev lint bench bench-gpu dist-test clean
+.PHONY: help demo test test-again test-slow test-triton test-aot test-gpu dev lint bench bench-gpu dist-test clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-11s %s\n", $$1, $$2}' Makefile
@@ -25,11 +27,14 @@ demo: dev ## prune a photograph with every method; writes demo.png (DEMO_ARGS=..
 test: dev ## the quick tests, on the CPU (PYTEST_ARGS=...)
 	$(PY) -m pytest $(PYTEST_ARGS)
 
+test-again: dev ## the same without those of the Triton kernels, for another backend
+	$(PY) -m pytest $(NO_TRITON) $(PYTEST_ARGS)
+
 test-slow: dev ## the long tests that need no GPU
 	$(PY) -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
 
 test-triton: dev ## the tests of the operators with the Triton kernels, in Triton's interpreter
-	TRITON_INTERPRET=1 VISPRUNER_KERNELS_BACKEND=triton $(PY) -m pytest $(PYTEST_ARGS) \
+	TRITON_INTERPRET=1 VISPRUNER_KERNELS_BACKEND=triton $(PY) -m pytest -k registered $(PYTEST_ARGS) \
 	  tests/test_select*.py tests/test_prune.py tests/test_cls_*.py tests/test_received*.py
 
 test-aot: dev ## compile every Triton kernel for six GPUs; prints registers, memory, spills
@@ -83,7 +88,7 @@ dist-test: dev ## build the sdist and the wheel, install each in a new environme
 	  rm -rf sources; mkdir sources; \
 	  tar -xzf "$$repo"/dist/*.tar.gz -C sources --strip-components 1; \
 	  rm -r sources/vispruner_kernels; ln -s "$$installed" sources/vispruner_kernels; \
-	  (cd sources; ../$$1/bin/python -m pytest $(PYTEST_ARGS)); \
+	  (cd sources; ../$$1/bin/python -m pytest $(NO_TRITON) $(PYTEST_ARGS)); \
 	}; \
 	try wheel "$$repo"/dist/*.whl 1; \
 	export CXX=/nonexistent VISPRUNER_KERNELS_NATIVE=auto VISPRUNER_KERNELS_CUDA=auto; \

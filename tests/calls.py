@@ -13,6 +13,7 @@ from torch._subclasses import FakeTensorMode
 
 import vispruner_kernels
 from vispruner_kernels import _backends
+from vispruner_kernels._triton import operators
 from vispruner_kernels.testing import (
     assert_same_bits,
     sample_features,
@@ -28,6 +29,14 @@ CLS = ("cls_attention", "cls_scores")
 DENSE = (*CLS, "received_scores")
 ATTENTION = (*DENSE, "received_scores_varlen")
 OPERATORS = (*SELECT_ALL, *SCORES, *ATTENTION)
+
+INTERPRETED = _backends.REQUESTED == "triton" and operators.INTERPRETED
+
+
+def few(count: int) -> int:
+    """Cases of a loop: fewer where the kernels run in Triton's interpreter."""
+    return count // 8 if INTERPRETED else count
+
 
 # Triton's interpreter is slow: it is in the list where it is asked for.
 BACKENDS = [

@@ -20,6 +20,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,8 @@ ROOT = Path(__file__).parent.parent
 DEVICE = torch.device(os.environ.get("VISPRUNER_TEST_DEVICE", "cuda"))
 # Whether Triton's interpreter, which is thousands of times slower, has the part of the GPU.
 SIMULATED = DEVICE.type == "cpu"
-# Seconds after which a test hangs, and those that compute-sanitizer gets.
-HANG, LONGEST = 600 if SIMULATED else 200, 600
+# Seconds after which a test, and a process of tests, hangs.
+HANG, LONGEST = (900, 3600) if SIMULATED else (200, 600)
 
 Call = tuple[str, tuple[Any, ...]]
 Answer = tuple[Tensor, ...]
@@ -312,28 +313,6 @@ def _environment() -> dict[str, str]:
     return environment
 
 
-def _pytest(arguments: list[str]) -> bool:
-    """Whether all passed. One process for each file: an invalid access ends its process' use of
-    the device."""
-    statuses = []
-    # Not captured by file descriptor: what `watch` writes is to be seen.
-    options = ["-m", "gpu", "-v", "--capture=sys", "--durations=5", "-p", "no:cacheprovider"]
-    for file in FILES:
-        command = [sys.executable, "-m", "pytest", *options, f"tests/{file}", *arguments]
-        done = subprocess.run(command, cwd=ROOT, env=_environment(), check=False)
-        statuses.append(done.returncode)
-    # 5: no test of the file is among those that were asked for.
-    return set(statuses) <= {0, 5} and 0 in statuses
-
-
-def _sanitizer() -> str | None:
-    homes = [os.environ.get(name, "") for name in ("CUDA_HOME", "CUDA_PATH")]
-    homes = [home for home in (*homes, "/usr/local/cuda") if home]
-    folders = [f"{home}/{folder}" for home in homes for folder in ("bin", "compute-sanitizer")]
-    path = os.pathsep.join([os.environ.get("PATH", os.defpath), *folders])
-    return shutil.which("compute-sanitizer", path=path)
-
-
 def _output(command: list[str], environment: dict[str, str]) -> tuple[int, str]:
     """Status and output, which is also printed."""
     process = subprocess.Popen(
@@ -355,6 +334,28 @@ def _output(command: list[str], environment: dict[str, str]) -> tuple[int, str]:
         lines.append(line)
     timer.cancel()
     return process.wait(), "".join(lines)
+
+
+def _pytest(arguments: list[str]) -> bool:
+    """Whether all passed. All files at once, for the time goes into compilers; one process each,
+    for an invalid access ends its process' use of the device."""
+    # Not captured by file descriptor: what `watch` writes is to be seen.
+    options = ["-m", "gpu", "-v", "--capture=sys", "--durations=5", "-p", "no:cacheprovider"]
+    pytest = [sys.executable, "-m", "pytest", *options]
+    commands = [[*pytest, f"tests/{file}", *arguments] for file in FILES]
+    with ThreadPoolExecutor(len(FILES)) as pool:
+        done = pool.map(lambda command: _output(command, _environment()), commands)
+        statuses = [status for status, _ in done]
+    # 5: no test of the file is among those that were asked for.
+    return set(statuses) <= {0, 5} and 0 in statuses
+
+
+def _sanitizer() -> str | None:
+    homes = [os.environ.get(name, "") for name in ("CUDA_HOME", "CUDA_PATH")]
+    homes = [home for home in (*homes, "/usr/local/cuda") if home]
+    folders = [f"{home}/{folder}" for home in homes for folder in ("bin", "compute-sanitizer")]
+    path = os.pathsep.join([os.environ.get("PATH", os.defpath), *folders])
+    return shutil.which("compute-sanitizer", path=path)
 
 
 def _sanitize(tools: list[str]) -> bool:

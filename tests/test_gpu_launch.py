@@ -57,40 +57,40 @@ def differences(got: Answer, wanted: Answer) -> Tensor:
 @each_call
 def test_answers(name):
     """Of the CPU, and nothing is written but the answer."""
-    for aligned, dtype in ((True, torch.float16), (False, torch.bfloat16)):
-        call = calls(TOKENS, dtype, aligned=aligned)[name]
-        there = uploaded(call)
-        before = [x.clone() for x in there[1] if isinstance(x, Tensor)]
-        (got,) = download([run(there)])
-        for x, y in zip([x for x in there[1] if isinstance(x, Tensor)], before, strict=True):
-            assert torch.equal(x, y)
-        if call[0] in EXACT:
-            assert_answers([got], [expected(call)])
-        else:
-            # What the contract says more exactly is tested elsewhere.
-            for x, y in zip(got, expected(call), strict=True):
-                assert_close(x, y, 2e-2 if x.dtype == dtype else 4e-6)
+    call = calls(TOKENS)[name]
+    there = uploaded(call)
+    inputs = [x for x in there[1] if isinstance(x, Tensor)]
+    before = [x.clone() for x in inputs]
+    (got,) = download([run(there)])
+    for x, y in zip(inputs, before, strict=True):
+        assert torch.equal(x, y)
+    assert_same(call, got, expected(call))
+
+
+def assert_same(call: Call, got: Answer, wanted: Answer) -> None:
+    """To the bit where that is promised; of scores the contract says more than this."""
+    if call[0] in EXACT:
+        assert_answers([got], [wanted])
+    else:
+        for x, y in zip(got, wanted, strict=True):
+            assert_close(x, y, 4e-3 if x.dtype == torch.float16 else 4e-6)
 
 
 @each_call
 def test_memory_that_is_not_aligned(name):
-    """A kernel that was compiled for multiples of 16 must not get anything else."""
-    op, args = there = uploaded(calls(TOKENS, torch.float32)[name])
+    """A kernel that was compiled for addresses that are multiples of 16 must not get others."""
+    call = calls(TOKENS)[name]
+    there = uploaded(call)
     shifted = []
-    for x in args:
+    for x in there[1]:
         if isinstance(x, Tensor):
             memory = torch.empty(x.numel() + 1, dtype=x.dtype, device=DEVICE)
             x = memory[1:].view(x.shape).copy_(x)
             assert SIMULATED or x.data_ptr() % 16
         shifted.append(x)
-    (first,) = download([run(there)])
-    for call in ((op, tuple(shifted)), there, (op, tuple(shifted))):
-        (got,) = download([run(call)])
-        if op in EXACT:
-            assert_answers([got], [first])
-        else:
-            for x, y in zip(got, first, strict=True):
-                assert_close(x, y, 2e-5 if x.dim() == 4 else 4e-6)
+    for args in (there[1], tuple(shifted), there[1], tuple(shifted)):
+        (got,) = download([run((call[0], args))])
+        assert_same(call, got, expected(call))
 
 
 # Graphs.

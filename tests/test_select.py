@@ -7,6 +7,7 @@ import itertools
 import oracle
 import pytest
 import torch
+from calls import few
 from conftest import needs_native
 
 from vispruner_kernels import _native, reference, select, select_topk
@@ -21,7 +22,7 @@ from vispruner_kernels.testing import (
     sample_scores,
 )
 
-QUICK = 400
+QUICK = few(400)
 # Each backend and matching; the default run takes the first QUICK.
 THOROUGH = 2500
 
@@ -215,8 +216,8 @@ def test_pairwise_ties_without_eager_rounds(monkeypatch):
     for seed in range(40):
         generator = torch.Generator().manual_seed(seed)
         n, kinds = 4 + seed % 17, 1 + seed % 3
-        few = torch.randn(kinds, 3, generator=generator)
-        features = few[torch.randint(0, kinds, (n,), generator=generator)][None]
+        kind = torch.randn(kinds, 3, generator=generator)
+        features = kind[torch.randint(0, kinds, (n,), generator=generator)][None]
         scores = torch.randperm(n, generator=generator).float()[None]
         for keep in range(1, n):
             case = Case(features, scores, keep, 0.0, 8, "pairwise")

@@ -7,6 +7,7 @@ import random
 import oracle
 import pytest
 import torch
+from calls import few
 
 from vispruner_kernels import reference
 from vispruner_kernels.testing import (
@@ -44,7 +45,7 @@ def packed(seed):
 
 
 @pytest.mark.parametrize(
-    "seeds", [range(300), pytest.param(range(300, 2000), marks=pytest.mark.slow)]
+    "seeds", [range(few(300)), pytest.param(range(300, 2000), marks=pytest.mark.slow)]
 )
 def test_backend_is_select_image_by_image(backend, seeds):
     for seed in seeds:

@@ -31,6 +31,8 @@ def split_scale(scale):
     So the largest logit is the largest sign * x, whose difference to itself is 0, exactly. What is
     not finite stays so at scale 0; at the ends of the range c neither overflows nor vanishes.
     """
+    # The interpreter takes a subnormal number for a float64.
+    scale = tl.cast(scale, tl.float32)
     size = tl.abs(scale)
     unit = tl.where(size > 1e38, 2.0, 1.0)
     sign = tl.where(scale < 0, -unit, tl.where(scale > 0, unit, 0.0))
