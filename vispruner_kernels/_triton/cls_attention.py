@@ -77,7 +77,9 @@ def _attention(
     offs_d = tl.arange(0, BLOCK_D)
     mask_q = (offs_m < S)[:, None] & (offs_d < D)[None, :]
     q = tl.load(
-        q_ptr + offs_m.to(tl.int64)[:, None] * stride_qs * UNIT + offs_d[None, :], mask=mask_q, other=0.0
+        q_ptr + offs_m.to(tl.int64)[:, None] * stride_qs * UNIT + offs_d[None, :],
+        mask=mask_q,
+        other=0.0,
     )
     q = (q.to(tl.float32) * sign).to(q.dtype)  # [BLOCK_M, BLOCK_D]
     k_ptrs = k_ptr + offs_n.to(tl.int64)[None, :] * stride_ks * UNIT + offs_d[:, None]

@@ -1,5 +1,5 @@
-"""`cls_scores`, and the CLS row for `cls_attention`: both run the same code, so their scores have the
-same bits."""
+"""`cls_scores`, and the CLS row for `cls_attention`: both run the same code, so their scores have
+the same bits."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from vispruner_kernels._triton.rules import COUNT_MASK, arrive, close_counter, o
 
 # Keys whose exponentials are added by one program; heads and keys of a tile of the mean.
 CHUNK, BLOCK_H, BLOCK_S = 256, 16, 256
-# Elements of k that a program reads at once.
-TILE = 8192
+# Bytes of k that a program reads at once.
+TILE = 16384
 # Arguments of which no kernel is compiled anew.
 INTEGERS = ("S", "H", "num_prefix", "record", "tag")
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -198,7 +198,9 @@ def cls_row(
         close_counter(scratch_ptr)
 
 
-@triton.jit(do_not_specialize=[*INTEGERS, "stride_qb", "stride_qh", "stride_kb", "stride_ks", "stride_kh"])
+@triton.jit(
+    do_not_specialize=[*INTEGERS, "stride_qb", "stride_qh", "stride_kb", "stride_ks", "stride_kh"]
+)
 def _cls_scores_kernel(
     q_ptr,
     k_ptr,
@@ -286,7 +288,8 @@ def cls_plan(
     meta = {
         "D": head_dim,
         "UNIT": unit,
-        "BLOCK_N": min(CHUNK, TILE // block_d),
+        # Scattered elements take the registers of their pointers.
+        "BLOCK_N": min(CHUNK, TILE // (4 if unit == 1 else itemsize) // block_d),
         "BLOCK_D": block_d,
         "CHUNK": CHUNK,
         "BLOCK_C": triton.next_power_of_2(chunks),
@@ -308,7 +311,7 @@ def _plan(
     num_prefix: int,
     itemsize: int,
 ) -> tuple[int, int, list[int], dict[str, Any]]:
-    """Programs, int64 words of scratch, the kernel's integers and constants; q and k are strides."""
+    """Programs, int64 words of scratch, the kernel's integers and constants. q, k: strides."""
     unit = stride_unit(itemsize, aligned, q, k)
     chunks, sizes, meta = cls_plan(shape, num_prefix, itemsize, unit)
     strides = [x // unit for x in (q[0], q[2], *k[:3])]

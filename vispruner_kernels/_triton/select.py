@@ -32,8 +32,8 @@ from vispruner_kernels._triton.topk import gather_rows
 # Tokens of a tile's side, bytes of features per step, and the nearest neighbours that are listed.
 BLOCK_N, BLOCK_BYTES, NEIGHBOURS = 64, 128, 32
 NUM_WARPS = 8
-# The most tokens whose similarities fit the registers of a program.
-SMALL = 128
+# The most tokens whose similarities fit the registers of a program. Older compilers need more.
+SMALL = 128 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7) else 64
 # Rounds of the pairwise rule before it takes care of its bad case.
 EAGER = 64
 # Arrays of one int32 per token in scratch.
