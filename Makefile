@@ -8,7 +8,6 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
-AOT_ARGS ?=
 # For a second run of the tests that changes nothing about these.
 NO_TRITON := --ignore=tests/test_triton.py --ignore=tests/test_aot.py --ignore=tests/test_launches.py
 
@@ -38,7 +37,7 @@ test-triton: dev ## the tests of the operators with the Triton kernels, in Trito
 	  tests/test_select*.py tests/test_prune.py tests/test_cls_*.py tests/test_received*.py
 
 test-aot: dev ## compile every Triton kernel for six GPUs; prints registers, memory, spills
-	$(PY) tests/aot.py $(AOT_ARGS)
+	$(PY) -m pytest -m aot $(PYTEST_ARGS) tests/test_aot.py
 
 # These two also run without an installation: PYTHON=... with PyTorch, Triton and pytest is taken as
 # it is.

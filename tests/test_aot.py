@@ -43,7 +43,7 @@ def compile_variants(folder: Path, *options: str) -> dict[str, Any]:
     return report
 
 
-@pytest.fixture(scope="module", params=["quick", pytest.param("all", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["quick", pytest.param("all", marks=pytest.mark.aot)])
 def report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     quick = request.param == "quick"
     folder = tmp_path_factory.mktemp("aot")
