@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import sys
 
 import gpu
@@ -49,6 +50,7 @@ def main() -> int:
     if why := gpu.unprepared():
         print(f"tests.sanitize: {why}", file=sys.stderr)
         return 2
+    faulthandler.dump_traceback_later(gpu.LONGEST, exit=True)
     right = [*gpu.calls(TOKENS).values(), *gpu.calls(TOKENS, torch.float32, 1, False).values()]
     for call in right:
         check(call)

@@ -20,10 +20,10 @@ from gpu import (
     CALLS,
     DEVICE,
     EXACT,
-    SIMULATED,
     Answer,
     Call,
     answers,
+    assert_agree,
     assert_answers,
     calls,
     download,
@@ -64,33 +64,7 @@ def test_answers(name):
     (got,) = download([run(there)])
     for x, y in zip(inputs, before, strict=True):
         assert torch.equal(x, y)
-    assert_same(call, got, expected(call))
-
-
-def assert_same(call: Call, got: Answer, wanted: Answer) -> None:
-    """To the bit where that is promised; of scores the contract says more than this."""
-    if call[0] in EXACT:
-        assert_answers([got], [wanted])
-    else:
-        for x, y in zip(got, wanted, strict=True):
-            assert_close(x, y, 4e-3 if x.dtype == torch.float16 else 4e-6)
-
-
-@each_call
-def test_memory_that_is_not_aligned(name):
-    """A kernel that was compiled for addresses that are multiples of 16 must not get others."""
-    call = calls(TOKENS)[name]
-    there = uploaded(call)
-    shifted = []
-    for x in there[1]:
-        if isinstance(x, Tensor):
-            memory = torch.empty(x.numel() + 1, dtype=x.dtype, device=DEVICE)
-            x = memory[1:].view(x.shape).copy_(x)
-            assert SIMULATED or x.data_ptr() % 16
-        shifted.append(x)
-    for args in (there[1], tuple(shifted), there[1], tuple(shifted)):
-        (got,) = download([run((call[0], args))])
-        assert_same(call, got, expected(call))
+    assert_agree(call, got, expected(call))
 
 
 # Graphs.

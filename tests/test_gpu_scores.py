@@ -10,7 +10,6 @@ import pytest
 import torch
 from attention import NONFINITE, poisoned_views, sample_nonfinite
 from gpu import (
-    DEVICE,
     SIMULATED,
     Call,
     answers,
@@ -349,46 +348,3 @@ def test_equal_logits_are_uniform(dtype):
         assert_close(got[-1], torch.full(got[-1].shape, 1 / 50).double(), 1e-8)
         if len(got) == 2:
             assert_close(got[0], mean, OUT_TOLERANCE[dtype] * float(v.abs().max()))
-
-
-@needs_cuda
-@pytest.mark.parametrize("far", ["tokens", "heads", "images"])
-def test_strides_beyond_31_bits(far):
-    """Where a stride, or its product with a token, does not fit an int32."""
-    batch, tokens, heads, head_dim = 2 if far == "images" else 1, 80, 2, 32
-    strides = {
-        "tokens": (0, 2**25, head_dim),
-        "heads": (0, head_dim, 2**31 + 16),
-        "images": (2**31 + 16, heads * head_dim, head_dim),
-    }[far]
-    strides = (*strides, 1)
-    # q, k and v one behind the other.
-    apart = 2**13
-    sizes = zip((batch, tokens, heads, head_dim), strides, strict=True)
-    size = 3 * apart + sum((n - 1) * stride for n, stride in sizes)
-    if torch.cuda.mem_get_info()[0] < 2 * size + 2**30:
-        pytest.skip(f"{2 * size / 2**30:.1f} GiB of memory are not free")
-    memory = torch.empty(size, dtype=F16, device=DEVICE)
-    shape = Shape(batch, tokens, heads, head_dim, F16)
-    truth = exact(shape)
-    there = []
-    for number, x in enumerate(truth.qkv):
-        view = memory.as_strided(x.shape, strides, number * apart)
-        there.append(view.copy_(upload(x)))
-    near = tuple(upload(x) for x in truth.qkv)
-    lse = upload(truth.lse)
-    calls = attention_calls(shape, 1, tuple(there), lse)
-    like = attention_calls(shape, 1, near, lse)
-    if batch == 1:
-        for group, (q, k, _) in ((calls, there), (like, near)):
-            packed = (q[0], k[0], upload(sample_offsets([30, 50])), 50)
-            group.append(("received_scores_varlen", packed))
-    for got, other in zip(
-        download([run(call) for call in calls]), download([run(call) for call in like]), strict=True
-    ):
-        for x, y in zip(got, other, strict=True):
-            assert_close(
-                x,
-                y,
-                2 * OUT_TOLERANCE[F16] * float(truth.qkv[2].abs().max()) if x.dim() == 4 else 2e-6,
-            )

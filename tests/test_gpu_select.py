@@ -16,9 +16,7 @@ from gpu import (
     SIMULATED,
     answers,
     assert_answers,
-    download,
     expected,
-    filled,
     needs_cuda,
     placed,
     poison,
@@ -78,8 +76,8 @@ LOOKS = (
     Look(F32, F16, (3, 31, 101), False, True),
     Look(F16, F16, (16, 64, 208), True, True),
     Look(F16, F32, (31, 101), False, False),
-    Look(B16, F32, (64, 144), True, False),
-    Look(B16, B16, (7, 63), False, False),
+    Look(B16, F32, (31, 100), True, False),
+    Look(B16, B16, (16, 80), False, False),
     Look(F32, B16, (1,), False, False),
 )
 looks = pytest.mark.parametrize("look", LOOKS, ids=str)
@@ -344,108 +342,3 @@ def test_largest_sizes():
         calls.append(("select", (features, scores, 1638, 0.5, 8, "pairwise")))
     torch.set_num_threads(4)
     assert_answers(answers(calls), [expected(call) for call in calls])
-
-
-# Offsets that contradict each other or the tensors: the GPU cannot raise.
-
-ENDS = (-(2**31), -(2**31) + 1, -1, 0, 1, 2**31 - 1)
-
-
-def random_offsets(rng: random.Random, count: int, most: int) -> Tensor:
-    kind = rng.choice(["any", "rising", "ends", "one", "falling"])
-    values = [rng.randint(-5, most + 50) for _ in range(count)]
-    if kind != "any":
-        values = sorted(max(0, x) for x in values)
-    if kind == "falling":
-        values.reverse()
-    if kind == "ends":
-        values = [rng.choice([*ENDS, x]) for x in values]
-    if kind == "one":
-        values[rng.randrange(count)] = rng.choice(ENDS)
-    return torch.tensor(values, dtype=torch.int32)
-
-
-@pytest.fixture
-def unchecked(monkeypatch):
-    """Only a CPU checks offsets: the simulation of a GPU does not."""
-    for name in ("select", "received_scores"):
-        module = importlib.import_module(f"vispruner_kernels._triton.{name}")
-        if SIMULATED and hasattr(module, "check_offsets"):
-            monkeypatch.setattr(module, "check_offsets", lambda *args: None)
-
-
-@matchings
-def test_contradictory_offsets(unchecked, matching):
-    """No exception, no hang, every element written, with a value in [0, total)."""
-    total = some(151, 31)
-    generator = torch.Generator().manual_seed(5)
-    features = sample_features("clustered", 1, total, 16, generator)[0]
-    scores = sample_scores("ties", 1, total, generator)[0]
-    calls = []
-    for seed in range(some(300, 8)):
-        rng = random.Random(seed)
-        count = rng.choice([2, 3, 6, 41])
-        offsets = random_offsets(rng, count, total), random_offsets(rng, count, total)
-        # Numbers that kernels are compiled for once.
-        sizes = rng.choice([3, 70, 157, 16383]), rng.randint(1, total)
-        rule = rng.choice([0.0, 0.5, 1.0]), 8, matching
-        calls.append(("select_varlen", (features, scores, *offsets, *sizes, *rule)))
-    right = ("select_varlen", (features, scores, *(sample_offsets([total]),) * 2, total, total))
-    for garbage in (filled, poisoned):
-        there = [uploaded(call) for call in calls]
-        with garbage():
-            got = [run(call) for call in there]
-        for number, (indices,) in enumerate(download(got)):
-            assert ((indices >= 0) & (indices < total)).all(), f"{number}: {calls[number][1][2:]}"
-    assert_answers(answers([right]), [expected(right)])
-
-
-class poisoned:
-    def __enter__(self) -> None:
-        poison()
-
-    def __exit__(self, *error: object) -> None:
-        pass
-
-
-# Offsets in memory beyond 31 bits.
-
-
-@needs_cuda
-@pytest.mark.parametrize("far", ["tokens", "images"])
-def test_strides_beyond_31_bits(far):
-    """Where a stride, or its product with a token, does not fit an int32."""
-    batch, tokens, channels = (1, 80, 32) if far == "tokens" else (2, 40, 32)
-    strides = (16, 2**25, 1) if far == "tokens" else (2**31 + 16, channels, 1)
-    size = 1 + sum((n - 1) * s for n, s in zip((batch, tokens, channels), strides, strict=True))
-    if torch.cuda.mem_get_info()[0] < 2 * size + 2**30:
-        pytest.skip(f"{2 * size / 2**30:.1f} GiB of memory are not free")
-    memory = torch.empty(size, dtype=torch.float16, device=DEVICE)
-    generator = torch.Generator().manual_seed(9)
-    features = sample_features("clustered", batch, tokens, channels, generator).half()
-    scores = sample_scores("ties", batch, tokens, generator).half()
-    calls = [("select_topk", (scores, 11)), ("select_rows", (scores, 4, 3))]
-    if far == "tokens":
-        sizes = sample_offsets([30, 50]), sample_offsets([7, 9]), 50, 16
-        calls.append(("select_varlen", (features[0], scores[0], *sizes)))
-        calls.append(("prune", (features, scores, 17, 0.5, 8, "pairwise")))
-    else:
-        calls.append(("prune", (features, scores, 17)))
-    for op, args in calls:
-        wanted = expected((op, args))
-        # One of them is far apart at a time.
-        for number in range(1 if args[0] is scores else 2):
-            there = list(uploaded((op, args))[1])
-            shape = there[number].shape
-            view = memory.as_strided(
-                shape, _strides(strides, len(shape), number, args[0] is scores)
-            )
-            there[number] = view.copy_(there[number])
-            assert_answers(download([run((op, tuple(there)))]), [wanted], [(op, number)])
-
-
-def _strides(strides: tuple[int, ...], dims: int, number: int, scores: bool) -> tuple[int, ...]:
-    """Of features or of scores, of a batch or packed."""
-    image, token, channel = strides
-    per_token = (token,) if scores or number else (token, channel)
-    return (image, *per_token)[-dims:]

@@ -30,10 +30,10 @@ BLOCKS = {
     (2, 64): ((128, 64, 3), (64, 16, 2)),
     (2, 128): ((128, 64, 2), (32, 32, 2)),
     (2, 256): ((64, 32, 2), (32, 32, 2)),
-    (4, 16): ((32, 32, 2), (16, 32, 2)),
-    (4, 32): ((32, 32, 2), (16, 32, 2)),
-    (4, 64): ((64, 32, 2), (16, 32, 2)),
-    (4, 128): ((32, 16, 2), (16, 32, 2)),
+    (4, 16): ((32, 32, 2), (16, 32, 3)),
+    (4, 32): ((32, 32, 2), (16, 32, 3)),
+    (4, 64): ((64, 32, 3), (16, 32, 3)),
+    (4, 128): ((32, 16, 2), (16, 32, 3)),
     (4, 256): ((32, 16, 2), (16, 16, 2)),
 }
 
@@ -107,7 +107,11 @@ def _attention(
         v_ptrs += step * stride_vs
 
     out_ptrs = out_ptr + offs_m.to(tl.int64)[:, None] * stride_os + offs_d[None, :]
-    out = acc * tl.div_rn(1.0, norm)[:, None]
+    if q.dtype == tl.float32:
+        out = tl.div_rn(acc, norm[:, None])
+    else:
+        # Rounded twice, which half types do not show.
+        out = acc * tl.div_rn(1.0, norm)[:, None]
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask_q)
 
 

@@ -292,8 +292,8 @@ def cls_plan(
         "BLOCK_N": min(CHUNK, TILE // (4 if unit == 1 else itemsize) // block_d),
         "BLOCK_D": block_d,
         "CHUNK": CHUNK,
-        "BLOCK_C": triton.next_power_of_2(chunks),
-        "BLOCK_H": min(BLOCK_H, triton.next_power_of_2(heads)),
+        "BLOCK_C": max(4, triton.next_power_of_2(chunks)),
+        "BLOCK_H": BLOCK_H,
         "BLOCK_S": BLOCK_S,
         "num_warps": 4 if itemsize == 2 and block_d <= 64 else 8,
         # Fused or not, and in which product, would be the compiler's choice.
