@@ -341,8 +341,9 @@ def _launch(
         strides[-2],
         scores.stride(0),
         scores.stride(-1),
-        cu_seqlens.stride(0),
-        cu_keep.stride(0),
+        # Not the strides of `out`: Triton would compile anew for some values of keep.
+        cu_seqlens.stride(0) if offsets else 0,
+        cu_keep.stride(0) if offsets else 0,
         similarities,
         rounded,
         launch.new_tag(),
