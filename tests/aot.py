@@ -120,7 +120,7 @@ def _calls(path: str) -> Iterator[tuple[Case, Callable[..., Any]]]:
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     for op, call, args in module.CALLS:
-        yield Case(op, call.__name__, True, args), call
+        yield Case(op, call.__name__, True, args, args), call
 
 
 class Plan(NamedTuple):
@@ -144,13 +144,13 @@ def plan(target: str, ops: tuple[str, ...], quick: bool, path: str) -> Plan:
             continue
         try:
             caught = _launches(case, call, target, 0)
-            other = _launches(case, call, target, 1)
+            other = _launches(case._replace(args=case.other), call, target, 1)
         except Exception as error:
             errors[case.op] = f"{case.label}: {type(error).__name__}: {error}"
             continue
         keys = [_key(variant) for variant in caught]
         if keys != [_key(variant) for variant in other]:
-            errors[case.op] = f"{case.label}: compiled anew for some random numbers"
+            errors[case.op] = f"{case.label}: compiled anew for some random or other numbers"
         for key, variant in zip(keys, caught, strict=True):
             variants.setdefault(key, variant).ops.add(case.op)
     return Plan(list(variants.values()), errors)

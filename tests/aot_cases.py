@@ -58,6 +58,8 @@ class Case(NamedTuple):
     # Whether the quick run has it.
     quick: bool
     args: tuple[Any, ...]
+    # Another call for which nothing may be compiled anew.
+    other: tuple[Any, ...]
     # Whether it is about constants alone, before the target plays a part.
     frontend: bool = False
 
@@ -90,27 +92,35 @@ def _selections(
     # Each operator, rule and alignment, and the dtypes that differ most, once in the quick run.
     first = (b, dtype) == (1, torch.float32) and n > 1
     odd = (offset, dtype) == (1, torch.bfloat16)
+    # Most sizes are even.
+    other = max(1, keep - 1)
     for matching in _schemas.MATCHINGS:
         rule, some = (0.5, 8, matching), f"{label} {matching}"
+        # No important tokens, and one step: 0 and 1 are special to Triton.
+        same = (0.0, 1, matching)
         if b == 1 or n == 2:
             # Elsewhere it is `prune` without the last lines.
-            yield Case("select", some, first, (*dense, *rule))
-        yield Case("prune", some, odd, (*dense, *rule))
+            args = (*dense, *rule)
+            yield Case("select", some, first, args, (*dense[:2], other, *same))
+        yield Case("prune", some, odd, (*dense, *rule), (*dense[:2], other, *same))
         mixed = first if matching == "pairwise" else odd
-        yield Case("select_varlen", some, mixed, (*packed, *rule))
+        args = (*packed[:5], min(b * n, b * keep + 1), *same)
+        yield Case("select_varlen", some, mixed, (*packed, *rule), args)
     if first:
-        # The bits of this ratio are a small integer.
-        yield Case("select_varlen", f"{label} ratio 0", False, (*packed, 0.0))
-        yield Case("select", f"{label} half scores", False, (features, scores.half(), keep))
+        args = (features, scores.half(), keep)
+        yield Case("select", f"{label} half scores", False, args, args)
     # Nothing but the score decides.
-    yield Case("prune", f"{label} ratio 1", first or odd, (*dense, 1.0))
+    args = (*dense, 1.0)
+    yield Case("prune", f"{label} ratio 1", first or odd, args, (*dense[:2], other, 1.0))
     scores = _empty(offset, dtype, b, n)
-    yield Case("select_topk", f"{_name(dtype)} {b}x{n} to {keep}", first or odd, (scores, keep))
+    label = f"{_name(dtype)} {b}x{n} to {keep}"
+    yield Case("select_topk", label, first or odd, (scores, keep), (scores, other))
     # 24 of 576 tokens.
     width = next(w for w in (24, 64, 4, 1) if n % w == 0)
     rows = max(1, keep // width)
     label = f"{_name(dtype)} {b}x{n} by {width}"
-    yield Case("select_rows", label, first or odd, (scores, width, rows))
+    args = (scores, width, rows)
+    yield Case("select_rows", label, first or odd, args, (scores, width, min(16, n // width)))
 
 
 def _attentions(
@@ -121,18 +131,22 @@ def _attentions(
     quick = quick and dtype is not torch.float16
     # Slices of what one projection computes.
     q, k, v = _empty(offset, dtype, b, s, 3, h, d).unbind(2)
+    # scale, num_prefix
+    args, other = (None, prefix), (1.0, min(16, s - 1))
     if s > 1:
-        yield Case("cls_attention", label, quick, (q, k, v, None, max(1, prefix)))
-        yield Case("cls_scores", label, quick, (q, k, None, max(1, prefix)))
+        cls = (None, max(1, prefix))
+        yield Case("cls_attention", label, quick, (q, k, v, *cls), (q, k, v, *other))
+        yield Case("cls_scores", label, quick, (q, k, *cls), (q, k, *other))
     lse = _empty(offset, torch.float32, b, h, s)
-    yield Case("received_scores", label, quick, (q, k, None, prefix))
-    yield Case("received_scores", f"{label} lse", quick, (q, k, None, prefix, lse))
+    yield Case("received_scores", label, quick, (q, k, *args), (q, k, *other))
+    yield Case("received_scores", f"{label} lse", quick, (q, k, *args, lse), (q, k, *other, lse))
     if d in (64, 37, 1):
         sizes = (_offsets([s] * b), s)
-        packed = (q.flatten(0, 1), k.flatten(0, 1), *sizes, None)
+        packed = (q.flatten(0, 1), k.flatten(0, 1), *sizes)
+        yield Case("received_scores_varlen", label, quick, (*packed, None), (*packed, 1.0))
         lse = _empty(offset, torch.float32, h, b * s)
-        yield Case("received_scores_varlen", label, quick, packed)
-        yield Case("received_scores_varlen", f"{label} lse", quick, (*packed, lse))
+        args, other = (*packed, None, lse), (*packed, 1.0, lse)
+        yield Case("received_scores_varlen", f"{label} lse", quick, args, other)
 
 
 def _empty(offset: int, dtype: torch.dtype, *shape: int) -> Tensor:

@@ -36,7 +36,7 @@ def split_scale(scale):
     size = tl.abs(scale)
     unit = tl.where(size > 1e38, 2.0, 1.0)
     sign = tl.where(scale < 0, -unit, tl.where(scale > 0, unit, 0.0))
-    return sign, tl.where(size > 0, size / unit, 1.0) * LOG2E
+    return sign, tl.where(size > 0, tl.where(size > 1e38, 0.5 * size, size), 1.0) * LOG2E
 
 
 @triton.jit

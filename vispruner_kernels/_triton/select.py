@@ -428,7 +428,8 @@ def select_varlen(
         return out
     if images == 0 or max_seqlen == 0:
         return out.zero_()
-    ratio_bits = struct.unpack("<q", struct.pack("<d", important_ratio))[0]
+    # The bits of 0.0 would be an int32 to Triton, and a variant of their own.
+    ratio_bits = struct.unpack("<q", struct.pack("<d", important_ratio or -0.0))[0]
     _launch(
         features,
         scores,

@@ -43,7 +43,7 @@ def _kept(key, valid, threshold, room, before):
     return kept, (count >> 16) + tl.minimum(equals, room), before + tl.sum(both, axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["keep"])
 def _topk_kernel(
     scores_ptr,
     features_ptr,
@@ -123,7 +123,7 @@ def gather_rows(
             tl.store(kept_ptr + offs_t.to(tl.int64)[:, None] * C + offs_c[None, :], row, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width", "rows"])
 def _rows_kernel(
     scores_ptr,
     out_ptr,
