@@ -102,7 +102,9 @@ def check_of(right: Exact, v: Tensor, bound: float) -> Callable[[Any], None]:
     return check
 
 
-def case(shape: shapes.Sequence, options: argparse.Namespace, compiled: bool) -> harness.Rows:
+def case(
+    shape: shapes.Sequence, options: argparse.Namespace, compiled: bool = False
+) -> harness.Rows:
     """The rows of one shape, one per competitor."""
     device, main = options.device, harness.MAIN[options.device]
     inputs = q, k, v = tuple(

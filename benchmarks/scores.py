@@ -55,7 +55,9 @@ def close(expected: Tensor, bound: float) -> Callable[[Tensor], None]:
     return lambda answer: assert_close(answer, expected, bound)
 
 
-def case(shape: shapes.Sequence, options: argparse.Namespace, compiled: bool) -> harness.Rows:
+def case(
+    shape: shapes.Sequence, options: argparse.Namespace, compiled: bool = False
+) -> harness.Rows:
     """The rows of one shape, one per competitor and operator."""
     device = options.device
     q, k, v = (limits.place(x, device) for x in sample_qkv(*shape[1:], seed=shape.batch))
@@ -133,7 +135,7 @@ def rows_of(
     return rows
 
 
-def packed_case(shape: shapes.Packed, options: argparse.Namespace, compiled: bool) -> harness.Rows:
+def packed_case(shape: shapes.Packed, options: argparse.Namespace) -> harness.Rows:
     """The rows of one packed sequence; eager is one image after the other."""
     device, op = options.device, "received_scores_varlen"
     total, longest = sum(shape.lengths), max(shape.lengths)

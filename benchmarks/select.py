@@ -110,7 +110,7 @@ def products(shape: shapes.Shape) -> float:
     return shape.batch * residual**2 / 2 * shape.channels
 
 
-def case(shape: shapes.Shape, options: argparse.Namespace, compiled: bool) -> harness.Rows:
+def case(shape: shapes.Shape, options: argparse.Namespace, compiled: bool = False) -> harness.Rows:
     """The rows of one shape, one per matching."""
     device, on_cpu = options.device, options.device == "cpu"
     unit, main = harness.UNITS[device][0], harness.MAIN[device]
@@ -172,7 +172,7 @@ def top_rows(scores: Tensor, width: int, rows: int) -> Tensor:
     return (kept[:, :, None] * width + torch.arange(width, device=scores.device)).flatten(1)
 
 
-def other_case(shape: shapes.Shape, options: argparse.Namespace, compiled: bool) -> harness.Rows:
+def other_case(shape: shapes.Shape, options: argparse.Namespace) -> harness.Rows:
     """The rows of one shape for the operators beside `select`, each with PyTorch's way, or that of
     `select` and PyTorch."""
     features, scores = inputs_of(shape)

@@ -92,29 +92,37 @@ def _selections(
     # Each operator, rule and alignment, and the dtypes that differ most, once in the quick run.
     first = (b, dtype) == (1, torch.float32) and n > 1
     odd = (offset, dtype) == (1, torch.bfloat16)
-    # Most sizes are even.
-    other = max(1, keep - 1)
+    # More images, packed ones of another length, and another count to keep: what was a multiple of
+    # 16 is none then, and the other way round.
+    more, length = 16 * b if n < 4096 else b + 1, max(1, n - 1)
+    many = (_empty(offset, dtype, more, n, c), _empty(offset, torch.float32, more, n))
+    many = (*many, max(1, keep - 1))
+    lengths, kept = [length] * more, [min(keep, length)] * more
+    shorter = (
+        _empty(offset, dtype, length * more, c),
+        _empty(offset, torch.float32, length * more),
+    )
+    shorter = (*shorter, _offsets(lengths), _offsets(kept), length, sum(kept))
     for matching in _schemas.MATCHINGS:
         rule, some = (0.5, 8, matching), f"{label} {matching}"
         # No important tokens, and one step: 0 and 1 are special to Triton.
-        same = (0.0, 1, matching)
+        other = (0.0, 1, matching)
         if b == 1 or n == 2:
             # Elsewhere it is `prune` without the last lines.
             args = (*dense, *rule)
-            yield Case("select", some, first, args, (*dense[:2], other, *same))
-        yield Case("prune", some, odd, (*dense, *rule), (*dense[:2], other, *same))
+            yield Case("select", some, first, args, (*many, *other))
+        yield Case("prune", some, odd, (*dense, *rule), (*many, *other))
         mixed = first if matching == "pairwise" else odd
-        args = (*packed[:5], min(b * n, b * keep + 1), *same)
-        yield Case("select_varlen", some, mixed, (*packed, *rule), args)
+        yield Case("select_varlen", some, mixed, (*packed, *rule), (*shorter, *other))
     if first:
         args = (features, scores.half(), keep)
         yield Case("select", f"{label} half scores", False, args, args)
     # Nothing but the score decides.
     args = (*dense, 1.0)
-    yield Case("prune", f"{label} ratio 1", first or odd, args, (*dense[:2], other, 1.0))
+    yield Case("prune", f"{label} ratio 1", first or odd, args, (*many, 1.0))
     scores = _empty(offset, dtype, b, n)
     label = f"{_name(dtype)} {b}x{n} to {keep}"
-    yield Case("select_topk", label, first or odd, (scores, keep), (scores, other))
+    yield Case("select_topk", label, first or odd, (scores, keep), (scores, many[2]))
     # 24 of 576 tokens.
     width = next(w for w in (24, 64, 4, 1) if n % w == 0)
     rows = max(1, keep // width)

@@ -47,6 +47,8 @@ class Result(NamedTuple):
     # Names of `INSTRUCTIONS`.
     found: tuple[str, ...] = ()
     fusion: bool = True
+    # Whether the assembler makes wgmma, which is asynchronous, wait.
+    serialized: bool = False
     error: str = ""
 
 
@@ -117,6 +119,7 @@ RULES: dict[str, Callable[[Result], str]] = {
     "fits shared memory": _too_much_shared,
     # Triton's default is another one from 3.10 on, and 3.9 warns of it.
     "states enable_fp_fusion": lambda r: "" if r.fusion else "enable_fp_fusion is not given",
+    "keeps tensor cores busy": lambda r: "wgmma is serialized" if r.serialized else "",
     "multiplies int8 on tensor cores": _no_int8,
     "has no tf32": _tf32,
     "rounds correctly": _inexact,

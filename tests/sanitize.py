@@ -1,4 +1,7 @@
-"""What compute-sanitizer watches: a few small launches of every operator; see gpu.py."""
+"""What compute-sanitizer watches: a few small launches of every operator; see gpu_command.py.
+
+An argument is the number of seconds after which it says where it is, and ends.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +53,8 @@ def main() -> int:
     if why := gpu.unprepared():
         print(f"tests.sanitize: {why}", file=sys.stderr)
         return 2
-    faulthandler.dump_traceback_later(gpu.LONGEST, exit=True)
+    seconds = float(sys.argv[1]) if len(sys.argv) > 1 else gpu.LIMIT
+    faulthandler.dump_traceback_later(seconds, exit=True)
     right = [*gpu.calls(TOKENS).values(), *gpu.calls(TOKENS, torch.float32, 1, False).values()]
     for call in right:
         check(call)

@@ -123,6 +123,21 @@ def _wrong_kernel(x_ptr, y_ptr, out_ptr, ratio, WHAT: tl.constexpr, BLOCK: tl.co
 
 
 @triton.jit
+def _waiting_kernel(x_ptr, y_ptr, out_ptr, n, sign, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    offs = offs[:, None] * BLOCK + offs[None, :]
+    # Computed, so it comes from registers.
+    x = (tl.load(x_ptr + offs).to(tl.float32) * sign).to(tl.float16)
+    acc = tl.zeros([BLOCK, BLOCK], tl.float32)
+    for _ in range(n):
+        y = tl.load(y_ptr + offs)
+        weight = tl.exp2(tl.dot(x, tl.trans(y)))
+        acc = tl.dot(weight.to(tl.float16), y, acc * 0.5)
+        y_ptr += BLOCK * BLOCK
+    tl.store(out_ptr + offs, acc)
+
+
+@triton.jit
 def _tag_kernel(out_ptr, tag):
     tl.store(out_ptr, tag)
 
@@ -143,6 +158,13 @@ def tag():
     launch.run(_tag_kernel, 1, out, out, launch.new_tag(), enable_fp_fusion=False)
 
 
+def waiting():
+    x = torch.empty(128, 128, dtype=torch.float16)
+    args = (x, x, torch.empty(128, 128), 7, 0.5)
+    meta = {"BLOCK": 64, "num_warps": 4, "num_stages": 3, "enable_fp_fusion": False}
+    launch.run(_waiting_kernel, 1, x, *args, **meta)
+
+
 def case(name, op, what, **meta):
     def call():
         wrong(what, **{"enable_fp_fusion": False, **meta})
@@ -154,6 +176,7 @@ def case(name, op, what, **meta):
 CALLS = [
     ("select_varlen", right, (2**62 + 1,)),
     ("cls_attention", tag, ()),
+    ("cls_scores", waiting, ()),
     case("tf32", "cls_scores", "dot"),
     case("ieee", "cls_scores", "ieee", block=16),
     case("divide", "select_topk", "divide"),
@@ -184,6 +207,7 @@ def test_the_harness_sees_what_is_wrong(tmp_path):
         assert wrong == {
             "right": set(),
             "tag": set(),
+            "waiting": {"keeps tensor cores busy"} if target == "sm_90" else set(),
             "tf32": {"has no tf32"},
             "ieee": set(),
             "divide": {"rounds correctly"},

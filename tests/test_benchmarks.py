@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import shutil
+import subprocess
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +20,7 @@ import torch
 
 from benchmarks import attention, harness, limits, scores, select, shapes, stability
 
+ROOT = Path(__file__).parent.parent
 HALF = torch.float16
 TINY = {
     "SELECT": [shapes.Shape("tiny", 2, 64, 16, 16, HALF)],
@@ -346,6 +351,76 @@ def test_results_are_written_case_by_case(gpu, monkeypatch, tmp_path):
     with pytest.raises(TypeError):
         attention.main(["--device", "cpu", "--rounds", "1", "--json", str(file)])
     assert len(json.loads(file.read_text())["rows"]) == 5
+
+
+@pytest.mark.parametrize("name", RACES)
+def test_nothing_is_lost_if_the_compiler_never_ends(name, gpu, monkeypatch, tmp_path, capsys):
+    def never(*inputs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: never)
+    file = tmp_path / "x.json"
+    with pytest.raises(KeyboardInterrupt):
+        RACES[name].main(["--device", "cuda", "--rounds", "1", "--json", str(file)])
+    result = json.loads(file.read_text())
+    second = {"select": ["others"], "attention": [], "scores": ["varlen"]}[name]
+    assert all(result[table] for table in ["rows", *second])
+    assert result["rows"][0]["shape"] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", RACES)
+def test_compiled_rows_are_of_one_run(name, gpu, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    status, result = run(RACES[name], tmp_path, "--device", "cuda", "--compile")
+    assert status == 0
+
+    def compiled(rows):
+        return [r for r in rows if "compiled" in r.get("by", "") or r.get("compiled us")]
+
+    assert not compiled(result["rows"])
+    assert compiled(result["compiled"])
+    # Beside ours and eager.
+    if name == "select":
+        assert all(row["compiled / ours"] and row["published / ours"] for row in result["compiled"])
+    else:
+        assert {row.get("by") for row in result["compiled"]} > {row["by"] for row in result["rows"]}
+    assert "with torch.compile" in capsys.readouterr().out
+    status, result = run(RACES[name], tmp_path, "--device", "cuda")
+    assert "compiled" not in result
+
+
+@pytest.mark.parametrize("why", ["no graph: MemoryError", "synchronises", "too long to capture"])
+def test_no_device_time_of_ours_is_a_failure(why):
+    def status(by, value):
+        return harness.status({"rows": [{**by, "us [p10, p90]": value}]})
+
+    time = harness.Timing([1.0], 1e6)
+    for by in ({}, {"by": "ours"}, {"by": "ours, given lse"}):
+        assert (status(by, why), status(by, None), status(by, time)) == (1, 1, 0)
+    assert status({"by": "eager"}, why) == 0
+
+
+def test_cycles_are_counted_at_the_highest_clock(gpu, monkeypatch):
+    """A device that was idle is slow at first."""
+    clocks = iter([3e8, 3e8, 6e8])
+    monkeypatch.setattr(gpu, "_sleep", lambda cycles: gpu.launch(cycles / next(clocks, 2e9)))
+    assert limits._cycles_per_second() == pytest.approx(2e9)
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="there is no make")
+def test_a_table_that_fails_does_not_keep_others_from_being_measured(tmp_path):
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "$*" >> {tmp_path}/log\ntest $2 != benchmarks.attention\n')
+    python.chmod(0o755)
+    command = ["make", "bench-gpu", f"PYTHON={python}", "BENCH_ARGS=--quick"]
+    environment = {n: v for n, v in os.environ.items() if not n.startswith("MAKE")}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    calls = (tmp_path / "log").read_text().splitlines()
+    # The loop of `select` may keep torch.compile busy for ever.
+    tables = ("attention", "scores", "select")
+    assert calls == [f"-m benchmarks.{table} --device cuda --json --quick" for table in tables]
+    assert done.returncode == 2
+    assert "failed: attention" in done.stderr
 
 
 def test_stability_is_as_the_readme_says(tmp_path):

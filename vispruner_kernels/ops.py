@@ -50,9 +50,10 @@ def select(
     Cost:
         Reads the features once and makes about N*N*C/2 integer multiply-adds per image. Scratch per
         image in flight: 4*N*N + 2*N*C bytes in C++, some 20*N*N + 16*N*C on the reference. On a
-        CUDA device one launch; scratch 4*N*N + 288*N bytes per image of the batch, so 1 GiB at
-        N=16384. There one block walks an image's passes: some (N - keep) / step dependent ones with
-        "bipartite", a few dozen rounds with "pairwise".
+        CUDA device one launch, which reads the features some N / 32 times, all but once from its
+        cache; scratch 4*N*N + 288*N bytes per image of the batch, so 1 GiB at N=16384. There one
+        block walks an image's passes: some (N - keep) / step dependent ones with "bipartite", a few
+        dozen rounds with "pairwise".
 
     Source:
         VisPruner, arXiv 2412.01818v2, section 3; Theia-4869/VisPruner at aefa01a,
@@ -164,7 +165,10 @@ def select_varlen(
         Contract 3.
 
     Cost:
-        The sum of `select` over the images.
+        The sum of `select` over the images. On a CUDA device one launch that is made for B images
+        of max_seqlen tokens, so a loose ``max_seqlen`` costs: B * max_seqlen**2 / 8192 programs, of
+        which the superfluous end at once, and scratch of 4*total*max_seqlen + 288*total +
+        B * max_seqlen / 8 bytes.
 
     Source:
         As `select`; the packing of flash-attn's ``flash_attn_varlen_func``.
@@ -286,7 +290,9 @@ def cls_attention(
         batch size. Asking for a gradient of ``out`` raises; ``scores`` carry none. Contract 4.
 
     Cost:
-        The attention by PyTorch's ``scaled_dot_product_attention``, and one more read of K.
+        The attention by PyTorch's ``scaled_dot_product_attention``, and one more read of K. On a
+        CUDA device one launch of a FlashAttention forward, with programs for the CLS row among its
+        own; scratch 4*B*H*S bytes.
 
     Source:
         VisPruner, arXiv 2412.01818v2, section 3.2.
@@ -324,7 +330,7 @@ def cls_scores(q: Tensor, k: Tensor, scale: float | None = None, num_prefix: int
         Contract 4.
 
     Cost:
-        One read of K.
+        One read of K. On a CUDA device one launch, scratch 4*B*H*S bytes.
 
     Source:
         VisPruner, arXiv 2412.01818v2, section 3.2; FasterVLM, arXiv 2412.01818v1.
@@ -369,7 +375,8 @@ def received_scores(
         synchronisation, no gradient. Contract 4.
 
     Cost:
-        The Q @ K half of the attention.
+        The Q @ K half of the attention, twice without ``lse``. On a CUDA device one launch and
+        scratch 8*B*H*S bytes with ``lse``, two and 16*B*H*S without.
 
     Source:
         FoPru, arXiv 2411.14164; the mean over query rows is our reading of its "significance".

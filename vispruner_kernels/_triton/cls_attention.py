@@ -16,6 +16,7 @@ from vispruner_kernels._triton.cls_scores import (
     INTERPRETED,
     cls_plan,
     cls_row,
+    is_signed,
     largest,
     split_scale,
     stride_unit,
@@ -64,6 +65,7 @@ def _attention(
     S,
     scale,
     first,
+    SIGNED: tl.constexpr,
     D: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -76,12 +78,12 @@ def _attention(
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     mask_q = (offs_m < S)[:, None] & (offs_d < D)[None, :]
+    # As it is: a tile that is computed goes through registers to every product, which waits for it.
     q = tl.load(
         q_ptr + offs_m.to(tl.int64)[:, None] * stride_qs * UNIT + offs_d[None, :],
         mask=mask_q,
         other=0.0,
-    )
-    q = (q.to(tl.float32) * sign).to(q.dtype)  # [BLOCK_M, BLOCK_D]
+    )  # [BLOCK_M, BLOCK_D]
     k_ptrs = k_ptr + offs_n.to(tl.int64)[None, :] * stride_ks * UNIT + offs_d[:, None]
     v_ptrs = v_ptr + offs_n.to(tl.int64)[:, None] * stride_vs * UNIT + offs_d[None, :]
     step = tl.full([], BLOCK_N * UNIT, tl.int64)
@@ -93,10 +95,13 @@ def _attention(
         mask_n = offs_n < S - start
         k = tl.load(k_ptrs, mask=mask_n[None, :] & (offs_d < D)[:, None], other=0.0)
         x = dot(q, k)  # [BLOCK_M, BLOCK_N]
+        if SIGNED:
+            x *= sign
         x = tl.where(mask_n[None, :], x, -float("inf"))
         new_peak = tl.maximum(peak, largest(x, 1))
         # Nothing but -inf so far: any finite shift will do.
         shift = tl.where(new_peak == -float("inf"), 0.0, new_peak)
+        # The largest is 1 exactly, which x * c - shift * c in one instruction is not.
         weight = tl.exp2((x - shift[:, None]) * c)
         decay = tl.exp2((peak - shift) * c)
         norm = norm * decay + tl.sum(weight, axis=1)
@@ -138,6 +143,7 @@ def _cls_attention_kernel(
     stride_vh,
     scale,
     tag,
+    SIGNED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     KEYS: tl.constexpr,
     D: tl.constexpr,
@@ -204,6 +210,7 @@ def _cls_attention_kernel(
             S,
             scale,
             (part - H) % blocks * BLOCK_M,
+            SIGNED,
             D,
             UNIT,
             BLOCK_M,
@@ -222,7 +229,7 @@ def _plan(
 ) -> tuple[int, int, list[int], dict[str, Any]]:
     """Programs, int64 words of scratch, the kernel's integers and constants."""
     batch, tokens, heads, _ = shape
-    unit = stride_unit(itemsize, aligned, *strides)
+    unit = stride_unit(itemsize, aligned, shape, *strides)
     _, sizes, meta = cls_plan(shape, num_prefix, itemsize, unit)
     block_m, keys, stages = BLOCKS[itemsize, meta["BLOCK_D"]][unit == 1]
     meta = {**meta, "BLOCK_M": block_m, "KEYS": keys, "num_stages": stages}
@@ -238,6 +245,7 @@ def cls_attention(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     scores = torch.empty((batch, tokens - num_prefix), dtype=torch.float32, device=q.device)
     if batch:
+        scale = head_dim**-0.5 if scale is None else scale
         strides = (q.stride(), k.stride(), v.stride())
         aligned = (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16 == 0
         grid, words, sizes, meta = _plan(q.shape, strides, aligned, num_prefix, q.itemsize)
@@ -252,8 +260,9 @@ def cls_attention(
             scores,
             torch.empty(words, dtype=torch.int64, device=q.device),
             *sizes,
-            head_dim**-0.5 if scale is None else scale,
+            scale,
             launch.new_tag(),
+            SIGNED=is_signed(scale),
             **meta,
         )
     return out, scores

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vispruner_kernels._triton import launch
-from vispruner_kernels._triton.rules import COUNT_MASK, arrive, close_counter, open_counter
+from vispruner_kernels._triton.rules import COUNT_MASK, arrive, close_counter, read_counter
 
 # Keys whose exponentials are added by one program; heads and keys of a tile of the mean.
 CHUNK, BLOCK_H, BLOCK_S = 256, 16, 256
@@ -28,8 +28,8 @@ INTERPRETED = tl.constexpr(launch.INTERPRETED)
 def split_scale(scale):
     """(sign, c): softmax(scale * x) is the softmax to base 2 of c * (sign * x), c > 0.
 
-    So the largest logit is the largest sign * x, whose difference to itself is 0, exactly. What is
-    not finite stays so at scale 0; at the ends of the range c neither overflows nor vanishes.
+    So the largest logit is the largest sign * x. What is not finite stays so at scale 0; at the
+    ends of the range c neither overflows nor vanishes. sign is 1 unless `is_signed`.
     """
     # The interpreter takes a subnormal number for a float64.
     scale = tl.cast(scale, tl.float32)
@@ -37,6 +37,10 @@ def split_scale(scale):
     unit = tl.where(size > 1e38, 2.0, 1.0)
     sign = tl.where(scale < 0, -unit, tl.where(scale > 0, unit, 0.0))
     return sign, tl.where(size > 0, tl.where(size > 1e38, 0.5 * size, size), 1.0) * LOG2E
+
+
+def is_signed(scale: float) -> bool:
+    return not 0.0 < scale <= 1e38
 
 
 @triton.jit
@@ -75,8 +79,9 @@ def _logits(
     """logits[begin:end] = sign * q . k, in float32."""
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
-    q = tl.load(q_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32) * sign
-    for start in range(begin, end, BLOCK_N):
+    q = tl.load(q_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+    # Scattered elements are not worth the registers of two loads.
+    for start in tl.range(begin, end, BLOCK_N, num_stages=3 if UNIT > 1 else 1):
         offs_n = start + tl.arange(0, BLOCK_N)
         mask_n = offs_n < end
         k = tl.load(
@@ -84,7 +89,7 @@ def _logits(
             mask=mask_n[:, None] & mask_d[None, :],
             other=0.0,
         ).to(tl.float32)  # [BLOCK_N, BLOCK_D]
-        tl.store(logits_ptr + offs_n, _sum_pairwise(k * q[None, :]), mask=mask_n)
+        tl.store(logits_ptr + offs_n, _sum_pairwise(k * q[None, :]) * sign, mask=mask_n)
 
 
 @triton.jit
@@ -103,7 +108,20 @@ def _mean_of_heads(
     BLOCK_C: tl.constexpr,
 ):
     """scores = the softmax of every head's logits, added in float64, without the prefix."""
+    # The largest logit of every head, and 1 / the sum of its exponentials.
+    heads_ptr = sums_ptr + H * chunks * 2
     offs_c = tl.arange(0, BLOCK_C)
+    for first in range(0, H, BLOCK_H):
+        head = first + tl.arange(0, BLOCK_H)
+        mask_c = (head < H)[:, None] & (offs_c < chunks)[None, :]
+        part_ptr = sums_ptr + (head.to(tl.int64)[:, None] * chunks + offs_c[None, :]) * 2
+        peaks = tl.load(part_ptr, mask=mask_c, other=-float("inf"))
+        sums = tl.load(part_ptr + 1, mask=mask_c, other=0.0)
+        peak = largest(peaks, 1)
+        norm = tl.sum(sums * tl.exp2((peaks - peak[:, None]) * c), axis=1)
+        tl.store(heads_ptr + 2 * head, peak, mask=head < H)
+        tl.store(heads_ptr + 2 * head + 1, tl.div_rn(1.0, norm), mask=head < H)
+    tl.debug_barrier()
     for start in range(0, S, BLOCK_S):
         offs_n = start + tl.arange(0, BLOCK_S)
         mask_n = offs_n < S
@@ -111,15 +129,11 @@ def _mean_of_heads(
         for first in range(0, H, BLOCK_H):
             head = (first + tl.arange(0, BLOCK_H)).to(tl.int64)[:, None]  # [BLOCK_H, 1]
             mask_h = head < H
-            mask_c = mask_h & (offs_c < chunks)[None, :]
-            part_ptr = sums_ptr + (head * chunks + offs_c[None, :]) * 2
-            peaks = tl.load(part_ptr, mask=mask_c, other=-float("inf"))
-            sums = tl.load(part_ptr + 1, mask=mask_c, other=0.0)
-            peak = largest(peaks, 1)[:, None]
-            norm = tl.sum(sums * tl.exp2((peaks - peak) * c), axis=1)[:, None]
+            peak = tl.load(heads_ptr + 2 * head, mask=mask_h, other=0.0)
+            factor = tl.load(heads_ptr + 2 * head + 1, mask=mask_h, other=0.0)
             row_ptr = logits_ptr + head * ld + offs_n[None, :]
             x = tl.load(row_ptr, mask=mask_h & (offs_n < ld)[None, :], other=0.0)
-            weight = tl.exp2((x - peak) * c) * tl.div_rn(1.0, norm)  # [BLOCK_H, BLOCK_S]
+            weight = tl.exp2((x - peak) * c) * factor  # [BLOCK_H, BLOCK_S]
             total += tl.sum(tl.where(mask_h, weight, 0.0).to(tl.float64), axis=0)
         tl.store(
             scores_ptr + offs_n - num_prefix,
@@ -156,13 +170,14 @@ def cls_row(
     """The logits of some chunks of a head's keys with query row 0; the last of an image's
     `arrivals` programs writes its scores. q, k, scores and scratch are those of the image and head.
 
-    Scratch: a counter, logits [H, ld], the maximum and the sum of exponentials of every chunk.
+    Scratch: a counter, logits [H, ld], the maximum and the sum of exponentials of every chunk and
+      then of every head.
     """
     ld = tl.cdiv(S, 16) * 16
     chunks = tl.cdiv(S, CHUNK)
     logits_ptr = (scratch_ptr + 16).to(tl.pointer_type(tl.float32))
     sums_ptr = logits_ptr + H * ld.to(tl.int64)
-    open_counter(scratch_ptr, tag)
+    word = read_counter(scratch_ptr)
     sign, c = split_scale(scale)
 
     row_ptr = logits_ptr + head * ld
@@ -180,7 +195,7 @@ def cls_row(
         tl.store(part_ptr, peak)
         tl.store(part_ptr + 1, tl.sum(weight, axis=0))
 
-    if arrive(scratch_ptr, arrivals):
+    if arrive(scratch_ptr, word, tag, arrivals):
         _mean_of_heads(
             logits_ptr,
             sums_ptr,
@@ -266,14 +281,22 @@ def _cls_scores_kernel(
 
 def check_arrivals(arrivals: int) -> None:
     if arrivals > COUNT_MASK.value:
-        raise ValueError(f"{arrivals} programs per image, expected at most {COUNT_MASK.value}")
+        raise ValueError(
+            f"vispruner_kernels: q needs {arrivals} programs per image, expected at most "
+            f"{COUNT_MASK.value}; call it with fewer heads at a time"
+        )
 
 
-def stride_unit(itemsize: int, aligned: bool, *strides: tuple[int, ...]) -> int:
+def stride_unit(
+    itemsize: int, aligned: bool, shape: tuple[int, ...], *strides: tuple[int, ...]
+) -> int:
     """16 bytes in elements if every row begins at a multiple of them, else 1. Triton sees it only
     of strides that are multiples of 16 elements."""
     unit = 16 // itemsize
-    return unit if aligned and not any(x % unit for row in strides for x in row[:-1]) else 1
+    # Of a dimension of size 1 the stride is of no account.
+    sizes = shape[:-1]
+    odd = any(x % unit for row in strides for x, n in zip(row, sizes, strict=False) if n > 1)
+    return 1 if odd or not aligned else unit
 
 
 def cls_plan(
@@ -283,7 +306,7 @@ def cls_plan(
     _, tokens, heads, head_dim = shape
     chunks = triton.cdiv(tokens, CHUNK)
     check_arrivals(heads * chunks)
-    record = 1 + triton.cdiv(heads * (triton.cdiv(tokens, 16) * 16 + 2 * chunks), 32)
+    record = 1 + triton.cdiv(heads * (triton.cdiv(tokens, 16) * 16 + 2 * chunks + 2), 32)
     block_d = max(16, triton.next_power_of_2(head_dim))
     meta = {
         "D": head_dim,
@@ -312,7 +335,7 @@ def _plan(
     itemsize: int,
 ) -> tuple[int, int, list[int], dict[str, Any]]:
     """Programs, int64 words of scratch, the kernel's integers and constants. q, k: strides."""
-    unit = stride_unit(itemsize, aligned, q, k)
+    unit = stride_unit(itemsize, aligned, shape, q, k)
     chunks, sizes, meta = cls_plan(shape, num_prefix, itemsize, unit)
     strides = [x // unit for x in (q[0], q[2], *k[:3])]
     return shape[0] * shape[2] * chunks, shape[0] * sizes[-1] * 16, [*sizes, *strides], meta

@@ -18,7 +18,7 @@ MIN_CAPABILITY = (7, 5)
 # Programs of a launch, on one axis.
 MAX_GRID = 2**31 - 1
 
-# Triton's interpreter keeps its state in globals.
+# Triton's interpreter keeps its state in globals, and one thread at a time is to compile.
 _LOCK = threading.Lock()
 # Seeded by the system: the caller's generators are left alone, and no two calls share a tag.
 _RANDOM = random.Random()
@@ -44,12 +44,18 @@ def _check_device(index: int) -> None:
         )
 
 
-def _shape_class(arg: Any) -> Any:
+@functools.cache
+def _specialized(kernel: Any) -> tuple[bool, ...]:
+    return tuple(name not in (kernel.do_not_specialize or ()) for name in kernel.arg_names)
+
+
+def _shape_class(arg: Any, specialized: bool) -> Any:
     """All that Triton compiles a kernel anew for."""
     if isinstance(arg, Tensor):
         return arg.dtype, arg.data_ptr() % 16 == 0
     if isinstance(arg, int):
-        return arg == 1, arg % 16 == 0, -(2**31) <= arg < 2**31
+        narrow = -(2**31) <= arg < 2**31
+        return (narrow, arg == 1, arg % 16 == 0) if specialized else narrow
     return type(arg)
 
 
@@ -77,12 +83,13 @@ def run(kernel: Any, grid: int, like: Tensor, *args: Any, **meta: Any) -> None:
 
 
 def _run_on(device: int, kernel: Any, grid: int, args: Any, meta: dict[str, Any]) -> None:
-    key = (kernel, device, *map(_shape_class, args), *meta.values())
+    key = (kernel, device, *map(_shape_class, args, _specialized(kernel)), *meta.values())
     if key in _COMPILED:
         compiled, constants = _COMPILED[key]
         compiled[(grid, 1, 1)](*args, *constants)
         return
     _check_device(device)
-    compiled = kernel[(grid,)](*args, **meta)
+    with _LOCK:
+        compiled = kernel[(grid,)](*args, **meta)
     # A launch takes the constants too, in the order of the signature.
     _COMPILED[key] = compiled, tuple(meta[name] for name in kernel.arg_names[len(args) :])

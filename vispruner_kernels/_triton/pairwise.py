@@ -119,7 +119,6 @@ def pairwise(
             pair = tl.load(pair_ptr + offs_n, mask=fell, other=INT64_MIN)
             rank = count_larger(pair_ptr, N, pair)
             tl.store(state_ptr + offs_n, ALIVE, mask=fell & (rank >= drop))
-        tl.debug_barrier()
 
 
 @triton.jit

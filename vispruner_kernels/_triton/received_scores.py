@@ -16,31 +16,33 @@ from vispruner_kernels._triton.cls_attention import dot
 from vispruner_kernels._triton.cls_scores import (
     LOG2E,
     check_arrivals,
+    is_signed,
     largest,
     split_scale,
     stride_unit,
 )
-from vispruner_kernels._triton.rules import arrive, close_counter, open_counter
+from vispruner_kernels._triton.rules import arrive, close_counter, read_counter
 
-# (bytes of an element, padded head dimension): BLOCK, STEP and num_stages where rows begin at
-# multiples of 16 bytes, and where every element takes the registers of a pointer; by registers and
-# shared memory. A program keeps BLOCK rows, queries in the first launch and keys in the second, and
-# goes over the others by STEP.
+# (bytes of an element, padded head dimension): BLOCK, STEP and num_stages, by registers and shared
+# memory. A program keeps BLOCK rows, queries in the first launch and keys in the second, and goes
+# over the others by STEP. The order of sums hangs on them, so alignment has no say.
 BLOCKS = {
-    (2, 16): ((128, 64, 3), (64, 32, 2)),
-    (2, 32): ((128, 64, 3), (64, 32, 2)),
-    (2, 64): ((128, 64, 3), (64, 32, 2)),
-    (2, 128): ((128, 64, 2), (64, 32, 2)),
-    (2, 256): ((64, 64, 2), (32, 16, 2)),
-    (4, 16): ((32, 32, 2), (32, 32, 2)),
-    (4, 32): ((32, 32, 2), (32, 32, 2)),
-    (4, 64): ((64, 32, 2), (32, 32, 2)),
-    (4, 128): ((64, 16, 2), (32, 32, 2)),
-    (4, 256): ((32, 32, 2), (16, 32, 2)),
+    (2, 16): (128, 64, 3),
+    (2, 32): (128, 64, 3),
+    (2, 64): (128, 64, 3),
+    (2, 128): (128, 64, 2),
+    (2, 256): (64, 32, 2),
+    (4, 16): (32, 32, 2),
+    (4, 32): (32, 32, 2),
+    (4, 64): (64, 32, 2),
+    (4, 128): (64, 16, 2),
+    (4, 256): (16, 32, 2),
 }
 NUM_WARPS = 8
 # Heads added, offsets read and tokens zeroed at once.
 BLOCK_H, OFFSETS, ZEROS = tl.constexpr(16), tl.constexpr(128), tl.constexpr(1024)
+# Steps of STEP queries that are added in float32: rounding adds up where rows are alike.
+ADDED = tl.constexpr(16)
 # ln(2) in two parts; products of the first with whole numbers below 2**15 are exact.
 LN2_HI, LN2_LO = tl.constexpr(0.693359375), tl.constexpr(-2.12194440e-4)
 # Arguments of both kernels, and of the second; no kernel is compiled anew for them.
@@ -75,17 +77,23 @@ def _zero(out_ptr, begin, end):
 
 @triton.jit
 def _kept(
-    x_ptr, stride, first, S, sign, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr
+    x_ptr,
+    stride,
+    first,
+    S,
+    D: tl.constexpr,
+    UNIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
-    """sign * x[first : first + ROWS], 0 from row S on."""
+    """x[first : first + ROWS], 0 from row S on."""
     offs = first + tl.arange(0, ROWS)
     offs_d = tl.arange(0, BLOCK_D)
-    x = tl.load(
-        x_ptr + offs.to(tl.int64)[:, None] * stride + offs_d[None, :],
+    return tl.load(
+        x_ptr + offs.to(tl.int64)[:, None] * stride * UNIT + offs_d[None, :],
         mask=(offs < S)[:, None] & (offs_d < D)[None, :],
         other=0.0,
     )
-    return (x.to(tl.float32) * sign).to(x.dtype)
 
 
 @triton.jit(do_not_specialize=BOTH)
@@ -105,6 +113,7 @@ def _softmax_kernel(
     stride_kh,
     stride_cu,
     scale,
+    SIGNED: tl.constexpr,
     VARLEN: tl.constexpr,
     D: tl.constexpr,
     UNIT: tl.constexpr,
@@ -136,22 +145,30 @@ def _softmax_kernel(
         return
 
     sign, c = split_scale(scale)
-    q = _kept(q_ptr, stride_qs * UNIT, first, S, sign, D, BLOCK, BLOCK_D)
+    q = _kept(q_ptr, stride_qs, first, S, D, UNIT, BLOCK, BLOCK_D)
     offs_n = tl.arange(0, STEP)
     offs_d = tl.arange(0, BLOCK_D)
     k_ptrs = k_ptr + offs_n.to(tl.int64)[None, :] * stride_ks * UNIT + offs_d[:, None]
     step = tl.full([], STEP * UNIT, tl.int64) * stride_ks
     peak = tl.full([BLOCK], -float("inf"), tl.float32)
     norm = tl.zeros([BLOCK], tl.float32)
+    # What rounding has added to norm.
+    excess = tl.zeros([BLOCK], tl.float32)
     for n in range(0, S, STEP):
         mask_n = offs_n < S - n
         k = tl.load(k_ptrs, mask=mask_n[None, :] & (offs_d < D)[:, None], other=0.0)
-        x = tl.where(mask_n[None, :], dot(q, k), -float("inf"))  # [BLOCK, STEP]
+        x = dot(q, k)  # [BLOCK, STEP]
+        if SIGNED:
+            x *= sign
+        x = tl.where(mask_n[None, :], x, -float("inf"))
         new_peak = tl.maximum(peak, largest(x, 1))
         # Nothing but -inf so far: any finite shift will do.
         shift = tl.where(new_peak == -float("inf"), 0.0, new_peak)
-        weight = tl.exp2((x - shift[:, None]) * c)
-        norm = norm * tl.exp2((peak - shift) * c) + tl.sum(weight, axis=1)
+        decay = tl.exp2((peak - shift) * c)
+        before = norm * decay
+        part = tl.sum(tl.exp2((x - shift[:, None]) * c), axis=1) - excess * decay
+        norm = before + part
+        excess = (norm - before) - part
         peak = new_peak
         k_ptrs += step
 
@@ -196,6 +213,7 @@ def _received_kernel(
     stride_ls,
     scale,
     tag,
+    SIGNED: tl.constexpr,
     LSE: tl.constexpr,
     VARLEN: tl.constexpr,
     D: tl.constexpr,
@@ -241,40 +259,45 @@ def _received_kernel(
         scores_ptr += image * (S - num_prefix)
     if first >= S:
         return
-    open_counter(counter_ptr, tag)
+    word = read_counter(counter_ptr)
 
     sign, c = split_scale(scale)
-    k = tl.trans(_kept(k_ptr, stride_ks * UNIT, first, S, sign, D, BLOCK, BLOCK_D))
+    k = tl.trans(_kept(k_ptr, stride_ks, first, S, D, UNIT, BLOCK, BLOCK_D))
     offs_m = tl.arange(0, STEP)
     offs_d = tl.arange(0, BLOCK_D)
     q_ptrs = q_ptr + offs_m.to(tl.int64)[:, None] * stride_qs * UNIT + offs_d[None, :]
     step = tl.full([], STEP * UNIT, tl.int64) * stride_qs
     rows_ptr = scratch_ptr + (H + head) * tokens + start
-    acc = tl.zeros([STEP, BLOCK], tl.float32)
-    for m in range(0, S, STEP):
-        mask_m = offs_m < S - m
-        # Asked for before the product, which takes as long.
-        if LSE:
-            offs = (m + offs_m).to(tl.int64) * stride_ls
-            shift, factor = _split_lse(tl.load(lse_ptr + offs, mask=mask_m, other=0.0))
-        else:
-            row = tl.load(rows_ptr + m + offs_m, mask=mask_m, other=0)
-            peak = row.to(tl.int32).to(tl.float32, bitcast=True)
-            factor = (row >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-        q = tl.load(q_ptrs, mask=mask_m[:, None] & (offs_d < D)[None, :], other=0.0)
-        x = dot(q, k)  # [STEP, BLOCK]
-        if LSE:
-            weight = tl.exp2(tl.fma(x, c, -shift[:, None]))
-        else:
-            weight = tl.exp2((x - peak[:, None]) * c)
-        acc = tl.fma(tl.where(mask_m[:, None], weight, 0.0), factor[:, None], acc)
-        q_ptrs += step
+    total = tl.zeros([BLOCK], tl.float64)
+    for begin in range(0, S, ADDED * STEP):
+        acc = tl.zeros([STEP, BLOCK], tl.float32)
+        for m in range(begin, tl.minimum(begin + ADDED * STEP, S), STEP):
+            mask_m = offs_m < S - m
+            # Asked for before the product, which takes as long.
+            if LSE:
+                offs = (m + offs_m).to(tl.int64) * stride_ls
+                shift, factor = _split_lse(tl.load(lse_ptr + offs, mask=mask_m, other=0.0))
+            else:
+                row = tl.load(rows_ptr + m + offs_m, mask=mask_m, other=0)
+                peak = row.to(tl.int32).to(tl.float32, bitcast=True)
+                factor = (row >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+            q = tl.load(q_ptrs, mask=mask_m[:, None] & (offs_d < D)[None, :], other=0.0)
+            x = dot(q, k)  # [STEP, BLOCK]
+            if SIGNED:
+                x *= sign
+            if LSE:
+                weight = tl.exp2(tl.fma(x, c, -shift[:, None]))
+            else:
+                weight = tl.exp2((x - peak[:, None]) * c)
+            acc = tl.fma(tl.where(mask_m[:, None], weight, 0.0), factor[:, None], acc)
+            q_ptrs += step
+        total += tl.sum(acc, axis=0).to(tl.float64)
 
     offs_n = first + tl.arange(0, BLOCK)
     mask_n = offs_n < S
     sums_ptr = scratch_ptr.to(tl.pointer_type(tl.float64)) + start + offs_n
-    tl.store(sums_ptr + head * tokens, tl.sum(acc.to(tl.float64), axis=0), mask=mask_n)
-    if arrive(counter_ptr, H):
+    tl.store(sums_ptr + head * tokens, total, mask=mask_n)
+    if arrive(counter_ptr, word, tag, H):
         total = tl.zeros([BLOCK], tl.float64)
         for h in range(0, H, BLOCK_H):
             heads = (h + tl.arange(0, BLOCK_H)).to(tl.int64)[:, None]  # [BLOCK_H, 1]
@@ -303,11 +326,12 @@ def _plan(
     `strides` are those of q and k, [B, S, H, D] or [total, H, D].
     """
     check_arrivals(heads)
-    unit = stride_unit(itemsize, aligned, *strides)
-    block_d = max(16, triton.next_power_of_2(head_dim))
-    block, step, num_stages = BLOCKS[itemsize, block_d][unit == 1]
-    blocks = triton.cdiv(sequence, block)
     packed = len(strides[0]) == 3
+    shape = (tokens, heads, head_dim) if packed else (images, sequence, heads, head_dim)
+    unit = stride_unit(itemsize, aligned, shape, *strides)
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    block, step, num_stages = BLOCKS[itemsize, block_d]
+    blocks = triton.cdiv(sequence, block)
     integers = [sequence, heads, tokens]
     for stride in strides:
         integers += [x // unit for x in ((0, *stride[:2]) if packed else stride[:3])]
@@ -349,6 +373,7 @@ def _launch(
     scratch = torch.empty(words, dtype=torch.int64, device=q.device)
     offsets = cu_seqlens if cu_seqlens is not None else scratch
     integers = [*integers, offsets.stride(0)]
+    meta = {**meta, "SIGNED": is_signed(scale)}
     lse_strides: tuple[int, ...] = (0, 0, 0)
     if lse is None:
         launch.run(_softmax_kernel, grid, q, q, k, offsets, scratch, *integers, scale, **meta)

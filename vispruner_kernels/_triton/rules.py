@@ -84,23 +84,21 @@ def count_larger(keys_ptr, n, key):
 
 
 @triton.jit
-def open_counter(counter_ptr, tag):
-    """Every program that will arrive opens the counter first; the first one to do so sets it to 0.
-
-    One attempt: it fails only where another program's succeeded.
-    """
-    word = tl.load(counter_ptr)
-    if (word >> COUNT_BITS) != tag:
-        tl.atomic_cas(counter_ptr, word, tag.to(tl.int64) << COUNT_BITS, sem="relaxed")
+def read_counter(counter_ptr):
+    """What `arrive` wants to know, read some time before, so that nobody waits for it."""
+    return tl.load(counter_ptr, volatile=True)
 
 
 @triton.jit
-def arrive(counter_ptr, expected):
+def arrive(counter_ptr, word, tag, expected):
     """Whether this program is the last of `expected` to arrive. The last one sees what the others
     stored before they arrived, and must close the counter, so that a CUDA graph can be replayed.
 
-    Nobody waits for anybody.
+    Nobody waits for anybody. `word`: from read_counter.
     """
+    # The first one opens it. One attempt: it fails only where another program's succeeded.
+    if (word >> COUNT_BITS) != tag:
+        tl.atomic_cas(counter_ptr, word, tag.to(tl.int64) << COUNT_BITS, sem="relaxed")
     # All threads' stores come before the one thread's release.
     tl.debug_barrier()
     word = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")

@@ -22,8 +22,8 @@ from vispruner_kernels._triton.rules import (
     arrive,
     close_counter,
     index_key,
-    open_counter,
     ordered,
+    read_counter,
     score_key,
 )
 from vispruner_kernels._triton.similarity import similarity
@@ -40,7 +40,7 @@ EAGER = 64
 ARRAYS = tl.constexpr(6)
 
 
-@triton.jit(do_not_specialize=["keep", "important", "step", "tag"])
+@triton.jit(do_not_specialize=["N", "keep", "important", "step", "total", "stride_sb", "tag"])
 def _select_kernel(
     features_ptr,
     scores_ptr,
@@ -78,13 +78,15 @@ def _select_kernel(
     Grid: (images * tiles); a tile is a pair of blocks of BLOCK_N tokens. The last tile to arrive at
       a block lists its neighbours, the last block to arrive at an image walks its passes.
     Scratch: similarities [tokens, ld] int32, lists, a few words per token, counters.
-    Moves: features N / BLOCK_N + 1 times, from L2 but for the first; similarities once out, and in
-      for the lists.
+    Moves: features 2 * (N / BLOCK_N + 1) times, from L2 but for the first; similarities once out,
+      and in for the lists.
     Deterministic: all sums and comparisons are of integers; arrival decides only who goes on.
 
     VARLEN: N is max_seqlen, keep is total_keep and `important` are the bits of the float64 ratio;
     else `important` tokens are kept by score.
     """
+    # A row is read to the end of a vector, which some tile must have written.
+    tl.static_assert(BLOCK_N % 16 == 0)
     blocks = tl.cdiv(N, BLOCK_N)
     tiles = blocks * (blocks + 1) // 2
     image = tl.program_id(0) // tiles
@@ -104,8 +106,12 @@ def _select_kernel(
     if VARLEN:
         # Whatever the offsets say, images are disjoint and within the tensors.
         start, stop = _range(cu_seqlens_ptr, stride_cu, image, total)
-        slot, end = _range(cu_keep_ptr, stride_ck, image, keep)
         N = tl.minimum(stop - start, N)
+        blocks = tl.cdiv(N, BLOCK_N)
+        # Most programs, where most images are smaller than the largest.
+        if tile >= tl.maximum(blocks * (blocks + 1) // 2, 1):
+            return
+        slot, end = _range(cu_keep_ptr, stride_ck, image, keep)
         if tile == 0:
             # What no image's tokens fill.
             _fill(out_ptr, 0, tl.where(image == 0, slot, 0))
@@ -115,7 +121,7 @@ def _select_kernel(
         # As Python's int(keep * ratio): a float argument would be float32.
         ratio = important.to(tl.int64).to(tl.float64, bitcast=True)
         important = (keep.to(tl.float64) * ratio).to(tl.int32)
-        blocks = tl.where(keep > 0, tl.cdiv(N, BLOCK_N), 0)
+        blocks = tl.where(keep > 0, blocks, 0)
         start = start.to(tl.int64)
         features_ptr += start * stride_fn
         scores_ptr += start * stride_sn
@@ -140,9 +146,6 @@ def _select_kernel(
     # Pairs of blocks by their distance around a circle: each pair once.
     block_a = tile % blocks
     block_b = (block_a + tile // blocks) % blocks
-    open_counter(counters_ptr, tag)
-    open_counter(block_counters_ptr + block_a, tag)
-    open_counter(block_counters_ptr + block_b, tag)
 
     # Phase 1: similarities of the tile, and on the diagonal the order by score.
     offs_a = block_a * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -161,6 +164,9 @@ def _select_kernel(
             state = tl.where(rank < important, IMPORTANT, state)
             tl.store(place_ptr + rank, offs_a, mask=mask_a)
         tl.store(state_ptr + offs_a, state, mask=mask_a)
+    image_word = read_counter(counters_ptr)
+    word_a = read_counter(block_counters_ptr + block_a)
+    word_b = read_counter(block_counters_ptr + block_b)
     if removes:
         sim = similarity(
             features_ptr + offs_a.to(tl.int64) * stride_fn,
@@ -185,14 +191,15 @@ def _select_kernel(
     last = False
     for side in range(0, 2):
         block = tl.where(side == 0, block_a, block_b)
+        word = tl.where(side == 0, word_a, word_b)
         if (side == 0) | (block_a != block_b):
-            if arrive(block_counters_ptr + block, tl.where(removes, blocks, 1)):
+            if arrive(block_counters_ptr + block, word, tag, tl.where(removes, blocks, 1)):
                 close_counter(block_counters_ptr + block)
                 if removes:
                     for row in range(0, BLOCK_N, ROWS):
                         token = block * BLOCK_N + row + tl.arange(0, ROWS)
                         list_neighbours(scratch_ptr, ld, lists_ptr, N, token, NEIGHBOURS)
-                last = last | arrive(counters_ptr, blocks)
+                last = last | arrive(counters_ptr, image_word, tag, blocks)
 
     # Phase 3: whose block was the last of an image removes duplicates and writes the result.
     if last:
