@@ -344,6 +344,8 @@ def _plan(
         "BLOCK_D": block_d,
         "num_warps": NUM_WARPS,
         "num_stages": num_stages,
+        # Left alone, the assembler of some versions is sparing, and spills.
+        "maxnreg": 255 if itemsize == 4 else None,
         # What is to be fused says so.
         "enable_fp_fusion": False,
     }

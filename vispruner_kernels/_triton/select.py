@@ -164,9 +164,6 @@ def _select_kernel(
             state = tl.where(rank < important, IMPORTANT, state)
             tl.store(place_ptr + rank, offs_a, mask=mask_a)
         tl.store(state_ptr + offs_a, state, mask=mask_a)
-    image_word = read_counter(counters_ptr)
-    word_a = read_counter(block_counters_ptr + block_a)
-    word_b = read_counter(block_counters_ptr + block_b)
     if removes:
         sim = similarity(
             features_ptr + offs_a.to(tl.int64) * stride_fn,
@@ -188,6 +185,9 @@ def _select_kernel(
         tl.store(tile_ptr, key, mask=mask_b[None, :] & (offs_a < ld)[:, None])
 
     # Phase 2: whose tile was the last of a block lists the neighbours of its tokens.
+    image_word = read_counter(counters_ptr)
+    word_a = read_counter(block_counters_ptr + block_a)
+    word_b = read_counter(block_counters_ptr + block_b)
     last = False
     for side in range(0, 2):
         block = tl.where(side == 0, block_a, block_b)
