@@ -9,7 +9,7 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 # For a second run of the tests that changes nothing about these.
-NO_TRITON := $(foreach t,triton races aot launches gpu_command,--ignore=tests/test_$(t).py)
+NO_TRITON := $(foreach t,triton triton_attention races aot launches gpu_command,--ignore=tests/test_$(t).py)
 
 PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check

@@ -68,7 +68,7 @@ SWEEP = 16
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Small inputs have several blocks, chunks, sweeps and steps of heads."""
-    caches = (select._layout, cls_scores._plan, cls_attention._plan)
+    caches = (select._layout, cls_scores._plan, cls_attention._plan, received_scores._plan)
     # With rows that do not begin at multiples of 16 bytes half of BLOCK_N.
     for name, value in {"BLOCK_N": 32, "NEIGHBOURS": 8, "SMALL": 16, "EAGER": 1}.items():
         monkeypatch.setattr(select, name, value)
@@ -79,6 +79,7 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name, value in {"CHUNK": 32, "BLOCK_H": 2, "BLOCK_S": 16}.items():
         monkeypatch.setattr(cls_scores, name, value)
     monkeypatch.setattr(received_scores, "BLOCK_H", tl.constexpr(2))
+    monkeypatch.setattr(received_scores, "ADDED", 1)
     for cache in caches:
         cache.cache_clear()
     yield
@@ -378,7 +379,7 @@ def _copy_kernel(x_ptr, out_ptr, SAME: tl.constexpr, COUNTS: tl.constexpr):
     value = tl.load(x_ptr + offs)
     tl.store(out_ptr + offs, value)
     if SAME:
-        tl.store(out_ptr + 31 - offs, tl.flip(value))
+        tl.store(out_ptr + 31 - offs, tl.flip(value, 0))
 
 
 def test_what_has_values():

@@ -376,7 +376,8 @@ def received_scores(
 
     Cost:
         The Q @ K half of the attention, twice without ``lse``. On a CUDA device one launch and
-        scratch 8*B*H*S bytes with ``lse``, two and 16*B*H*S without.
+        scratch 8*B*H*S bytes with ``lse``, two and 16*B*H*S without; 8*B*H*S more for every further
+        2048 rows (512 in float32 with D > 64).
 
     Source:
         FoPru, arXiv 2411.14164; the mean over query rows is our reading of its "significance".

@@ -34,15 +34,15 @@ BLOCKS = {
     (2, 256): (64, 32, 2),
     (4, 16): (32, 32, 2),
     (4, 32): (32, 32, 2),
-    (4, 64): (64, 32, 2),
+    (4, 64): (32, 32, 2),
     (4, 128): (64, 16, 2),
     (4, 256): (16, 32, 2),
 }
 NUM_WARPS = 8
 # Heads added, offsets read and tokens zeroed at once.
 BLOCK_H, OFFSETS, ZEROS = tl.constexpr(16), tl.constexpr(128), tl.constexpr(1024)
-# Steps of STEP queries that are added in float32: rounding adds up where rows are alike.
-ADDED = tl.constexpr(16)
+# Steps of STEP queries that one program adds, in float32: rounding adds up where rows are alike.
+ADDED = 32
 # ln(2) in two parts; products of the first with whole numbers below 2**15 are exact.
 LN2_HI, LN2_LO = tl.constexpr(0.693359375), tl.constexpr(-2.12194440e-4)
 # Arguments of both kernels, and of the second; no kernel is compiled anew for them.
@@ -119,6 +119,7 @@ def _softmax_kernel(
     UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """The largest logit of every query row and 1 / the sum of its exponentials.
@@ -133,6 +134,8 @@ def _softmax_kernel(
     images = tl.num_programs(0) // (H * blocks)
     head = (tl.program_id(0) // blocks % H).to(tl.int64)
     first = tl.program_id(0) % blocks * BLOCK
+    # Behind counters and sums.
+    row = (H * tl.cdiv(S, ROWS) + head) * tokens
     scratch_ptr += images * blocks
     start = image * S
     q_ptr += (image * stride_qb + head * stride_qh) * UNIT
@@ -173,7 +176,7 @@ def _softmax_kernel(
         k_ptrs += step
 
     offs_m = first + tl.arange(0, BLOCK)
-    rows_ptr = (scratch_ptr + (H + head) * tokens + start + offs_m).to(tl.pointer_type(tl.float32))
+    rows_ptr = (scratch_ptr + row + start + offs_m).to(tl.pointer_type(tl.float32))
     tl.store(rows_ptr, peak, mask=offs_m < S)
     tl.store(rows_ptr + 1, tl.div_rn(1.0, norm), mask=offs_m < S)
 
@@ -220,24 +223,29 @@ def _received_kernel(
     UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """scores[key] = attention that the key receives, mean over heads and query rows.
 
-    Grid: (images * heads * blocks of BLOCK keys); the last head of a block to arrive adds them.
-    Scratch: int64 counters [images, blocks], float64 sums [H, tokens] and, without lse, what
+    Grid: (images * heads * parts of ROWS queries * blocks of BLOCK keys); the last program of a
+      block of keys to arrive adds its sums.
+    Scratch: int64 counters [images, blocks], float64 sums [H, parts, tokens] and, without lse, what
       _softmax_kernel left [H, tokens].
-    Moves: k once, q and lse once per block, sums out and in, scores once.
+    Moves: k once per part, q and lse once per block, sums out and in, scores once.
     Deterministic: every sum has an order that depends on the shape only; no float atomics.
 
     VARLEN: S is the largest that an image can have, num_prefix is 0.
     """
     blocks = tl.cdiv(S, BLOCK)
-    image = (tl.program_id(0) // (H * blocks)).to(tl.int64)
-    images = tl.num_programs(0) // (H * blocks)
-    head = (tl.program_id(0) // blocks % H).to(tl.int64)
+    parts = tl.cdiv(S, ROWS)
+    image = (tl.program_id(0) // (H * parts * blocks)).to(tl.int64)
+    images = tl.num_programs(0) // (H * parts * blocks)
+    head = (tl.program_id(0) // (parts * blocks) % H).to(tl.int64)
+    part = tl.program_id(0) // blocks % parts
     block = tl.program_id(0) % blocks
     first = block * BLOCK
+    row = (H * parts + head) * tokens
     counter_ptr = scratch_ptr + image * blocks + block
     scratch_ptr += images * blocks
     start = image * S
@@ -246,7 +254,7 @@ def _received_kernel(
     lse_ptr += image * stride_lb + head * stride_lh
     if VARLEN:
         start, end, S = _image(cu_ptr, stride_cu, image, tokens, S)
-        if (head == 0) & (block == 0):
+        if (head == 0) & (part == 0) & (block == 0):
             # What is no image's.
             _zero(scores_ptr, 0, tl.where(image == 0, start, 0))
             _zero(scores_ptr, start + S, end)
@@ -257,53 +265,54 @@ def _received_kernel(
         scores_ptr += start
     else:
         scores_ptr += image * (S - num_prefix)
-    if first >= S:
+    begin, end = part * ROWS, tl.minimum(part * ROWS + ROWS, S)
+    if (first >= S) | (begin >= S):
         return
-    word = read_counter(counter_ptr)
+    counter = read_counter(counter_ptr)
 
     sign, c = split_scale(scale)
     k = tl.trans(_kept(k_ptr, stride_ks, first, S, D, UNIT, BLOCK, BLOCK_D))
     offs_m = tl.arange(0, STEP)
     offs_d = tl.arange(0, BLOCK_D)
-    q_ptrs = q_ptr + offs_m.to(tl.int64)[:, None] * stride_qs * UNIT + offs_d[None, :]
+    q_ptrs = q_ptr + (begin + offs_m).to(tl.int64)[:, None] * stride_qs * UNIT + offs_d[None, :]
     step = tl.full([], STEP * UNIT, tl.int64) * stride_qs
-    rows_ptr = scratch_ptr + (H + head) * tokens + start
-    total = tl.zeros([BLOCK], tl.float64)
-    for begin in range(0, S, ADDED * STEP):
-        acc = tl.zeros([STEP, BLOCK], tl.float32)
-        for m in range(begin, tl.minimum(begin + ADDED * STEP, S), STEP):
-            mask_m = offs_m < S - m
-            # Asked for before the product, which takes as long.
-            if LSE:
-                offs = (m + offs_m).to(tl.int64) * stride_ls
-                shift, factor = _split_lse(tl.load(lse_ptr + offs, mask=mask_m, other=0.0))
-            else:
-                row = tl.load(rows_ptr + m + offs_m, mask=mask_m, other=0)
-                peak = row.to(tl.int32).to(tl.float32, bitcast=True)
-                factor = (row >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-            q = tl.load(q_ptrs, mask=mask_m[:, None] & (offs_d < D)[None, :], other=0.0)
-            x = dot(q, k)  # [STEP, BLOCK]
-            if SIGNED:
-                x *= sign
-            if LSE:
-                weight = tl.exp2(tl.fma(x, c, -shift[:, None]))
-            else:
-                weight = tl.exp2((x - peak[:, None]) * c)
-            acc = tl.fma(tl.where(mask_m[:, None], weight, 0.0), factor[:, None], acc)
-            q_ptrs += step
-        total += tl.sum(acc, axis=0).to(tl.float64)
+    rows_ptr = scratch_ptr + row + start
+    acc = tl.zeros([STEP, BLOCK], tl.float32)
+    for m in range(begin, end, STEP):
+        mask_m = offs_m < S - m
+        # Asked for before the product, which takes as long.
+        if LSE:
+            offs = (m + offs_m).to(tl.int64) * stride_ls
+            shift, factor = _split_lse(tl.load(lse_ptr + offs, mask=mask_m, other=0.0))
+        else:
+            word = tl.load(rows_ptr + m + offs_m, mask=mask_m, other=0)
+            peak = word.to(tl.int32).to(tl.float32, bitcast=True)
+            factor = (word >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+        q = tl.load(q_ptrs, mask=mask_m[:, None] & (offs_d < D)[None, :], other=0.0)
+        x = dot(q, k)  # [STEP, BLOCK]
+        if SIGNED:
+            x *= sign
+        if LSE:
+            weight = tl.exp2(tl.fma(x, c, -shift[:, None]))
+        else:
+            weight = tl.exp2((x - peak[:, None]) * c)
+        acc = tl.fma(tl.where(mask_m[:, None], weight, 0.0), factor[:, None], acc)
+        q_ptrs += step
 
     offs_n = first + tl.arange(0, BLOCK)
     mask_n = offs_n < S
     sums_ptr = scratch_ptr.to(tl.pointer_type(tl.float64)) + start + offs_n
-    tl.store(sums_ptr + head * tokens, total, mask=mask_n)
-    if arrive(counter_ptr, word, tag, H):
+    # Of the image: S is its own by now.
+    parts = tl.cdiv(S, ROWS)
+    sums = tl.sum(acc.to(tl.float64), axis=0)
+    tl.store(sums_ptr + (head * parts + part) * tokens, sums, mask=mask_n)
+    if arrive(counter_ptr, counter, tag, H * parts):
         total = tl.zeros([BLOCK], tl.float64)
-        for h in range(0, H, BLOCK_H):
-            heads = (h + tl.arange(0, BLOCK_H)).to(tl.int64)[:, None]  # [BLOCK_H, 1]
-            mask = (heads < H) & mask_n[None, :]
-            part = tl.load(sums_ptr[None, :] + heads * tokens, mask=mask, other=0.0)
-            total += tl.sum(part, axis=0)
+        for h in range(0, H * parts, BLOCK_H):
+            offs_h = (h + tl.arange(0, BLOCK_H)).to(tl.int64)[:, None]  # [BLOCK_H, 1]
+            mask = (offs_h < H * parts) & mask_n[None, :]
+            others = tl.load(sums_ptr[None, :] + offs_h * tokens, mask=mask, other=0.0)
+            total += tl.sum(others, axis=0)
         score = (total / H / S).to(tl.float32)
         tl.store(scores_ptr + offs_n - num_prefix, score, mask=mask_n & (offs_n >= num_prefix))
         close_counter(counter_ptr)
@@ -320,18 +329,19 @@ def _plan(
     aligned: bool,
     itemsize: int,
     lse: bool,
-) -> tuple[int, int, list[int], dict[str, Any]]:
-    """Programs, int64 words of scratch, integers of both kernels and their constants.
+) -> tuple[int, int, int, list[int], dict[str, Any]]:
+    """Programs for a part of the queries, parts, int64 words of scratch, integers of both kernels
+    and their constants.
 
     `strides` are those of q and k, [B, S, H, D] or [total, H, D].
     """
-    check_arrivals(heads)
     packed = len(strides[0]) == 3
     shape = (tokens, heads, head_dim) if packed else (images, sequence, heads, head_dim)
     unit = stride_unit(itemsize, aligned, shape, *strides)
     block_d = max(16, triton.next_power_of_2(head_dim))
     block, step, num_stages = BLOCKS[itemsize, block_d]
-    blocks = triton.cdiv(sequence, block)
+    blocks, parts = triton.cdiv(sequence, block), triton.cdiv(sequence, ADDED * step)
+    check_arrivals(heads * parts)
     integers = [sequence, heads, tokens]
     for stride in strides:
         integers += [x // unit for x in ((0, *stride[:2]) if packed else stride[:3])]
@@ -341,6 +351,7 @@ def _plan(
         "UNIT": unit,
         "BLOCK": block,
         "STEP": step,
+        "ROWS": ADDED * step,
         "BLOCK_D": block_d,
         "num_warps": NUM_WARPS,
         "num_stages": num_stages,
@@ -349,8 +360,8 @@ def _plan(
         # What is to be fused says so.
         "enable_fp_fusion": False,
     }
-    words = images * blocks + heads * tokens * (1 if lse else 2)
-    return images * heads * blocks, words, integers, meta
+    words = images * blocks + heads * tokens * (parts if lse else parts + 1)
+    return images * heads * blocks, parts, words, integers, meta
 
 
 def _launch(
@@ -369,7 +380,7 @@ def _launch(
     scale = head_dim**-0.5 if scale is None else scale
     aligned = (q.data_ptr() | k.data_ptr()) % 16 == 0
     strides = (q.stride(), k.stride())
-    grid, words, integers, meta = _plan(
+    grid, parts, words, integers, meta = _plan(
         images, sequence, tokens, heads, head_dim, strides, aligned, q.itemsize, lse is not None
     )
     scratch = torch.empty(words, dtype=torch.int64, device=q.device)
@@ -383,7 +394,7 @@ def _launch(
         lse_strides = lse.stride() if lse.dim() == 3 else (0, *lse.stride())
     launch.run(
         _received_kernel,
-        grid,
+        grid * parts,
         q,
         q,
         k,
