@@ -195,6 +195,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds for all of it")
     options, arguments = parser.parse_known_args(argv)
     begin = time.monotonic()
+    # In the background of a shell it is ignored, also by what is started here, which then would not
+    # hear that time is out.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if why := unavailable():
         print(f"test-gpu: {why}", file=sys.stderr)
         return 2
