@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -98,13 +99,15 @@ def test_one_kernel_per_key(op):
     assert sorted(keys) == sorted(own)
 
 
-def runs_in(call: Callable[[], Any]) -> list[str]:
-    """The files of the package whose functions ran, first call first."""
+def runs_in(call: Callable[[], Any]) -> list[tuple[str, str]]:
+    """The operators of the package that ran and their files, first call first."""
     files = []
+    package = str(Path(vispruner_kernels.__file__).parent)
 
     def profile(frame, event, argument):
-        if event == "call" and frame.f_code.co_name in SCHEMAS:
-            files.append((frame.f_code.co_filename, frame.f_code.co_name))
+        code = frame.f_code
+        if event == "call" and code.co_name in SCHEMAS and code.co_filename.startswith(package):
+            files.append((code.co_filename, code.co_name))
 
     sys.setprofile(profile)
     try:
@@ -125,8 +128,11 @@ def test_the_owner_is_who_runs(op, device):
     assert getattr(module, "INSTALLED", True)
     if device != "cpu" and owner != "reference":
         pytest.skip(f"{owner} does not take CPU tensors")
-    calls = runs_in(lambda: overload(op)._op_dk(key, *samples(op)[0]))
-    assert calls[0] == (module.__file__, op)
+    (file, name), *_ = runs_in(lambda: overload(op)._op_dk(key, *samples(op)[0]))
+    assert name == op
+    # operators.py only knows which file has a kernel.
+    folder = owner == "triton" and Path(file).parent == Path(module.__file__).parent
+    assert folder or file == module.__file__
 
 
 def test_every_pair_has_an_owner():
@@ -135,8 +141,8 @@ def test_every_pair_has_an_owner():
 
 @needs_native
 def test_native_owns_the_cpu():
-    if _backends.REQUESTED == "reference":
-        pytest.skip("VISPRUNER_KERNELS_BACKEND=reference")
+    if _backends.REQUESTED in ("reference", "triton"):
+        pytest.skip(f"VISPRUNER_KERNELS_BACKEND={_backends.REQUESTED}")
     for op in OPERATORS:
         assert _backends.OWNERS[op, "cpu"] == "native"
 
