@@ -292,7 +292,7 @@ def cls_attention(
     Cost:
         The attention by PyTorch's ``scaled_dot_product_attention``, and one more read of K. On a
         CUDA device one launch of a FlashAttention forward, with programs for the CLS row among its
-        own; scratch 4*B*H*S bytes.
+        own; scratch some 4*B*H*S bytes.
 
     Source:
         VisPruner, arXiv 2412.01818v2, section 3.2.
@@ -330,7 +330,7 @@ def cls_scores(q: Tensor, k: Tensor, scale: float | None = None, num_prefix: int
         Contract 4.
 
     Cost:
-        One read of K. On a CUDA device one launch, scratch 4*B*H*S bytes.
+        One read of K. On a CUDA device one launch, scratch some 4*B*H*S bytes.
 
     Source:
         VisPruner, arXiv 2412.01818v2, section 3.2; FasterVLM, arXiv 2412.01818v1.
@@ -376,8 +376,8 @@ def received_scores(
 
     Cost:
         The Q @ K half of the attention, twice without ``lse``. On a CUDA device one launch and
-        scratch 8*B*H*S bytes with ``lse``, two and 16*B*H*S without; 8*B*H*S more for every further
-        2048 rows (512 in float32 with D > 64).
+        scratch some 8*B*H*S bytes with ``lse``, two and 16*B*H*S without; 8*B*H*S more for every
+        further 2048 rows (1024 or 512 in float32 and with D > 128).
 
     Source:
         FoPru, arXiv 2411.14164; the mean over query rows is our reading of its "significance".
