@@ -4,15 +4,19 @@
     scores = method.attention_scores(q, k)         # q, k of the layer whose output is `features`
     indices = method.select(features, scores)      # int64 [B, 64]
 
-A budget is a count of tokens (an int) or a fraction of N (a float in (0, 1]).
+A budget is a count of tokens (an int) or a fraction of N (a float in (0, 1]). VisPruner and
+FasterVLM rank by the row of the [CLS] token; for an encoder that has none, their authors advise
+attention received: `VisPruner(64, scores="received")`.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, groupby
 from numbers import Integral
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +25,18 @@ from vispruner_kernels import ops
 from vispruner_kernels._schemas import check_rule
 
 Needs = Literal["cls", "received"]
+# Ratio, step and matching of `ops.select`.
+Rule = tuple[float, int, str]
+_TOPK: Rule = (1.0, 8, "bipartite")
+
+
+def _check_scores(scores: str) -> None:
+    if scores not in ("cls", "received"):
+        raise ValueError(f"scores is {scores!r}, expected 'cls' or 'received'")
+
+
+def _offsets(counts: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor([0, *accumulate(counts)], dtype=torch.int32).to(device)
 
 
 @dataclass(frozen=True)
@@ -29,8 +45,10 @@ class Method:
 
     keep: int | float
 
-    # Which attention scores `select` needs; None if it needs none.
-    needs: ClassVar[Needs | None] = None
+    @property
+    def needs(self) -> Needs | None:
+        """Which attention scores `select` needs; None if it needs none."""
+        return None
 
     def __post_init__(self) -> None:
         if isinstance(self.keep, bool) or not isinstance(self.keep, Integral | float):
@@ -65,6 +83,53 @@ class Method:
         """Indices int64 [B, retained_tokens(N)], ascending, from features [B, N, C]."""
         raise NotImplementedError
 
+    def select_varlen(
+        self,
+        features: Tensor,
+        scores: Tensor | None,
+        lengths: Sequence[int],
+        widths: Sequence[int | None] | None = None,
+    ) -> Tensor:
+        """Positions, int64 and ascending, kept of packed features [total, C] and scores [total].
+
+        Image i is the next `lengths[i]` tokens and keeps what `select` would. `widths[i]`, where
+        given, is its `width` for rows, unless the method has one of its own.
+        """
+        shapes = [*zip(lengths, widths or [None] * len(lengths), strict=True)]
+        rule = self._rule()
+        if rule and len(set(lengths)) > 1:
+            counts = [self.retained_tokens(n) for n in lengths]
+            return ops.select_varlen(
+                features,
+                self._needed(features[None], None if scores is None else scores[None])[0],
+                _offsets(lengths, features.device),
+                _offsets(counts, features.device),
+                max(lengths),
+                sum(counts),
+                *rule,
+            )
+        kept, start = [], 0
+        # Neighbours of one shape are a batch.
+        for (n, width), images in groupby(shapes):
+            batch = sum(1 for _ in images)
+            stop = start + batch * n
+            indices = self.on_grid(width).select(
+                features[start:stop].unflatten(0, (batch, n)),
+                None if scores is None else scores[start:stop].unflatten(0, (batch, n)),
+            )
+            firsts = torch.arange(start, stop, n, device=indices.device)
+            kept.append((indices + firsts[:, None]).flatten())
+            start = stop
+        return torch.cat(kept)
+
+    def _rule(self) -> Rule | None:
+        """The rule of `ops.select` that this method is, if it is one."""
+        return None
+
+    def on_grid(self, width: int | None) -> Method:
+        """This method for a grid of that width."""
+        return self
+
     def _needed(self, features: Tensor, scores: Tensor | None) -> Tensor:
         name = type(self).__name__
         if scores is None:
@@ -87,31 +152,42 @@ class VisPruner(Method):
     important_ratio: float = 0.5
     step: int = 8
     matching: str = "bipartite"
-
-    needs: ClassVar[Needs | None] = "cls"
+    scores: Needs = "cls"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_rule("VisPruner", self.important_ratio, self.step, self.matching)
+        _check_scores(self.scores)
+
+    @property
+    def needs(self) -> Needs:
+        return self.scores
+
+    def _rule(self) -> Rule:
+        return self.important_ratio, self.step, self.matching
 
     def select(self, features: Tensor, scores: Tensor | None) -> Tensor:
         """`ops.select` with this method's budget and rule."""
         keep = self.retained_tokens(features.shape[1])
-        return ops.select(
-            features,
-            self._needed(features, scores),
-            keep,
-            self.important_ratio,
-            self.step,
-            self.matching,
-        )
+        return ops.select(features, self._needed(features, scores), keep, *self._rule())
 
 
 @dataclass(frozen=True)
 class FasterVLM(Method):
     """The tokens of the highest CLS score (arXiv 2412.01818v1)."""
 
-    needs: ClassVar[Needs | None] = "cls"
+    scores: Needs = "cls"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_scores(self.scores)
+
+    @property
+    def needs(self) -> Needs:
+        return self.scores
+
+    def _rule(self) -> Rule:
+        return _TOPK
 
     def select(self, features: Tensor, scores: Tensor | None) -> Tensor:
         """`ops.select_topk` with this method's budget."""
@@ -132,14 +208,22 @@ class FoPru(Method):
     strategy: str = "rank"
     width: int | None = None
 
-    needs: ClassVar[Needs | None] = "received"
-
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.strategy not in ("rank", "row"):
             raise ValueError(f"strategy is {self.strategy!r}, expected 'rank' or 'row'")
         if self.width is not None and (not isinstance(self.width, int) or self.width < 1):
             raise ValueError(f"width is {self.width!r}, expected an int of at least 1")
+
+    @property
+    def needs(self) -> Needs:
+        return "received"
+
+    def _rule(self) -> Rule | None:
+        return _TOPK if self.strategy == "rank" else None
+
+    def on_grid(self, width: int | None) -> Method:
+        return self if self.width or self.strategy == "rank" else replace(self, width=width)
 
     def grid_width(self, n: int) -> int:
         """Tokens of a row of the grid of `n` tokens."""

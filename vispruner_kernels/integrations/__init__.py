@@ -1,0 +1,1 @@
+"""Pruning in other libraries: `vispruner_kernels.integrations.transformers`."""

@@ -1,0 +1,605 @@
+"""Visual token pruning for models of transformers, without patched model code.
+
+    inputs = prune_inputs(model, processor(...), VisPruner(64))    # for generate and forward
+    handle = attach(model, VisPruner(64))                          # both prune by themselves
+
+docs/transformers.md has the models, what counts as a token, and what is not supported.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import wraps
+from itertools import accumulate
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+try:
+    import transformers
+except ImportError as error:
+    raise ImportError(
+        "vispruner_kernels.integrations.transformers needs transformers: "
+        "pip install vispruner_kernels[transformers]"
+    ) from error
+
+from vispruner_kernels.integrations._vision import NEWLINE, Visual, reader
+from vispruner_kernels.methods import FoPru, Method
+
+__all__ = ["Handle", "PrunedInputs", "attach", "prune_inputs"]
+
+MINIMUM = (5, 3)
+if tuple(int(x) for x in transformers.__version__.split(".")[:2]) < MINIMUM:
+    raise ImportError(
+        f"transformers is {transformers.__version__}, expected at least "
+        f"{'.'.join(map(str, MINIMUM))}: pip install -U transformers"
+    )
+
+PIXELS = ("pixel_values", "pixel_values_images", "pixel_values_videos")
+# What describes images or the prompt before pruning, and must not reach the model after it.
+_SPENT = (
+    *PIXELS,
+    "input_ids",
+    "image_sizes",
+    "image_sizes_videos",
+    "image_grid_thw",
+    "video_grid_thw",
+    "second_per_grid_ts",
+    "batch_num_images",
+    "vision_feature_layer",
+    "vision_feature_select_strategy",
+    "vision_aspect_ratio",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "cache_position",
+)
+
+
+_LENGTHS = ("max_length", "max_new_tokens", "min_length", "min_new_tokens")
+
+
+class PrunedInputs(dict[str, Any]):
+    """Arguments for `model.generate` and `model.forward`, and what was kept.
+
+    Attributes:
+        kept: by image, then by video: int64, ascending, the kept ones of its tokens in the prompt,
+            from 0; for an image of plain patches the indices of `Method.select`. None if there was
+            nothing to prune.
+        input_ids: [B, L'] the prompt with the placeholders that are left; none where the caller
+            gave only embeddings.
+        removed: [B] how many tokens each prompt lost.
+    """
+
+    kept: list[Tensor] | None = None
+    input_ids: Tensor | None = None
+    removed: Tensor | None = None
+
+
+def _given(inputs: Mapping[str, Any], *names: str) -> list[Any]:
+    return [inputs.get(name) for name in names]
+
+
+# ---- what to keep ----
+
+
+def _units(visual: Visual, image: int, per_grid: bool) -> list[Tensor]:
+    """The rows among which an image has its budgets: all its patches, or those of each grid."""
+    layout = visual.layouts[image]
+    rows = layout[(layout != NEWLINE) & (layout % visual.source.shape[1] >= visual.first)]
+    rows = rows.sort().values
+    if not per_grid:
+        return [rows]
+    counts = visual.grid[rows].unique_consecutive(return_counts=True)[1]
+    return list(rows.split(counts.tolist()))
+
+
+def _width(visual: Visual, rows: Tensor) -> int | None:
+    """Tokens in a row of the grids, where all are as long."""
+    column, grid = visual.column[rows], visual.grid[rows]
+    starts = (column.diff() <= 0) | (grid.diff() != 0)
+    ends = torch.cat([starts.nonzero()[:, 0] + 1, torch.tensor([len(rows)])])
+    widths = ends.diff(prepend=torch.tensor([0])).unique()
+    return int(widths) if len(widths) == 1 and column[0] >= 0 else None
+
+
+def _select(visual: Visual, method: Method, per_grid: bool) -> tuple[Tensor, list[int]]:
+    """Rows kept, and how many of each image."""
+    units, widths, counts = [], [], [0] * len(visual.layouts)
+    for image in range(len(visual.layouts)):
+        for rows in _units(visual, image, per_grid):
+            width = _width(visual, rows)
+            try:
+                if isinstance(method, FoPru) and not (method.strategy == "rank" or width):
+                    raise ValueError("its rows have no common width; use strategy='rank'")
+                counts[image] += method.on_grid(width).retained_tokens(len(rows))
+            except ValueError as error:
+                where = f"{visual.kind} {image}"
+                where += f", grid {int(visual.grid[rows[0]])}" if per_grid else ""
+                raise ValueError(f"{where} of the batch: {error}") from None
+            units.append(rows)
+            widths.append(width)
+
+    source, scores, first = visual.source, visual.scores, visual.first
+    order, lengths = torch.cat(units), [len(rows) for rows in units]
+    grids, tokens = source.shape[:2]
+    row = torch.arange(grids * tokens)
+    patches = row[row % tokens >= first]
+    if lengths == [tokens - first] * grids and torch.equal(order, patches):
+        # Every patch of every grid: they are read where the tower wrote them.
+        kept = method.on_grid(widths[0]).select(source[:, first:], scores)
+        starts = torch.arange(0, len(order), tokens - first, device=source.device)
+        chosen = (kept + starts[:, None]).flatten()
+    else:
+        if scores is not None:
+            scores = scores.flatten()[(order - (order // tokens + 1) * first).to(source.device)]
+        features = source.flatten(0, 1)[order.to(source.device)]
+        chosen = method.select_varlen(features, scores, lengths, widths)
+    return order.to(source.device)[chosen], counts
+
+
+@dataclass
+class _Kept:
+    """The tokens kept of all images, or of all videos."""
+
+    # int64 [K], ascending: their places among the placeholders.
+    places: Tensor
+    # [K, D]
+    embeds: Tensor
+    # By image: how many there are of how many.
+    counts: list[int]
+    lengths: list[int]
+
+
+def _keep(visual: Visual, method: Method, per_grid: bool, newlines: bool) -> _Kept:
+    rows, counts = _select(visual, method, per_grid)
+    layout, device = torch.cat(visual.layouts), rows.device
+    is_newline = layout == NEWLINE
+    is_prefix = ~is_newline & (layout % visual.source.shape[1] < visual.first)
+    # Sizes are known without data, so nothing here waits for the device.
+    place = torch.empty(int(layout.max()) + 1, dtype=torch.int64)
+    place[layout[~is_newline]] = (~is_newline).nonzero()[:, 0]
+    prefix = is_prefix.nonzero()[:, 0]
+    places = [place.to(device)[rows], prefix.to(device)]
+    embeds = visual.embed(torch.cat([rows, layout[prefix].to(device)]))
+    if newlines and visual.newline is not None:
+        ends = is_newline.nonzero()[:, 0]
+        places.append(ends.to(device))
+        embeds = torch.cat([embeds, visual.newline.to(embeds).expand(len(ends), -1)])
+    always = is_prefix | is_newline if newlines else is_prefix
+    lengths = [len(image) for image in visual.layouts]
+    counts = [
+        count + int(extra.sum()) for count, extra in zip(counts, always.split(lengths), strict=True)
+    ]
+    ordered = torch.cat(places).to(embeds.device).sort()
+    return _Kept(ordered.values, embeds[ordered.indices], counts, lengths)
+
+
+# ---- the prompt ----
+
+
+def _placeholders(model: Any, inputs: Mapping[str, Any], visual: Visual) -> Tensor:
+    """Where the prompts have placeholders of these images, bool [B, L] on the host."""
+    ids, embeds = _given(inputs, "input_ids", "inputs_embeds")
+    if ids is not None:
+        found = ids == visual.token_id
+    else:
+        embedding = model.get_input_embeddings()
+        token = torch.tensor(visual.token_id, device=embedding.weight.device)
+        with torch.no_grad():
+            found = (embeds == embedding(token).to(embeds)).all(-1)
+    found = found.cpu()
+    lengths = [len(image) for image in visual.layouts]
+    places = found.flatten().nonzero()[:, 0]
+    prompt = places // found.shape[1]
+    ends = torch.tensor(lengths).cumsum(0)
+    one_prompt = len(places) == sum(lengths) and torch.equal(
+        prompt[ends - torch.tensor(lengths)], prompt[ends - 1]
+    )
+    if not one_prompt:
+        name = "inputs_embeds" if ids is None else "input_ids"
+        raise ValueError(
+            f"{name} has {found.sum(-1).tolist()} placeholders (id {visual.token_id}) by prompt, "
+            f"expected those of {len(lengths)} {visual.kind}s of {lengths} tokens, each in one "
+            "prompt: make both in one call of the processor"
+        )
+    return found
+
+
+class _Prompt:
+    """The tokens left of prompts [B, L], and where they go in [B, L']."""
+
+    def __init__(
+        self,
+        mask: Tensor | None,
+        placeholders: list[Tensor],
+        kept: list[_Kept],
+        device: torch.device,
+    ) -> None:
+        is_visual = torch.stack(placeholders).any(0)
+        batch, self.length = is_visual.shape
+        real = torch.ones_like(is_visual) if mask is None else mask.bool().cpu() | is_visual
+        # Padding at the ends goes, and is made anew where it is needed.
+        inside = real.cumsum(-1).bool() & real.flip(-1).cumsum(-1).bool().flip(-1)
+        text = (inside & ~is_visual).flatten().nonzero()[:, 0]
+        lengths = (inside & ~is_visual).sum(-1)
+        visual = []
+        for found, tokens in zip(placeholders, kept, strict=True):
+            where = found.flatten().nonzero()[:, 0]
+            visual.append(where.to(device)[tokens.places.to(device)])
+            starts = torch.tensor([0, *tokens.lengths[:-1]]).cumsum(0)
+            lengths.index_add_(0, where[starts] // self.length, torch.tensor(tokens.counts))
+        self.removed = inside.sum(-1) - lengths
+        self.new_length = int(lengths.max())
+
+        # Generation wants padding at the left, so it goes there unless the caller has it elsewhere.
+        left = bool((~real[:, 0]).any()) or bool(real[:, -1].all())
+        spare = self.new_length - lengths
+        column = torch.arange(self.new_length)
+        valid = column >= spare[:, None] if left else column < lengths[:, None]
+        targets = valid.flatten().nonzero()[:, 0].to(device)
+        ordered = torch.cat([text.to(device), *visual]).sort()
+        rank = torch.empty_like(ordered.indices)
+        rank[ordered.indices] = torch.arange(len(rank), device=device)
+        self.shape = batch, self.new_length
+        self.padded = not bool(valid.all())
+        self.padding = ~valid.to(device)
+        # [B * L']: the token of the old prompt; of the kept visual tokens, where they go.
+        self.origin = torch.zeros(batch * self.new_length, dtype=torch.int64, device=device)
+        self.origin[targets] = ordered.values
+        self.visual = targets[rank[len(text) :]]
+        # How many tokens before it, within its prompt, each token lost.
+        begin = torch.where(inside.any(-1), inside.int().argmax(-1), 0)
+        offset = column - (spare[:, None] if left else 0)
+        self.lost = self.origin.view(self.shape) % self.length - (begin[:, None] + offset).to(
+            device
+        )
+
+    def take(self, x: Tensor, fill: float) -> Tensor:
+        """[..., B, L] -> [..., B, L']"""
+        taken = x.flatten(-2)[..., self.origin.to(x.device)].unflatten(-1, self.shape)
+        return taken.masked_fill(self.padding.to(x.device), fill)
+
+    def positions(self, x: Tensor) -> Tensor:
+        """Positions in the text count the tokens that are left; those in space stay."""
+        taken = self.take(x, 0)
+        if x.dim() == 2:
+            return (taken - self.lost).masked_fill(self.padding, 0)
+        if len(x) == 4:
+            taken[0] = (taken[0] - self.lost).masked_fill(self.padding, 0)
+        return taken
+
+
+def _positions(
+    model: Any,
+    inputs: Mapping[str, Any],
+    mask: Tensor | None,
+    visuals: list[Visual],
+    found: list[Tensor],
+) -> Tensor | None:
+    """Position ids of the prompts before pruning: the caller's, or those in space of Qwen2.5-VL."""
+    ids, embeds, positions = _given(inputs, "input_ids", "inputs_embeds", "position_ids")
+    if positions is not None or not hasattr(model.model, "get_rope_index"):
+        return positions
+    if ids is None:
+        # Read for its shape.
+        ids = torch.zeros(embeds.shape[:2], dtype=torch.int64, device=embeds.device)
+    types = torch.zeros_like(ids)
+    for visual, where in zip(visuals, found, strict=True):
+        types[where.to(ids.device)] = {"image": 1, "video": 2}[visual.kind]
+    names = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+    return model.model.get_rope_index(
+        ids,
+        mm_token_type_ids=types,
+        attention_mask=mask,
+        **{name: inputs.get(name) for name in names},
+    )[0]
+
+
+# ---- the public functions ----
+
+
+def _check(method: Any, budget: Any, newlines: Any) -> None:
+    if not isinstance(method, Method):
+        raise TypeError(f"method is {method!r}, expected one of vispruner_kernels.methods")
+    if budget not in ("image", "tile"):
+        raise ValueError(f"budget is {budget!r}, expected 'image' or 'tile'")
+    if newlines not in ("keep", "drop"):
+        raise ValueError(f"newlines is {newlines!r}, expected 'keep' or 'drop'")
+
+
+def prune_inputs(
+    model: Any,
+    inputs: Mapping[str, Any],
+    method: Method,
+    *,
+    budget: str = "image",
+    newlines: str = "keep",
+) -> PrunedInputs:
+    """Prune what a processor returned, for `model.generate` and `model.forward`.
+
+    The vision tower runs once, only kept tokens are projected (see Cost), and the placeholders
+    shrink with them.
+
+    Args:
+        model: LlavaForConditionalGeneration, LlavaNext..., LlavaOnevision..., VideoLlava... or
+            Qwen2_5_VLForConditionalGeneration of transformers, not wrapped.
+        inputs: what its processor returned for any number of prompts, with `input_ids` or
+            `inputs_embeds`; may hold `labels` and any other argument of the call.
+        method: one of `vispruner_kernels.methods`. On a tower without a [CLS] token a method that
+            ranks by it wants `scores="received"`.
+        budget: "image": `method.keep` of all tokens of an image; "tile": of each tile of LLaVA-NeXT
+            or LLaVA-OneVision, after unpadding, as VisPruner was published. Videos always have it
+            per frame.
+        newlines: "keep" or "drop" the tokens that end a row of an image, which are in no budget.
+
+    Returns:
+        PrunedInputs: `inputs_embeds`, `attention_mask`, where needed `position_ids` and `labels`,
+        and whatever else `inputs` held. Without images the inputs themselves.
+
+    Raises:
+        TypeError: a model or a method that is not supported.
+        ValueError: a keep above the tokens of an image, placeholders that do not match the images,
+            a vision tower without the layer asked for, or without the [CLS] token needed.
+
+    Contract:
+        Indices are those of `method.select` on the features and scores of this call; patches are
+        numbered tile by tile. Other layers keep their attention implementation; the model is as it
+        was when this returns or raises, but for `rope_deltas` of Qwen2.5-VL, which belongs to the
+        last prompt as after its own forward. Differentiable with respect to features, projector
+        and embeddings. Calls from several threads take turns in the tower.
+
+    Cost:
+        Selection is one launch for images of equal size, and for unequal ones. One copy of the ids
+        (and mask) to the host per kind of input. All patches are projected where tokens are
+        interpolated after the projector: videos and images above 9 tiles of LLaVA-OneVision.
+
+    Source:
+        VisPruner, arXiv 2412.01818v2.
+
+    Example:
+        docs/transformers.md
+    """
+    read = reader(model)
+    _check(method, budget, newlines)
+    if inputs.get("mm_encoder_outputs"):
+        raise ValueError("mm_encoder_outputs: there are no scores to prune by; give pixel_values")
+    if all(inputs.get(name) is None for name in PIXELS):
+        return PrunedInputs(inputs)
+    ids, embeds, mask = _given(inputs, "input_ids", "inputs_embeds", "attention_mask")
+    if ids is None and embeds is None:
+        raise ValueError("inputs has neither input_ids nor inputs_embeds")
+    length = (embeds if ids is None else ids).shape[1]
+    if mask is not None and (
+        not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] < length
+    ):
+        raise ValueError(f"attention_mask: expected [B, {length}], a number for each token")
+    past = None if mask is None else mask[:, : mask.shape[1] - length]
+    mask = None if mask is None else mask[:, mask.shape[1] - length :]
+
+    visuals = read(model, inputs, method)
+    found = [_placeholders(model, inputs, visual) for visual in visuals]
+    positions = _positions(model, inputs, mask, visuals, found)
+    kept = []
+    for visual in visuals:
+        if budget == "tile" and not visual.tiles:
+            raise ValueError("budget is 'tile', expected 'image': the model interpolates the tiles")
+        per_grid = budget == "tile" or visual.kind == "video"
+        kept.append(_keep(visual, method, per_grid, newlines == "keep"))
+    prompt = _Prompt(mask, found, kept, (embeds if ids is None else ids).device)
+
+    pruned = PrunedInputs({k: v for k, v in inputs.items() if k not in _SPENT and v is not None})
+    if ids is not None:
+        pruned.input_ids = prompt.take(ids, _padding_id(model))
+    if embeds is None:
+        embeds = model.get_input_embeddings()(pruned.input_ids)
+    else:
+        embeds = embeds.flatten(0, 1)[prompt.origin.to(embeds.device)].unflatten(0, prompt.shape)
+    seen = torch.cat([tokens.embeds.to(embeds) for tokens in kept])
+    embeds = embeds.flatten(0, 1).index_copy(0, prompt.visual.to(embeds.device), seen)
+    pruned["inputs_embeds"] = embeds.unflatten(0, prompt.shape)
+    if mask is not None or prompt.padded:
+        new_mask = (~prompt.padding).long() if mask is None else prompt.take(mask, 0)
+        pruned["attention_mask"] = new_mask if past is None else torch.cat([past, new_mask], 1)
+    if positions is not None:
+        pruned["position_ids"] = prompt.positions(positions)
+    if hasattr(model.model, "rope_deltas") and positions is not None and positions.dim() == 3:
+        # From these the model's own forward goes on: the next position less the tokens before it.
+        last = positions[-3:] if mask is None else positions[-3:].masked_fill(mask == 0, -1)
+        held = prompt.length if mask is None else mask.sum(-1)
+        removed = prompt.removed.to(positions.device)
+        model.model.rope_deltas = (last.amax((0, 2)) + 1 - held + removed)[:, None]
+    if inputs.get("labels") is not None:
+        pruned["labels"] = prompt.take(inputs["labels"], -100)
+    pruned.removed = prompt.removed
+    pruned.kept = []
+    for tokens in kept:
+        starts = [0, *accumulate(tokens.lengths)]
+        images = zip(tokens.places.split(tokens.counts), starts, strict=False)
+        pruned.kept += [places - start for places, start in images]
+    return pruned
+
+
+class Handle:
+    """What `attach` returns. Also a context manager that removes itself at the end."""
+
+    def __init__(self, model: Any, **settings: Any) -> None:
+        self._model = model
+        self._settings = settings
+        # Instance attributes of the model that ours stand before, if there were any.
+        self._before: dict[str, Any] = {}
+        self._ours: dict[str, Any] = {}
+        # By cache: the length of its prompt to the caller, its mask now, the tokens removed.
+        self._caches: WeakKeyDictionary[Any, tuple[int, Tensor, Any]] = WeakKeyDictionary()
+        for name, wrapper in (("forward", self._forward), ("generate", self._generate)):
+            original = getattr(model, name)
+            if hasattr(original, "_vispruner"):
+                raise RuntimeError("the model prunes already: call remove() of its handle first")
+            self._ours[name] = _wrapped(original, wrapper)
+        for name, ours in self._ours.items():
+            if name in model.__dict__:
+                self._before[name] = model.__dict__[name]
+            setattr(model, name, ours)
+
+    def remove(self) -> None:
+        """Makes `generate` and `forward` what they were. Does nothing the second time."""
+        replaced = [n for n, ours in self._ours.items() if self._model.__dict__.get(n) is not ours]
+        if replaced:
+            raise RuntimeError(
+                f"model.{replaced[0]} was replaced after attach: undo that before remove()"
+            )
+        for name in self._ours:
+            delattr(self._model, name)
+            if name in self._before:
+                setattr(self._model, name, self._before[name])
+        self._ours = {}
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+    def _forward(self, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        if all(arguments.get(name) is None for name in PIXELS):
+            return original(**self._continued(arguments))
+        if isinstance(arguments.get("logits_to_keep"), Tensor):
+            raise ValueError("logits_to_keep is a tensor of positions before pruning, expected int")
+        pruned = prune_inputs(self._model, arguments, **self._settings)
+        out = original(**pruned)
+        cache = getattr(out, "past_key_values", None)
+        if cache is not None:
+            ids, embeds, mask = _given(arguments, "input_ids", "inputs_embeds", "attention_mask")
+            before = (embeds if ids is None else ids) if mask is None else mask
+            after = pruned.get("attention_mask")
+            if after is None:
+                after = torch.ones_like(pruned["inputs_embeds"][..., 0], dtype=torch.int64)
+            self._caches[cache] = before.shape[1], after, pruned.removed
+        return out
+
+    def _continued(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Decoding by hand: the caller's mask and positions still count the tokens removed."""
+        cache, mask = _given(arguments, "past_key_values", "attention_mask")
+        seen = self._caches.get(cache) if cache is not None else None
+        if seen is None or mask is None or mask.dim() != 2:
+            return arguments
+        before, after, removed = seen
+        ids, embeds = _given(arguments, "input_ids", "inputs_embeds")
+        new = (embeds if ids is None else ids).shape[1]
+        if mask.shape[1] - before + after.shape[1] != cache.get_seq_length() + new:
+            return arguments
+        arguments["attention_mask"] = torch.cat([after, mask[:, before:]], 1)
+        positions = arguments.get("position_ids")
+        if positions is not None and positions.dim() == 2:
+            arguments["position_ids"] = positions - removed[:, None].to(positions.device)
+        arguments.pop("cache_position", None)
+        return arguments
+
+    def _generate(self, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        if arguments.get("inputs") is not None:
+            arguments["input_ids"] = arguments.pop("inputs")
+        if all(arguments.get(name) is None for name in PIXELS):
+            return original(**arguments)
+        cache = arguments.get("past_key_values")
+        if cache is not None and cache.get_seq_length():
+            raise ValueError(
+                "past_key_values holds tokens, and there are new images: not supported"
+            )
+        ids = arguments.get("input_ids")
+        config = arguments.get("generation_config") or self._model.generation_config
+        settings = {name: arguments.get(name, getattr(config, name, None)) for name in _LENGTHS}
+        if ids is not None and arguments.get("attention_mask") is None:
+            arguments["attention_mask"] = _inferred_mask(ids, config, arguments)
+        pruned = prune_inputs(self._model, arguments, **self._settings)
+        new_length = pruned["inputs_embeds"].shape[1]
+        old_length = (arguments["inputs_embeds"] if ids is None else ids).shape[1]
+        # Lengths that count the prompt count the caller's.
+        for name, other in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+            if settings[name] and settings[other] is None:
+                pruned[name] = max(settings[name] - old_length + new_length, 0)
+        if ids is not None:
+            # Processors of logits see a prompt, and sequences begin with it.
+            pruned["input_ids"] = pruned.input_ids
+        out = original(**pruned)
+        if ids is None:
+            return out
+        sequences = out if isinstance(out, Tensor) else out.sequences
+        prompts = ids.to(sequences.device).repeat_interleave(len(sequences) // len(ids), 0)
+        sequences = torch.cat([prompts, sequences[:, new_length:]], 1)
+        if isinstance(out, Tensor):
+            return sequences
+        out.sequences = sequences
+        return out
+
+
+def _wrapped(
+    original: Callable[..., Any], wrapper: Callable[[Callable[..., Any], dict[str, Any]], Any]
+) -> Callable[..., Any]:
+    """`original`, called through `wrapper` with all arguments by name."""
+    signature = inspect.signature(original)
+
+    # transformers reads the signature.
+    @wraps(original)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        arguments = dict(signature.bind(*args, **kwargs).arguments)
+        rest = [p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
+        for name in rest:
+            arguments.update(arguments.pop(name, {}))
+        return wrapper(original, arguments)
+
+    call._vispruner = True  # type: ignore[attr-defined]
+    return call
+
+
+def _padding_id(model: Any) -> int:
+    for config in (model.generation_config, model.config, model.config.get_text_config()):
+        token = getattr(config, "pad_token_id", None)
+        if token is not None and token >= 0:
+            return token
+    return 0
+
+
+def _inferred_mask(ids: Tensor, config: Any, arguments: Mapping[str, Any]) -> Tensor | None:
+    """The mask that generate makes where it gets none."""
+    pad, eos = (arguments.get(n, getattr(config, n)) for n in ("pad_token_id", "eos_token_id"))
+    if pad is None or pad in (eos if isinstance(eos, list) else [eos]):
+        return None
+    return ids.ne(pad).long() if bool((ids == pad).any()) else None
+
+
+def attach(
+    model: Any,
+    method: Method,
+    *,
+    budget: str = "image",
+    newlines: str = "keep",
+) -> Handle:
+    """`model.generate(**inputs)` and `model(**inputs)` prune by themselves until `remove()`.
+
+    Sequences that `generate` returns begin with the caller's own `input_ids`, and `max_length`
+    counts those; logits of `forward` have the pruned length, which is that of the labels it used.
+    Decoding by hand may go on with the mask and positions of the unpruned prompt.
+
+    Args:
+        model: as in `prune_inputs`, as are the next.
+        method: the method.
+        budget: "image" or "tile".
+        newlines: "keep" or "drop".
+
+    Returns:
+        Handle: `remove()` leaves the model as it was; `with attach(...):` does by itself.
+
+    Raises:
+        TypeError: a model or a method that is not supported.
+        ValueError: here for a wrong option, in a call as `prune_inputs`.
+        RuntimeError: the model prunes already.
+
+    Example:
+        docs/transformers.md
+    """
+    reader(model)
+    _check(method, budget, newlines)
+    return Handle(model, method=method, budget=budget, newlines=newlines)
