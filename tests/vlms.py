@@ -134,6 +134,10 @@ def make(family: str, side: int = SIDE, seed: int = 0, **changes: Any) -> Any:
                 parameter.normal_(std=1.5 * parameter[0].numel() ** -0.5)
             elif parameter.numel() == VISION["hidden_size"]:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
+        # It never says a placeholder, and never ends.
+        model.lm_head.weight[80:] = 0
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = PAD
     return model
 
 
@@ -214,8 +218,13 @@ def prompts(
     pictures: dict[str, list[Picture]] = {"image": [], "video": []}
     for row in rows:
         prompt = [1]
+        several = sum(isinstance(p, Picture) and p.kind == "image" for p in row) > 1
         for part in row:
             if isinstance(part, Picture):
+                if family == "llava-onevision" and several and part.kind == "image":
+                    # An image that is not alone is one tile, and a newline.
+                    rest = part.arguments | dict(pixel_values=part.arguments["pixel_values"][:1])
+                    part = Picture("image", SIDE * SIDE + 1, rest)
                 placeholder = {"image": IMAGE, "video": VIDEO}[part.kind]
                 prompt += [placeholder] * part.tokens
                 pictures[part.kind].append(part)

@@ -430,7 +430,7 @@ def _llava_onevision(model: Any, inputs: Mapping[str, Any], method: Method) -> l
         read = _tower(model, inputs, method, core.vision_tower, videos.flatten(0, 1))
         # Pooled after the projector: a token is a mixture of patches, which it needs all.
         patches, scores, _ = read
-        pooled = core.apply_pooling(patches)
+        pooled = core.apply_pooling(patches).contiguous()
         scores = None if scores is None else core.apply_pooling(scores[..., None])[..., 0]
         visual = _whole(model, (pooled, scores, 0), "video", config.video_token_id, frames)
         visual.embed = lambda kept: core.apply_pooling(core.multi_modal_projector(patches)).flatten(

@@ -1,0 +1,305 @@
+"""`attach`: generate and forward of a whole model prune by themselves, and nothing else changes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("transformers")
+
+from tests import vlm_oracle, vlms
+from tests.test_transformers import assert_same, real_logits, scores_of, several
+from tests.vlms import FAMILIES, picture, prompts
+from vispruner_kernels.integrations.transformers import attach, prune_inputs
+from vispruner_kernels.methods import Method, VisPruner
+
+NEW = 5
+GREEDY = dict(max_new_tokens=NEW, do_sample=False)
+
+
+def method_of(family: str, keep: float = 4) -> Method:
+    return VisPruner(keep, scores=scores_of(family))
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def expected_tokens(model: Any, inputs: dict[str, Tensor], method: Method) -> Tensor:
+    """Greedy decoding without a cache, prompt by prompt, of tokens dropped by hand."""
+    kept = prune_inputs(model, inputs, method).kept
+    return torch.stack(vlm_oracle.logits(vlm_oracle.eager(model), inputs, kept, NEW))
+
+
+def test_generation_with_a_cache_is_that_without(family):
+    """One image, several, none; padded at the left. The prompt returned is the caller's."""
+    model, method, inputs = vlms.shared(family), method_of(family), several(family)
+    expected = expected_tokens(model, inputs, method)
+    length = inputs["input_ids"].shape[1]
+    before = model.generate(**inputs, **GREEDY)
+    with attach(model, method):
+        out = model.generate(**inputs, **GREEDY)
+        assert torch.equal(out[:, :length], inputs["input_ids"])
+        assert torch.equal(out[:, length:], expected)
+        details = model.generate(**inputs, **GREEDY, return_dict_in_generate=True)
+        assert torch.equal(details.sequences, out)
+        assert torch.equal(details["sequences"], out)
+        ids = inputs["input_ids"]
+        rest = {name: x for name, x in inputs.items() if name != "input_ids"}
+        assert torch.equal(model.generate(ids, **rest, **GREEDY), out)
+    assert torch.equal(model.generate(**inputs, **GREEDY), before)
+    # And without attach, where there are no ids, only the new tokens come back.
+    pruned = prune_inputs(model, inputs, method)
+    assert torch.equal(model.generate(**pruned, **GREEDY), expected)
+
+
+def test_generation_of_prompts_with_videos():
+    for name in ("video-llava", "llava-onevision", "qwen2.5-vl"):
+        model, method = vlms.shared(name), method_of(name, 2)
+        video, image = picture(name, 6, frames=3), picture(name, 8)
+        inputs = prompts(name, [2, video, 3], [1, image, 7])
+        with attach(model, method):
+            out = model.generate(**inputs, **GREEDY)
+        assert torch.equal(out[:, -NEW:], expected_tokens(model, inputs, method))
+
+
+def test_beams(family):
+    """The likelihood that beam search claims for its sequences is that by hand."""
+    model, method, inputs = vlms.shared(family), method_of(family), several(family)
+    settings = GREEDY | dict(num_beams=3, num_return_sequences=2, length_penalty=0.0)
+    settings |= dict(return_dict_in_generate=True, output_scores=True)
+    pruned = prune_inputs(model, inputs, method)
+    expected = model.generate(**pruned, **settings).sequences
+    with attach(model, method):
+        out = model.generate(**inputs, **settings)
+    length = inputs["input_ids"].shape[1]
+    assert torch.equal(out.sequences[:, :length], inputs["input_ids"].repeat_interleave(2, 0))
+    assert torch.equal(out.sequences[:, length:], expected)
+    for beam in range(2):
+        likelihood = _likelihood(model, inputs, pruned.kept, expected[beam::2])
+        torch.testing.assert_close(out.sequences_scores[beam::2], likelihood, rtol=0, atol=1e-3)
+
+
+def _likelihood(model: Any, inputs: dict, kept: list[Tensor], new: Tensor) -> Tensor:
+    longer = inputs | {
+        "input_ids": torch.cat([inputs["input_ids"], new], 1),
+        "attention_mask": torch.cat([inputs["attention_mask"], torch.ones_like(new)], 1),
+    }
+    if "mm_token_type_ids" in inputs:
+        types = inputs["mm_token_type_ids"]
+        text = torch.zeros_like(new, dtype=types.dtype)
+        longer["mm_token_type_ids"] = torch.cat([types, text], 1)
+    rows = zip(vlm_oracle.logits(model, longer, kept), new, strict=True)
+    return torch.stack(
+        [x.log_softmax(-1)[-NEW - 1 : -1].gather(1, t[:, None]).sum() for x, t in rows]
+    )
+
+
+def test_forward_prunes(family):
+    model, method, inputs = vlms.shared(family), method_of(family), several(family)
+    pruned = prune_inputs(model, inputs, method)
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    with torch.no_grad():
+        expected = model(
+            **pruned, labels=pruned.input_ids.masked_fill(pruned["attention_mask"] == 0, -100)
+        )
+        with attach(model, method):
+            out = model(**inputs, labels=labels)
+            assert torch.equal(out.logits, expected.logits)
+            assert torch.equal(out.loss, expected.loss)
+            # By position, as a tuple, and without images.
+            rest = {name: x for name, x in inputs.items() if name != "input_ids"}
+            assert torch.equal(model(inputs["input_ids"], **rest).logits, out.logits)
+            assert torch.equal(model(**inputs, return_dict=False)[0], out.logits)
+            text = prompts(family, [7])
+            if family == "qwen2.5-vl":
+                # transformers 5.3 takes them for those of any next prompt, also without us.
+                model.model.rope_deltas = None
+            assert torch.equal(model(**text).logits, _unattached(model, text))
+
+
+def _unattached(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    return type(model).forward(model, **inputs).logits
+
+
+@pytest.mark.parametrize("how", ["no mask", "mask", "mask and positions"])
+def test_decoding_by_hand_with_the_mask_of_the_caller(family, how):
+    """The caller knows nothing of what was removed."""
+    model, method, inputs = vlms.shared(family), method_of(family), several(family)
+    if how == "no mask":
+        inputs = prompts(family, [3, picture(family, 1), 5])
+    if how == "mask and positions" and family == "qwen2.5-vl":
+        pytest.skip("its positions have three dimensions; test_generation_... has them")
+    if how == "mask" and family == "qwen2.5-vl":
+        pytest.skip("transformers makes positions of the whole mask for one token there")
+    expected = expected_tokens(model, inputs, method)
+    mask = inputs["attention_mask"]
+    if how == "mask and positions":
+        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+    tokens = []
+    with torch.no_grad(), attach(model, method):
+        out = model(**inputs, use_cache=True)
+        for _ in range(NEW):
+            tokens.append(out.logits[:, -1].argmax(-1))
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+            step: dict[str, Any] = dict(input_ids=tokens[-1][:, None])
+            if how != "no mask":
+                step["attention_mask"] = mask
+            if how == "mask and positions":
+                step["position_ids"] = (mask.cumsum(-1) - 1)[:, -1:]
+            out = model(**step, past_key_values=out.past_key_values, use_cache=True)
+    assert torch.equal(torch.stack(tokens, 1), expected)
+
+
+def test_images_after_a_cached_prompt():
+    """A turn of a conversation: the mask covers what is cached."""
+    model, method = vlms.shared("llava"), method_of("llava")
+    first, second = prompts("llava", [9]), prompts("llava", [3, picture("llava", 1), 5])
+    whole = dict(second)
+    for name in ("input_ids", "attention_mask"):
+        whole[name] = torch.cat([first[name], second[name]], 1)
+    with torch.no_grad(), attach(model, method):
+        expected = model(**whole).logits
+        cached = model(**first, use_cache=True).past_key_values
+        out = model(**second | {"attention_mask": whole["attention_mask"]}, past_key_values=cached)
+    assert_same([out.logits[0]], [expected[0, first["input_ids"].shape[1] :]])
+
+
+def test_generation_from_embeddings(family):
+    model, method, inputs = vlms.shared(family), method_of(family), several(family)
+    with torch.no_grad():
+        embeds = model.get_input_embeddings()(inputs["input_ids"])
+    rest = {k: v for k, v in inputs.items() if k != "input_ids"}
+    with attach(model, method):
+        out = model.generate(inputs_embeds=embeds, **rest, **GREEDY)
+        both = model.generate(inputs_embeds=embeds, **inputs, **GREEDY)
+    expected = expected_tokens(model, inputs, method)
+    assert torch.equal(out, expected)
+    assert torch.equal(both[:, -NEW:], expected)
+
+
+def test_lengths_count_the_prompt_of_the_caller(family):
+    from transformers import GenerationConfig
+
+    model, method = vlms.shared(family), method_of(family)
+    inputs = prompts(family, [3, picture(family, 1), 5])
+    length = inputs["input_ids"].shape[1]
+    common = dict(do_sample=False, pad_token_id=vlms.PAD)
+    with attach(model, method):
+        assert model.generate(**inputs, max_length=length + 3, **common).shape[1] == length + 3
+        config = GenerationConfig(max_length=length + 4, eos_token_id=None, **common)
+        assert model.generate(**inputs, generation_config=config).shape[1] == length + 4
+        assert config.max_length == length + 4
+        with torch.no_grad():
+            stop = int(model.generate(**inputs, max_new_tokens=1, **common)[0, -1])
+        ends = common | dict(eos_token_id=stop)
+        assert model.generate(**inputs, max_length=length + 9, **ends).shape[1] == length + 1
+        long = model.generate(**inputs, max_length=length + 9, min_length=length + 4, **ends)
+        assert long.shape[1] >= length + 4
+
+
+def test_a_mask_that_generate_infers():
+    model, method = vlms.shared("llava"), method_of("llava")
+    inputs = prompts("llava", [3, picture("llava", 1), 5], [2, picture("llava", 2), 9])
+    with attach(model, method):
+        expected = model.generate(**inputs, **GREEDY)
+        del inputs["attention_mask"]
+        assert torch.equal(model.generate(**inputs, **GREEDY), expected)
+
+
+def test_processors_of_logits_see_the_prompt():
+    """A penalty on what the prompt said needs the prompt."""
+    from transformers import LogitsProcessor, LogitsProcessorList
+
+    model, method = vlms.shared("llava"), method_of("llava")
+    inputs = prompts("llava", [3, picture("llava", 1), 60])
+    seen = []
+
+    class Note(LogitsProcessor):
+        def __call__(self, ids, scores):
+            seen.append(ids)
+            return scores
+
+    with attach(model, method):
+        model.generate(**inputs, **GREEDY, logits_processor=LogitsProcessorList([Note()]))
+    assert torch.equal(seen[0], prune_inputs(model, inputs, method).input_ids)
+
+
+def state(model: Any) -> dict[str, Any]:
+    return {name: value for name, value in vars(model).items() if not name.startswith("_")}
+
+
+def hooks(model: Any) -> int:
+    return sum(
+        len(m._forward_hooks) + len(m._forward_pre_hooks) + ("forward" in vars(m))
+        for m in model.modules()
+    )
+
+
+@pytest.mark.parametrize("broken", ["tower", "projector", "language_model", "keep"])
+def test_the_model_is_as_it_was_after_an_exception(family, broken):
+    model = vlms.make(family)
+    inputs = prompts(family, [3, picture(family, 1), 5])
+    expected = real_logits(model, inputs)
+    attributes, count = state(model), hooks(model)
+    configs = [id(m.config) for m in model.modules() if hasattr(m, "config")]
+    core = model.model
+    names = {
+        "tower": ("visual", "vision_tower", "image_tower"),
+        "projector": ("multi_modal_projector",),
+        "language_model": ("language_model",),
+        "keep": (),
+    }[broken]
+    if broken == "projector" and family == "qwen2.5-vl":
+        module = core.visual.merger.mlp
+    elif broken == "tower" and family == "qwen2.5-vl":
+        module = core.visual.blocks[-1].attn.proj
+    else:
+        module = next((getattr(core, name) for name in names if hasattr(core, name)), None)
+        if broken == "tower":
+            module = getattr(module, "vision_model", module).post_layernorm
+
+    def fail(module, args):
+        raise RuntimeError("broken on purpose")
+
+    hook = module.register_forward_pre_hook(fail) if module is not None else None
+    method = method_of(family, 4 if hook else 1000)
+    with pytest.raises((RuntimeError, ValueError)), attach(model, method):
+        model.generate(**inputs, **GREEDY)
+    if hook:
+        hook.remove()
+    assert state(model) == attributes
+    assert hooks(model) == count
+    assert [id(m.config) for m in model.modules() if hasattr(m, "config")] == configs
+    assert_same(real_logits(model, inputs), expected)
+
+
+def test_remove():
+    model = vlms.make("llava")
+    inputs = prompts("llava", [3, picture("llava", 1), 5])
+    calls = []
+    original = model.forward
+
+    def mine(*args, **kwargs):
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    model.forward = mine
+    handle = attach(model, VisPruner(4))
+    with pytest.raises(RuntimeError, match="prunes already"):
+        attach(model, VisPruner(5))
+    with torch.no_grad():
+        assert model(**inputs).logits.shape[1] == 1 + 3 + 4 + 5
+    assert calls == [1]
+    handle.remove()
+    handle.remove()
+    assert model.forward is mine
+    assert "generate" not in vars(model)
+    again = attach(model, VisPruner(5))
+    model.forward = mine
+    with pytest.raises(RuntimeError, match=r"model\.forward was replaced"):
+        again.remove()

@@ -1,0 +1,183 @@
+"""Bad calls of the transformers integration: each error names what and what to do."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from tests import vlms
+from tests.vlms import picture, prompts
+from vispruner_kernels.integrations import transformers as integration
+from vispruner_kernels.integrations.transformers import attach, prune_inputs
+from vispruner_kernels.methods import FasterVLM, FoPru, VisPruner
+
+
+def one(family: str, size: tuple[int, int] | None = None, frames: int = 0) -> dict:
+    return prompts(family, [3, picture(family, 1, size, frames), 5])
+
+
+def fails(model, inputs, method, error, *words, **options) -> None:
+    """Both ways; and the model works afterwards."""
+    for call in (
+        lambda: prune_inputs(model, inputs, method, **options),
+        lambda: _generate(model, inputs, method, **options),
+    ):
+        with pytest.raises(error) as caught:
+            call()
+        for word in words:
+            assert re.search(word, str(caught.value)), (word, str(caught.value))
+        assert "\n" not in str(caught.value)
+
+
+def _generate(model, inputs, method, **options):
+    with attach(model, method, **options):
+        model.generate(**inputs, max_new_tokens=1)
+
+
+def test_a_model_that_is_not_supported():
+    import transformers
+
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**vlms.TEXT))
+    for call in (prune_inputs, lambda model, inputs, method: attach(model, method)):
+        with pytest.raises(TypeError, match="model is a LlamaForCausalLM, expected one of Llava"):
+            call(model, prompts("llava", [3]), VisPruner(5))
+
+
+def test_a_vision_tower_that_is_not_supported():
+    model = vlms.make("llava")
+
+    class Other(torch.nn.Module):
+        config = model.model.vision_tower.config
+
+    model.model.vision_tower = Other()
+    fails(model, one("llava"), VisPruner(4), ValueError, "tower is a Other, .*CLIPVisionModel")
+
+
+@pytest.mark.parametrize("index", [0, 4, -4, 17, [-2, -1], "last"])
+def test_a_tower_without_the_layer_asked_for(index):
+    inputs = one("llava") | {"vision_feature_layer": index}
+    words = re.escape(f"vision_feature_layer is {index}, expected one layer"), "1 to 3, or -3 to -1"
+    fails(vlms.shared("llava"), inputs, VisPruner(4), ValueError, *words)
+
+
+def test_a_strategy_that_is_not_known():
+    inputs = one("llava") | {"vision_feature_select_strategy": "half"}
+    words = "vision_feature_select_strategy is 'half', expected 'default' or 'full'"
+    fails(vlms.shared("llava"), inputs, VisPruner(4), ValueError, words)
+
+
+@pytest.mark.parametrize("family", ["llava-siglip", "llava-onevision", "qwen2.5-vl"])
+@pytest.mark.parametrize("method", [VisPruner(4), FasterVLM(4)])
+def test_a_method_that_needs_cls(family, method):
+    words = f"{type(method).__name__} needs .*CLS", "scores='received'"
+    fails(vlms.shared(family), one(family), method, ValueError, *words)
+
+
+def test_placeholders_that_do_not_match():
+    model = vlms.shared("llava")
+    good = one("llava")
+    fewer = {k: v[:, 1:-1] if v.dim() == 2 else v for k, v in good.items()}
+    fewer["input_ids"] = fewer["input_ids"].masked_fill(
+        torch.arange(fewer["input_ids"].shape[1]) == 8, 7
+    )
+    words = (
+        r"input_ids has \[15\] placeholders \(id 90\) by prompt, expected those of 1 image",
+        "16",
+    )
+    fails(model, fewer, VisPruner(4), ValueError, *words)
+    # One image too few, and images across prompts.
+    two = prompts("llava", [3, picture("llava", 1)], [2, picture("llava", 2), 1])
+    missing = two | {"pixel_values": two["pixel_values"][:1]}
+    fails(model, missing, VisPruner(4), ValueError, r"\[16, 16\] placeholders", "1 images")
+    ids = two["input_ids"].clone()
+    places = (ids == vlms.IMAGE).nonzero()
+    ids[tuple(places[0])] = 7
+    ids[1, -1] = vlms.IMAGE
+    fails(model, two | {"input_ids": ids}, VisPruner(4), ValueError, r"\[15, 17\] placeholders")
+    embeds = model.get_input_embeddings()(ids).detach()
+    by_embeds = {k: v for k, v in two.items() if k != "input_ids"} | {"inputs_embeds": embeds}
+    fails(model, by_embeds, VisPruner(4), ValueError, "inputs_embeds has")
+    with pytest.raises(ValueError, match="neither input_ids nor inputs_embeds"):
+        prune_inputs(model, {"pixel_values": two["pixel_values"]}, VisPruner(4))
+
+
+def test_a_keep_above_the_tokens_of_the_smallest_image():
+    words = "image 0 of the batch", "keep is 17, expected 1 <= keep <= 16"
+    fails(vlms.shared("llava"), one("llava"), VisPruner(17), ValueError, *words)
+    small = [[picture("qwen2.5-vl", i, size), 3] for i, size in enumerate([(8, 8), (4, 4)])]
+    words = "image 1 of the batch", "keep is 9, expected 1 <= keep <= 4"
+    model = vlms.shared("qwen2.5-vl")
+    fails(model, prompts("qwen2.5-vl", *small), FoPru(9), ValueError, *words)
+    # Unpadding leaves a tile 8 of its 16 patches.
+    wide = one("llava-next", (30, 150))
+    words = "image 0, grid 1 of the batch", "keep is 9, expected 1 <= keep <= 8"
+    model = vlms.shared("llava-next")
+    fails(model, wide, VisPruner(9), ValueError, *words, budget="tile")
+    words = "video 0, grid 0 of the batch", "keep is 17"
+    model = vlms.shared("video-llava")
+    fails(model, one("video-llava", frames=2), VisPruner(17), ValueError, *words)
+
+
+def test_rows_that_are_not_rows_of_a_tile():
+    model = vlms.shared("llava-next")
+    words = "image 0 of the batch", "no common width", "strategy='rank'"
+    fails(model, one("llava-next", (100, 80)), FoPru(0.5, "row"), ValueError, *words)
+    model = vlms.shared("llava-onevision")
+    fails(model, one("llava-onevision"), FoPru(0.5, "row"), ValueError, *words)
+    model = vlms.shared("llava")
+    fails(model, one("llava"), FoPru(6, "row"), ValueError, "keep is 6, expected a multiple")
+
+
+def test_interpolated_tiles_have_no_budget():
+    model, method = vlms.shared("llava-onevision"), FoPru(2)
+    words = "budget is 'tile', expected 'image'"
+    fails(model, one("llava-onevision"), method, ValueError, words, budget="tile")
+
+
+def test_options():
+    model, inputs = vlms.shared("llava"), one("llava")
+    fails(model, inputs, VisPruner(4), ValueError, "budget is 'crop', expected", budget="crop")
+    fails(model, inputs, VisPruner(4), ValueError, "newlines is True, expected", newlines=True)
+    fails(model, inputs, "vispruner", TypeError, "method is 'vispruner', expected one of")
+    assert "generate" not in vars(model)
+
+
+def test_tiles_that_do_not_match():
+    model = vlms.shared("llava-next")
+    inputs = one("llava-next")
+    bad = inputs | {"pixel_values": inputs["pixel_values"][:, :3]}
+    words = r"pixel_values has the shape \[1, 3, 3, 56, 56\], expected the 5 tiles of 1 images"
+    fails(model, bad, VisPruner(4), ValueError, words)
+
+
+def test_what_cannot_be_pruned():
+    model, inputs = vlms.shared("llava"), one("llava")
+    four = inputs | {"attention_mask": inputs["attention_mask"][:, None, None]}
+    with pytest.raises(ValueError, match="attention_mask: expected"):
+        prune_inputs(model, four, VisPruner(4))
+    features = inputs | {"mm_encoder_outputs": {"image": 1}}
+    with pytest.raises(ValueError, match="mm_encoder_outputs: there are no scores"):
+        prune_inputs(model, features, VisPruner(4))
+    sizes = inputs | {"image_sizes": torch.tensor([[56, 56]])}
+    with pytest.raises(ValueError, match="image_sizes"):
+        prune_inputs(model, sizes, VisPruner(4))
+    with attach(model, VisPruner(4)), torch.no_grad():
+        with pytest.raises(ValueError, match="logits_to_keep is a tensor"):
+            model(**inputs, logits_to_keep=torch.tensor([1, 2]))
+        cache = model(**inputs, use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="past_key_values holds tokens"):
+            model.generate(**inputs, past_key_values=cache, max_new_tokens=1)
+
+
+def test_a_version_that_is_too_old(monkeypatch):
+    import importlib
+
+    import transformers
+
+    monkeypatch.setattr(transformers, "__version__", "5.2.1")
+    with pytest.raises(ImportError, match=r"transformers is 5\.2\.1, expected at least 5\.3"):
+        importlib.reload(integration)
