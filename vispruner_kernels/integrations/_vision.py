@@ -1,31 +1,25 @@
 """What the models of transformers see: features, scores and layout of the visual tokens of a call.
 
-`read(model, inputs, method)` runs the vision tower once per kind of input (images, videos). Scores
-come out of the one layer whose output is the feature: its attention module gets a config of its
-own that names our attention function, for as long as the tower runs. Every other layer keeps the
-implementation it has, and no model code is replaced.
+A reader runs the vision tower once per kind of input (images, videos), with the scores of the layer
+whose output is the feature, and says where the tokens stand in the prompt. `READERS` has one for
+each class of models.
 
 A visual token is named by its row in `Visual.source`, the features as the tower made them, flat.
 """
 
 from __future__ import annotations
 
-import copy
 import math
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from vispruner_kernels import ops
-from vispruner_kernels.methods import Method, Needs
+from vispruner_kernels.integrations._attention import capturing
+from vispruner_kernels.methods import Method
 
 # In `Visual.layouts`: a token that separates rows of an image and has no feature.
 NEWLINE = -1
@@ -57,94 +51,6 @@ class Visual:
     newline: Tensor | None = None
     # Whether a grid is a part of an image that can have a budget of its own.
     tiles: bool = True
-
-
-# ---- scores: the attention function of one layer ----
-
-
-@dataclass
-class _Capture:
-    needs: Needs
-    num_prefix: int
-    # Multiply a score, a mean over queries, by their number: windows of different sizes compare.
-    sums: bool
-    scores: list[Tensor] = field(default_factory=list)
-
-
-_CAPTURE: ContextVar[_Capture | None] = ContextVar("vispruner_capture", default=None)
-# One tower is read at a time; others may run meanwhile, also in the layer that is switched.
-_SWITCH = threading.Lock()
-
-
-def _attention(
-    base: Callable[..., Any],
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None = None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """A transformers attention function: [B, H, S, D] -> [B, S, H, D], scores to the capture."""
-    capture = _CAPTURE.get()
-    if capture is not None and attention_mask is not None:
-        raise ValueError("attention_mask in the vision tower: scores of masked attention")
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    if capture is None or capture.needs != "cls" or dropout or differentiable:
-        out, weights = base(
-            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
-        )
-    if capture is None:
-        return out, weights
-    q, k = q.detach(), k.detach()
-    cu_seqlens = kwargs.get("cu_seq_lens_q")
-    if capture.needs == "received" and cu_seqlens is not None:
-        cu_seqlens = cu_seqlens.int()
-        longest = int(kwargs["max_length_q"])
-        scores = ops.received_scores_varlen(q[0], k[0], cu_seqlens, longest, scaling)
-        if capture.sums:
-            counts = cu_seqlens.diff()
-            scores = scores * counts.repeat_interleave(counts, output_size=len(scores))
-    elif capture.needs == "received":
-        scores = ops.received_scores(q, k, scaling, capture.num_prefix)
-        if capture.sums:
-            scores = scores * q.shape[1]
-    elif dropout or differentiable:
-        scores = ops.cls_scores(q, k, scaling, capture.num_prefix)
-    else:
-        out, scores = ops.cls_attention(q, k, v, scaling, capture.num_prefix)
-    capture.scores.append(scores)
-    return out, None
-
-
-@contextmanager
-def _capturing(
-    attention: Any, needs: Needs | None, num_prefix: int, sums: bool = False
-) -> Iterator[list[Tensor]]:
-    """Scores of what `attention` computes meanwhile, in the order of its calls."""
-    if needs is None:
-        yield []
-        return
-    capture = _Capture(needs, num_prefix, sums)
-    with _SWITCH:
-        config = attention.config
-        base = config._attn_implementation
-        # The eager function is private to each model. SDPA computes the same.
-        base = base if base in ALL_ATTENTION_FUNCTIONS else "sdpa"
-        # Models ask whether a name contains "flash" and then pack images for it.
-        name = f"vispruner_{base}"
-        ALL_ATTENTION_FUNCTIONS.register(name, partial(_attention, ALL_ATTENTION_FUNCTIONS[base]))
-        attention.config = copy.copy(config)
-        attention.config._attn_implementation = name
-        token = _CAPTURE.set(capture)
-        try:
-            yield capture.scores
-        finally:
-            _CAPTURE.reset(token)
-            attention.config = config
 
 
 # ---- CLIP and SigLIP towers ----
@@ -195,7 +101,7 @@ def _run(
     output: list[Any] = []
     hook = layer.register_forward_hook(lambda module, args, out: output.append(out))
     try:
-        with _capturing(layer.self_attn, method.needs, prefix) as captured:
+        with capturing(layer.self_attn, method.needs, prefix) as captured:
             tower(pixels, return_dict=True)
     finally:
         hook.remove()
@@ -239,7 +145,7 @@ def _tower(
     output: list[Any] = []
     hook = layer.register_forward_hook(lambda module, args, out: output.append(out))
     try:
-        with _capturing(layer.self_attn, method.needs, prefix) as captured:
+        with capturing(layer.self_attn, method.needs, prefix) as captured:
             tower(pixels, return_dict=True)
     finally:
         hook.remove()
@@ -490,7 +396,7 @@ def _merged(
     # A patch attends within its image or, in a windowed layer, its window, where shorter means of
     # fewer queries are not comparable: sums are.
     with (
-        _capturing(tower.blocks[-1].attn, method.needs, 0, sums=windowed) as captured,
+        capturing(tower.blocks[-1].attn, method.needs, 0, sums=windowed) as captured,
         _standing_in(tower.merger, merger),
     ):
         out = tower(pixels.type(tower.dtype), grid_thw=grids)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import wraps
 from itertools import accumulate
 from typing import Any
@@ -27,8 +26,15 @@ except ImportError as error:
         "pip install vispruner_kernels[transformers]"
     ) from error
 
-from vispruner_kernels.integrations._vision import NEWLINE, Visual, reader
-from vispruner_kernels.methods import FoPru, Method
+from vispruner_kernels.integrations._prompt import (
+    Prompt,
+    given,
+    keep,
+    placeholders,
+    positions_before,
+)
+from vispruner_kernels.integrations._vision import reader
+from vispruner_kernels.methods import Method
 
 __all__ = ["Handle", "PrunedInputs", "attach", "prune_inputs"]
 
@@ -77,229 +83,6 @@ class PrunedInputs(dict[str, Any]):
     kept: list[Tensor] | None = None
     input_ids: Tensor | None = None
     removed: Tensor | None = None
-
-
-def _given(inputs: Mapping[str, Any], *names: str) -> list[Any]:
-    return [inputs.get(name) for name in names]
-
-
-# ---- what to keep ----
-
-
-def _units(visual: Visual, image: int, per_grid: bool) -> list[Tensor]:
-    """The rows among which an image has its budgets: all its patches, or those of each grid."""
-    layout = visual.layouts[image]
-    rows = layout[(layout != NEWLINE) & (layout % visual.source.shape[1] >= visual.first)]
-    rows = rows.sort().values
-    if not per_grid:
-        return [rows]
-    counts = visual.grid[rows].unique_consecutive(return_counts=True)[1]
-    return list(rows.split(counts.tolist()))
-
-
-def _width(visual: Visual, rows: Tensor) -> int | None:
-    """Tokens in a row of the grids, where all are as long."""
-    column, grid = visual.column[rows], visual.grid[rows]
-    starts = (column.diff() <= 0) | (grid.diff() != 0)
-    ends = torch.cat([starts.nonzero()[:, 0] + 1, torch.tensor([len(rows)])])
-    widths = ends.diff(prepend=torch.tensor([0])).unique()
-    return int(widths) if len(widths) == 1 and column[0] >= 0 else None
-
-
-def _select(visual: Visual, method: Method, per_grid: bool) -> tuple[Tensor, list[int]]:
-    """Rows kept, and how many of each image."""
-    units, widths, counts = [], [], [0] * len(visual.layouts)
-    for image in range(len(visual.layouts)):
-        for rows in _units(visual, image, per_grid):
-            width = _width(visual, rows)
-            try:
-                if isinstance(method, FoPru) and not (method.strategy == "rank" or width):
-                    raise ValueError("its rows have no common width; use strategy='rank'")
-                counts[image] += method.on_grid(width).retained_tokens(len(rows))
-            except ValueError as error:
-                where = f"{visual.kind} {image}"
-                where += f", grid {int(visual.grid[rows[0]])}" if per_grid else ""
-                raise ValueError(f"{where} of the batch: {error}") from None
-            units.append(rows)
-            widths.append(width)
-
-    source, scores, first = visual.source, visual.scores, visual.first
-    order, lengths = torch.cat(units), [len(rows) for rows in units]
-    grids, tokens = source.shape[:2]
-    row = torch.arange(grids * tokens)
-    patches = row[row % tokens >= first]
-    if lengths == [tokens - first] * grids and torch.equal(order, patches):
-        # Every patch of every grid: they are read where the tower wrote them.
-        kept = method.on_grid(widths[0]).select(source[:, first:], scores)
-        starts = torch.arange(0, len(order), tokens - first, device=source.device)
-        chosen = (kept + starts[:, None]).flatten()
-    else:
-        if scores is not None:
-            scores = scores.flatten()[(order - (order // tokens + 1) * first).to(source.device)]
-        features = source.flatten(0, 1)[order.to(source.device)]
-        chosen = method.select_varlen(features, scores, lengths, widths)
-    return order.to(source.device)[chosen], counts
-
-
-@dataclass
-class _Kept:
-    """The tokens kept of all images, or of all videos."""
-
-    # int64 [K], ascending: their places among the placeholders.
-    places: Tensor
-    # [K, D]
-    embeds: Tensor
-    # By image: how many there are of how many.
-    counts: list[int]
-    lengths: list[int]
-
-
-def _keep(visual: Visual, method: Method, per_grid: bool, newlines: bool) -> _Kept:
-    rows, counts = _select(visual, method, per_grid)
-    layout, device = torch.cat(visual.layouts), rows.device
-    is_newline = layout == NEWLINE
-    is_prefix = ~is_newline & (layout % visual.source.shape[1] < visual.first)
-    # Sizes are known without data, so nothing here waits for the device.
-    place = torch.empty(int(layout.max()) + 1, dtype=torch.int64)
-    place[layout[~is_newline]] = (~is_newline).nonzero()[:, 0]
-    prefix = is_prefix.nonzero()[:, 0]
-    places = [place.to(device)[rows], prefix.to(device)]
-    embeds = visual.embed(torch.cat([rows, layout[prefix].to(device)]))
-    if newlines and visual.newline is not None:
-        ends = is_newline.nonzero()[:, 0]
-        places.append(ends.to(device))
-        embeds = torch.cat([embeds, visual.newline.to(embeds).expand(len(ends), -1)])
-    always = is_prefix | is_newline if newlines else is_prefix
-    lengths = [len(image) for image in visual.layouts]
-    counts = [
-        count + int(extra.sum()) for count, extra in zip(counts, always.split(lengths), strict=True)
-    ]
-    ordered = torch.cat(places).to(embeds.device).sort()
-    return _Kept(ordered.values, embeds[ordered.indices], counts, lengths)
-
-
-# ---- the prompt ----
-
-
-def _placeholders(model: Any, inputs: Mapping[str, Any], visual: Visual) -> Tensor:
-    """Where the prompts have placeholders of these images, bool [B, L] on the host."""
-    ids, embeds = _given(inputs, "input_ids", "inputs_embeds")
-    if ids is not None:
-        found = ids == visual.token_id
-    else:
-        embedding = model.get_input_embeddings()
-        token = torch.tensor(visual.token_id, device=embedding.weight.device)
-        with torch.no_grad():
-            found = (embeds == embedding(token).to(embeds)).all(-1)
-    found = found.cpu()
-    lengths = [len(image) for image in visual.layouts]
-    places = found.flatten().nonzero()[:, 0]
-    prompt = places // found.shape[1]
-    ends = torch.tensor(lengths).cumsum(0)
-    one_prompt = len(places) == sum(lengths) and torch.equal(
-        prompt[ends - torch.tensor(lengths)], prompt[ends - 1]
-    )
-    if not one_prompt:
-        name = "inputs_embeds" if ids is None else "input_ids"
-        raise ValueError(
-            f"{name} has {found.sum(-1).tolist()} placeholders (id {visual.token_id}) by prompt, "
-            f"expected those of {len(lengths)} {visual.kind}s of {lengths} tokens, each in one "
-            "prompt: make both in one call of the processor"
-        )
-    return found
-
-
-class _Prompt:
-    """The tokens left of prompts [B, L], and where they go in [B, L']."""
-
-    def __init__(
-        self,
-        mask: Tensor | None,
-        placeholders: list[Tensor],
-        kept: list[_Kept],
-        device: torch.device,
-    ) -> None:
-        is_visual = torch.stack(placeholders).any(0)
-        batch, self.length = is_visual.shape
-        real = torch.ones_like(is_visual) if mask is None else mask.bool().cpu() | is_visual
-        # Padding at the ends goes, and is made anew where it is needed.
-        inside = real.cumsum(-1).bool() & real.flip(-1).cumsum(-1).bool().flip(-1)
-        text = (inside & ~is_visual).flatten().nonzero()[:, 0]
-        lengths = (inside & ~is_visual).sum(-1)
-        visual = []
-        for found, tokens in zip(placeholders, kept, strict=True):
-            where = found.flatten().nonzero()[:, 0]
-            visual.append(where.to(device)[tokens.places.to(device)])
-            starts = torch.tensor([0, *tokens.lengths[:-1]]).cumsum(0)
-            lengths.index_add_(0, where[starts] // self.length, torch.tensor(tokens.counts))
-        self.removed = inside.sum(-1) - lengths
-        self.new_length = int(lengths.max())
-
-        # Generation wants padding at the left, so it goes there unless the caller has it elsewhere.
-        left = bool((~real[:, 0]).any()) or bool(real[:, -1].all())
-        spare = self.new_length - lengths
-        column = torch.arange(self.new_length)
-        valid = column >= spare[:, None] if left else column < lengths[:, None]
-        targets = valid.flatten().nonzero()[:, 0].to(device)
-        ordered = torch.cat([text.to(device), *visual]).sort()
-        rank = torch.empty_like(ordered.indices)
-        rank[ordered.indices] = torch.arange(len(rank), device=device)
-        self.shape = batch, self.new_length
-        self.padded = not bool(valid.all())
-        self.padding = ~valid.to(device)
-        # [B * L']: the token of the old prompt; of the kept visual tokens, where they go.
-        self.origin = torch.zeros(batch * self.new_length, dtype=torch.int64, device=device)
-        self.origin[targets] = ordered.values
-        self.visual = targets[rank[len(text) :]]
-        # How many tokens before it, within its prompt, each token lost.
-        begin = torch.where(inside.any(-1), inside.int().argmax(-1), 0)
-        offset = column - (spare[:, None] if left else 0)
-        self.lost = self.origin.view(self.shape) % self.length - (begin[:, None] + offset).to(
-            device
-        )
-
-    def take(self, x: Tensor, fill: float) -> Tensor:
-        """[..., B, L] -> [..., B, L']"""
-        taken = x.flatten(-2)[..., self.origin.to(x.device)].unflatten(-1, self.shape)
-        return taken.masked_fill(self.padding.to(x.device), fill)
-
-    def positions(self, x: Tensor) -> Tensor:
-        """Positions in the text count the tokens that are left; those in space stay."""
-        taken = self.take(x, 0)
-        if x.dim() == 2:
-            return (taken - self.lost).masked_fill(self.padding, 0)
-        if len(x) == 4:
-            taken[0] = (taken[0] - self.lost).masked_fill(self.padding, 0)
-        return taken
-
-
-def _positions(
-    model: Any,
-    inputs: Mapping[str, Any],
-    mask: Tensor | None,
-    visuals: list[Visual],
-    found: list[Tensor],
-) -> Tensor | None:
-    """Position ids of the prompts before pruning: the caller's, or those in space of Qwen2.5-VL."""
-    ids, embeds, positions = _given(inputs, "input_ids", "inputs_embeds", "position_ids")
-    if positions is not None or not hasattr(model.model, "get_rope_index"):
-        return positions
-    if ids is None:
-        # Read for its shape.
-        ids = torch.zeros(embeds.shape[:2], dtype=torch.int64, device=embeds.device)
-    types = torch.zeros_like(ids)
-    for visual, where in zip(visuals, found, strict=True):
-        types[where.to(ids.device)] = {"image": 1, "video": 2}[visual.kind]
-    names = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
-    return model.model.get_rope_index(
-        ids,
-        mm_token_type_ids=types,
-        attention_mask=mask,
-        **{name: inputs.get(name) for name in names},
-    )[0]
-
-
-# ---- the public functions ----
 
 
 def _check(method: Any, budget: Any, newlines: Any) -> None:
@@ -369,7 +152,7 @@ def prune_inputs(
         raise ValueError("mm_encoder_outputs: there are no scores to prune by; give pixel_values")
     if all(inputs.get(name) is None for name in PIXELS):
         return PrunedInputs(inputs)
-    ids, embeds, mask = _given(inputs, "input_ids", "inputs_embeds", "attention_mask")
+    ids, embeds, mask = given(inputs, "input_ids", "inputs_embeds", "attention_mask")
     if ids is None and embeds is None:
         raise ValueError("inputs has neither input_ids nor inputs_embeds")
     length = (embeds if ids is None else ids).shape[1]
@@ -381,15 +164,15 @@ def prune_inputs(
     mask = None if mask is None else mask[:, mask.shape[1] - length :]
 
     visuals = read(model, inputs, method)
-    found = [_placeholders(model, inputs, visual) for visual in visuals]
-    positions = _positions(model, inputs, mask, visuals, found)
+    found = [placeholders(model, inputs, visual) for visual in visuals]
+    positions = positions_before(model, inputs, mask, visuals, found)
     kept = []
     for visual in visuals:
         if budget == "tile" and not visual.tiles:
             raise ValueError("budget is 'tile', expected 'image': the model interpolates the tiles")
         per_grid = budget == "tile" or visual.kind == "video"
-        kept.append(_keep(visual, method, per_grid, newlines == "keep"))
-    prompt = _Prompt(mask, found, kept, (embeds if ids is None else ids).device)
+        kept.append(keep(visual, method, per_grid, newlines == "keep"))
+    prompt = Prompt(mask, found, kept, (embeds if ids is None else ids).device)
 
     pruned = PrunedInputs({k: v for k, v in inputs.items() if k not in _SPENT and v is not None})
     if ids is not None:
@@ -472,7 +255,7 @@ class Handle:
         out = original(**pruned)
         cache = getattr(out, "past_key_values", None)
         if cache is not None:
-            ids, embeds, mask = _given(arguments, "input_ids", "inputs_embeds", "attention_mask")
+            ids, embeds, mask = given(arguments, "input_ids", "inputs_embeds", "attention_mask")
             before = (embeds if ids is None else ids) if mask is None else mask
             after = pruned.get("attention_mask")
             if after is None:
@@ -482,12 +265,12 @@ class Handle:
 
     def _continued(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Decoding by hand: the caller's mask and positions still count the tokens removed."""
-        cache, mask = _given(arguments, "past_key_values", "attention_mask")
+        cache, mask = given(arguments, "past_key_values", "attention_mask")
         seen = self._caches.get(cache) if cache is not None else None
         if seen is None or mask is None or mask.dim() != 2:
             return arguments
         before, after, removed = seen
-        ids, embeds = _given(arguments, "input_ids", "inputs_embeds")
+        ids, embeds = given(arguments, "input_ids", "inputs_embeds")
         new = (embeds if ids is None else ids).shape[1]
         if mask.shape[1] - before + after.shape[1] != cache.get_seq_length() + new:
             return arguments

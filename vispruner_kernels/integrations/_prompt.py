@@ -1,0 +1,237 @@
+"""From visual tokens to a shorter prompt: what to keep, and where each token goes.
+
+Sizes are known on the host before any data is, so the device is waited for only to learn where the
+caller's placeholders and padding are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vispruner_kernels.integrations._vision import NEWLINE, Visual
+from vispruner_kernels.methods import FoPru, Method
+
+
+def given(inputs: Mapping[str, Any], *names: str) -> list[Any]:
+    return [inputs.get(name) for name in names]
+
+
+# ---- what to keep ----
+
+
+def _units(visual: Visual, image: int, per_grid: bool) -> list[Tensor]:
+    """The rows among which an image has its budgets: all its patches, or those of each grid."""
+    layout = visual.layouts[image]
+    rows = layout[(layout != NEWLINE) & (layout % visual.source.shape[1] >= visual.first)]
+    rows = rows.sort().values
+    if not per_grid:
+        return [rows]
+    counts = visual.grid[rows].unique_consecutive(return_counts=True)[1]
+    return list(rows.split(counts.tolist()))
+
+
+def _width(visual: Visual, rows: Tensor) -> int | None:
+    """Tokens in a row of the grids, where all are as long."""
+    column, grid = visual.column[rows], visual.grid[rows]
+    starts = (column.diff() <= 0) | (grid.diff() != 0)
+    ends = torch.cat([starts.nonzero()[:, 0] + 1, torch.tensor([len(rows)])])
+    widths = ends.diff(prepend=torch.tensor([0])).unique()
+    return int(widths) if len(widths) == 1 and column[0] >= 0 else None
+
+
+def _select(visual: Visual, method: Method, per_grid: bool) -> tuple[Tensor, list[int]]:
+    """Rows kept, and how many of each image."""
+    units, widths, counts = [], [], [0] * len(visual.layouts)
+    for image in range(len(visual.layouts)):
+        for rows in _units(visual, image, per_grid):
+            width = _width(visual, rows)
+            try:
+                if isinstance(method, FoPru) and not (method.strategy == "rank" or width):
+                    raise ValueError("its rows have no common width; use strategy='rank'")
+                counts[image] += method.on_grid(width).retained_tokens(len(rows))
+            except ValueError as error:
+                where = f"{visual.kind} {image}"
+                where += f", grid {int(visual.grid[rows[0]])}" if per_grid else ""
+                raise ValueError(f"{where} of the batch: {error}") from None
+            units.append(rows)
+            widths.append(width)
+
+    source, scores, first = visual.source, visual.scores, visual.first
+    order, lengths = torch.cat(units), [len(rows) for rows in units]
+    grids, tokens = source.shape[:2]
+    row = torch.arange(grids * tokens)
+    patches = row[row % tokens >= first]
+    if lengths == [tokens - first] * grids and torch.equal(order, patches):
+        # Every patch of every grid: they are read where the tower wrote them.
+        kept = method.on_grid(widths[0]).select(source[:, first:], scores)
+        starts = torch.arange(0, len(order), tokens - first, device=source.device)
+        chosen = (kept + starts[:, None]).flatten()
+    else:
+        if scores is not None:
+            scores = scores.flatten()[(order - (order // tokens + 1) * first).to(source.device)]
+        features = source.flatten(0, 1)[order.to(source.device)]
+        chosen = method.select_varlen(features, scores, lengths, widths)
+    return order.to(source.device)[chosen], counts
+
+
+@dataclass
+class Kept:
+    """The tokens kept of all images, or of all videos."""
+
+    # int64 [K], ascending: their places among the placeholders.
+    places: Tensor
+    # [K, D]
+    embeds: Tensor
+    # By image: how many there are of how many.
+    counts: list[int]
+    lengths: list[int]
+
+
+def keep(visual: Visual, method: Method, per_grid: bool, newlines: bool) -> Kept:
+    rows, counts = _select(visual, method, per_grid)
+    layout, device = torch.cat(visual.layouts), rows.device
+    is_newline = layout == NEWLINE
+    is_prefix = ~is_newline & (layout % visual.source.shape[1] < visual.first)
+    # Sizes are known without data, so nothing here waits for the device.
+    place = torch.empty(int(layout.max()) + 1, dtype=torch.int64)
+    place[layout[~is_newline]] = (~is_newline).nonzero()[:, 0]
+    prefix = is_prefix.nonzero()[:, 0]
+    places = [place.to(device)[rows], prefix.to(device)]
+    embeds = visual.embed(torch.cat([rows, layout[prefix].to(device)]))
+    if newlines and visual.newline is not None:
+        ends = is_newline.nonzero()[:, 0]
+        places.append(ends.to(device))
+        embeds = torch.cat([embeds, visual.newline.to(embeds).expand(len(ends), -1)])
+    always = is_prefix | is_newline if newlines else is_prefix
+    lengths = [len(image) for image in visual.layouts]
+    counts = [
+        count + int(extra.sum()) for count, extra in zip(counts, always.split(lengths), strict=True)
+    ]
+    ordered = torch.cat(places).to(embeds.device).sort()
+    return Kept(ordered.values, embeds[ordered.indices], counts, lengths)
+
+
+# ---- the prompt ----
+
+
+def placeholders(model: Any, inputs: Mapping[str, Any], visual: Visual) -> Tensor:
+    """Where the prompts have placeholders of these images, bool [B, L] on the host."""
+    ids, embeds = given(inputs, "input_ids", "inputs_embeds")
+    if ids is not None:
+        found = ids == visual.token_id
+    else:
+        embedding = model.get_input_embeddings()
+        token = torch.tensor(visual.token_id, device=embedding.weight.device)
+        with torch.no_grad():
+            found = (embeds == embedding(token).to(embeds)).all(-1)
+    found = found.cpu()
+    lengths = [len(image) for image in visual.layouts]
+    places = found.flatten().nonzero()[:, 0]
+    prompt = places // found.shape[1]
+    ends = torch.tensor(lengths).cumsum(0)
+    one_prompt = len(places) == sum(lengths) and torch.equal(
+        prompt[ends - torch.tensor(lengths)], prompt[ends - 1]
+    )
+    if not one_prompt:
+        name = "inputs_embeds" if ids is None else "input_ids"
+        raise ValueError(
+            f"{name} has {found.sum(-1).tolist()} placeholders (id {visual.token_id}) by prompt, "
+            f"expected those of {len(lengths)} {visual.kind}s of {lengths} tokens, each in one "
+            "prompt: make both in one call of the processor"
+        )
+    return found
+
+
+class Prompt:
+    """The tokens left of prompts [B, L], and where they go in [B, L']."""
+
+    def __init__(
+        self,
+        mask: Tensor | None,
+        placeholders: list[Tensor],
+        kept: list[Kept],
+        device: torch.device,
+    ) -> None:
+        is_visual = torch.stack(placeholders).any(0)
+        batch, self.length = is_visual.shape
+        real = torch.ones_like(is_visual) if mask is None else mask.bool().cpu() | is_visual
+        # Padding at the ends goes, and is made anew where it is needed.
+        inside = real.cumsum(-1).bool() & real.flip(-1).cumsum(-1).bool().flip(-1)
+        text = (inside & ~is_visual).flatten().nonzero()[:, 0]
+        lengths = (inside & ~is_visual).sum(-1)
+        visual = []
+        for found, tokens in zip(placeholders, kept, strict=True):
+            where = found.flatten().nonzero()[:, 0]
+            visual.append(where.to(device)[tokens.places.to(device)])
+            starts = torch.tensor([0, *tokens.lengths[:-1]]).cumsum(0)
+            lengths.index_add_(0, where[starts] // self.length, torch.tensor(tokens.counts))
+        self.removed = inside.sum(-1) - lengths
+        self.new_length = int(lengths.max())
+
+        # Generation wants padding at the left, so it goes there unless the caller has it elsewhere.
+        left = bool((~real[:, 0]).any()) or bool(real[:, -1].all())
+        spare = self.new_length - lengths
+        column = torch.arange(self.new_length)
+        valid = column >= spare[:, None] if left else column < lengths[:, None]
+        targets = valid.flatten().nonzero()[:, 0].to(device)
+        ordered = torch.cat([text.to(device), *visual]).sort()
+        rank = torch.empty_like(ordered.indices)
+        rank[ordered.indices] = torch.arange(len(rank), device=device)
+        self.shape = batch, self.new_length
+        self.padded = not bool(valid.all())
+        self.padding = ~valid.to(device)
+        # [B * L']: the token of the old prompt; of the kept visual tokens, where they go.
+        self.origin = torch.zeros(batch * self.new_length, dtype=torch.int64, device=device)
+        self.origin[targets] = ordered.values
+        self.visual = targets[rank[len(text) :]]
+        # How many tokens before it, within its prompt, each token lost.
+        begin = torch.where(inside.any(-1), inside.int().argmax(-1), 0)
+        offset = column - (spare[:, None] if left else 0)
+        self.lost = self.origin.view(self.shape) % self.length - (begin[:, None] + offset).to(
+            device
+        )
+
+    def take(self, x: Tensor, fill: float) -> Tensor:
+        """[..., B, L] -> [..., B, L']"""
+        taken = x.flatten(-2)[..., self.origin.to(x.device)].unflatten(-1, self.shape)
+        return taken.masked_fill(self.padding.to(x.device), fill)
+
+    def positions(self, x: Tensor) -> Tensor:
+        """Positions in the text count the tokens that are left; those in space stay."""
+        taken = self.take(x, 0)
+        if x.dim() == 2:
+            return (taken - self.lost).masked_fill(self.padding, 0)
+        if len(x) == 4:
+            taken[0] = (taken[0] - self.lost).masked_fill(self.padding, 0)
+        return taken
+
+
+def positions_before(
+    model: Any,
+    inputs: Mapping[str, Any],
+    mask: Tensor | None,
+    visuals: list[Visual],
+    found: list[Tensor],
+) -> Tensor | None:
+    """Position ids of the prompts before pruning: the caller's, or those in space of Qwen2.5-VL."""
+    ids, embeds, positions = given(inputs, "input_ids", "inputs_embeds", "position_ids")
+    if positions is not None or not hasattr(model.model, "get_rope_index"):
+        return positions
+    if ids is None:
+        # Read for its shape.
+        ids = torch.zeros(embeds.shape[:2], dtype=torch.int64, device=embeds.device)
+    types = torch.zeros_like(ids)
+    for visual, where in zip(visuals, found, strict=True):
+        types[where.to(ids.device)] = {"image": 1, "video": 2}[visual.kind]
+    names = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+    return model.model.get_rope_index(
+        ids,
+        mm_token_type_ids=types,
+        attention_mask=mask,
+        **{name: inputs.get(name) for name in names},
+    )[0]
