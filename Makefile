@@ -8,6 +8,7 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+LLAVA_ARGS ?=
 # For a second run of the tests that changes nothing about these.
 NO_TRITON := $(foreach t,triton triton_attention races aot launches gpu_command,--ignore=tests/test_$(t).py)
 
@@ -15,7 +16,7 @@ PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: help demo test test-again test-slow test-triton test-aot test-gpu dev lint bench bench-gpu dist-test clean
+.PHONY: help demo test test-again test-slow test-triton test-aot test-oldest test-gpu dev lint bench bench-gpu dist-test clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-11s %s\n", $$1, $$2}' Makefile
@@ -39,6 +40,9 @@ test-triton: dev ## the tests of the operators with the Triton kernels, in Trito
 test-aot: dev ## compile every Triton kernel for six GPUs; prints registers, memory, spills
 	$(PY) -m pytest -m aot $(PYTEST_ARGS) tests/test_aot.py
 
+test-oldest: .venv/stamp-oldest ## the tests of the integration with the oldest transformers it takes
+	PYTHONPATH=.venv/oldest $(PY) -m pytest $(PYTEST_ARGS) tests/test_transformers*.py
+
 # These two also run without an installation: PYTHON=... with PyTorch, Triton and pytest is taken as
 # it is.
 OWN := $(filter file,$(origin PYTHON))
@@ -49,9 +53,9 @@ test-gpu: $(if $(OWN),dev) ## every operator on this machine's GPU against the C
 
 bench-gpu: $(if $(OWN),dev) ## the tables on this machine's GPU, in benchmarks/results/<device>/ (PYTHON=...)
 	@# select last: torch.compile may take very long for its loop.
-	@failed=; for table in attention scores select; do \
-	  $(GPU_PY) -m benchmarks.$$table --device cuda --json $(BENCH_ARGS) || \
-	    failed="$$failed $$table"; done; \
+	@failed=; bench() { $(GPU_PY) -m benchmarks.$$* --device cuda --json || failed="$$failed $$1"; }; \
+	bench attention $(BENCH_ARGS); bench scores $(BENCH_ARGS); bench llava $(LLAVA_ARGS); \
+	bench select $(BENCH_ARGS); \
 	[ -z "$$failed" ] || { echo "make: failed:$$failed" >&2; exit 1; }
 
 dev: .venv/stamp-native ## .venv: dependencies, tools, the package (editable), the native core
@@ -141,6 +145,13 @@ clean: ## remove what was built; .venv stays
 	  $(PIP) install "torch>=2.8"; \
 	fi
 	@$(PY) -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))' > .venv/constraints.txt
+	@touch $@
+
+# The oldest transformers that pyproject.toml takes, beside the newest, with what it needs.
+.venv/stamp-oldest: .venv/stamp-native
+	rm -rf .venv/oldest
+	oldest=$$(sed -n 's/^transformers = \["transformers>=\(.*\)"\]/\1/p' pyproject.toml); \
+	$(PIP) install -c .venv/constraints.txt --target .venv/oldest "transformers==$$oldest.0" numpy==$$($(PY) -c 'import numpy; print(numpy.__version__)')
 	@touch $@
 
 # Without the native core, which the next step builds in place, so that a later build is incremental.

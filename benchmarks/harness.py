@@ -354,10 +354,10 @@ def status(tables: dict[str, Rows]) -> int:
     return 0
 
 
-def report(head: dict[str, Any], rows: Rows, file: Path | None) -> None:
-    """Prints the header and the table, and writes both as JSON."""
-    _print(head, {"rows": rows})
-    _write(head, {"rows": rows}, file)
+def report(head: dict[str, Any], tables: dict[str, Rows], file: Path | None) -> None:
+    """Prints the header and the tables, and writes all as JSON."""
+    _print(head, tables)
+    _write(head, tables, file)
 
 
 def _write(head: dict[str, Any], tables: dict[str, Rows], file: Path | None) -> None:

@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         for keep in harness.progress(KEEPS)
         for matching in ("bipartite", "pairwise")
     ]
-    harness.report(harness.header(options.threads), rows, options.json)
+    harness.report(harness.header(options.threads), {"rows": rows}, options.json)
     return 0
 
 

@@ -39,7 +39,9 @@ except ModuleNotFoundError as error:
 
 # What is left to say when time is out has seconds to be said.
 GRACE = 10.0
-FILES = ("test_gpu_select.py", "test_gpu_scores.py", "test_gpu_launch.py", "test_gpu_memory.py")
+FILES = tuple(
+    f"test_gpu_{part}.py" for part in ("select", "scores", "launch", "memory", "transformers")
+)
 STEPS = ("tests", "memcheck", "racecheck")
 
 

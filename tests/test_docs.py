@@ -70,6 +70,59 @@ def test_code_of_the_readme_runs():
         exec(compile(block, "README.md", "exec"), {})
 
 
+def test_code_of_the_transformers_page_runs(monkeypatch, capsys):
+    """As it stands there, but for the picture and for what would be downloaded."""
+    transformers = pytest.importorskip("transformers")
+    import vlms
+
+    model = vlms.make("llava", side=24)
+    prompt = vlms.prompts("llava", [5, vlms.picture("llava", 1, side=24), 7])
+
+    class Processor:
+        def __call__(self, images, text, return_tensors):
+            assert (images, return_tensors) == ("a picture", "pt")
+            assert text.count("<image>") == 1
+            return transformers.BatchFeature(prompt)
+
+        def batch_decode(self, tokens, skip_special_tokens):
+            return [" ".join(map(str, row.tolist())) for row in tokens]
+
+    for cls, made in (
+        (transformers.LlavaForConditionalGeneration, model),
+        (transformers.AutoProcessor, Processor()),
+    ):
+        monkeypatch.setattr(cls, "from_pretrained", lambda *args, made=made, **kwargs: made)
+    names = {"picture": "a picture"}
+    code = blocks(page(ROOT / "docs" / "transformers.md"), "python")
+    for block in code:
+        exec(compile(block, "docs/transformers.md", "exec"), names)
+    assert len(code) == 3
+    assert names["answer"].shape == (1, 20)
+    assert names["logits"].shape[1] == 1 + 5 + 64 + 7
+    assert "generate" not in vars(model)
+    printed = capsys.readouterr().out
+    counts = re.findall(r"^\w+\(keep=.* (\d+)$", printed, re.MULTILINE)
+    assert counts == ["64", "144", "144", "64", "144", "96"]
+
+
+def test_counts_of_the_transformers_page_are_those_of_the_benchmark():
+    pytest.importorskip("transformers")
+    from benchmarks import llava
+
+    text = page(ROOT / "docs" / "transformers.md")
+    rows = re.findall(r"^\| (\S+-7B) \| (\d+) -> (\d+) \| (.*) \|$", text, re.MULTILINE)
+    assert [row[0].lower() for row in rows] == [*llava.CASES]
+    for name, before, after, cells in rows:
+        case = llava.CASES[name.lower()]
+        keep = int(after) - (case.grids if case.model.startswith("video") else 0)
+        line = llava.counted(case, keep)
+        assert f"{before} -> {after} visual tokens" in line
+        tera, less, model, cache = (cell.strip() for cell in cells.split("|"))
+        assert f"{tera} TFLOP, {less.replace(' ', '')} less" in line
+        assert model.replace(" ", "") in line
+        assert cache in line
+
+
 def test_names_of_variables_are_real():
     """Every environment variable that a page names is read somewhere."""
     sources = [*ROOT.glob("vispruner_kernels/**/*.py"), ROOT / "setup.py"]

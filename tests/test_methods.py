@@ -23,8 +23,9 @@ def test_scores_are_those_each_method_names(layer):
     for method in (VisPruner(8), FasterVLM(8)):
         assert method.needs == "cls"
         assert torch.equal(method.attention_scores(q, k), cls)
-    assert FoPru(8).needs == "received"
-    assert torch.equal(FoPru(8).attention_scores(q, k), received)
+    for method in (FoPru(8), VisPruner(8, scores="received"), FasterVLM(8, scores="received")):
+        assert method.needs == "received"
+        assert torch.equal(method.attention_scores(q, k), received)
     assert Random(8).needs is None
     assert Random(8).attention_scores(q, k) is None
 
@@ -43,6 +44,47 @@ def test_selection_goes_through_the_operators(layer):
     for method, expected in cases.items():
         assert torch.equal(method.select(features, scores), expected), method
         assert method.retained_tokens(144) == expected.shape[1]
+
+
+@pytest.mark.parametrize("lengths", [(48, 48, 48), (48, 30, 66), (144,), (1, 143), (72, 72, 1)])
+def test_packed_images_keep_what_they_keep_alone(layer, lengths):
+    q, k, batch = layer
+    total = sum(lengths)
+    features, scores = batch.flatten(0, 1)[:total], cls_scores(q, k).flatten()[:total]
+    methods = [
+        VisPruner(0.3),
+        VisPruner(0.3, matching="pairwise"),
+        VisPruner(1),
+        FasterVLM(0.3),
+        FoPru(0.3),
+        Random(0.3, seed=5),
+    ]
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    for method in methods:
+        alone = [
+            method.select(features[None, a : a + n], scores[None, a : a + n])[0] + a
+            for a, n in zip(starts, lengths, strict=True)
+        ]
+        assert torch.equal(method.select_varlen(features, scores, lengths), torch.cat(alone))
+    without_scores = Random(0.3, seed=5).select_varlen(features, None, lengths)
+    assert torch.equal(without_scores, torch.cat(alone))
+
+
+def test_packed_images_have_grids_of_their_own(layer):
+    q, k, batch = layer
+    features, scores = batch.flatten(0, 1)[:96], cls_scores(q, k).flatten()[:96]
+    kept = FoPru(0.5, "row").select_varlen(features, scores, [48, 48], [8, 12])
+    expected = [
+        select_rows(scores[None, :48], 8, 3)[0],
+        select_rows(scores[None, 48:], 12, 2)[0] + 48,
+    ]
+    assert torch.equal(kept, torch.cat(expected))
+    # A width of the method's own goes first.
+    kept = FoPru(0.5, "row", width=16).select_varlen(features, scores, [48, 48], [8, 12])
+    expected = [select_rows(s[None], 16, 2)[0] + 48 * i for i, s in enumerate(scores.split(48))]
+    assert torch.equal(kept, torch.cat(expected))
+    with pytest.raises(ValueError, match="scores is None"):
+        VisPruner(4).select_varlen(features, None, [40, 56])
 
 
 def test_random_is_a_set_of_its_seed(layer):
@@ -77,6 +119,8 @@ def test_budgets():
         (lambda: VisPruner(float("nan")), ValueError, "keep is nan"),
         (lambda: VisPruner(True), TypeError, "keep is True"),
         (lambda: VisPruner("64"), TypeError, "keep is '64'"),
+        (lambda: VisPruner(64, scores="mean"), ValueError, "scores is 'mean', expected 'cls' or"),
+        (lambda: FasterVLM(64, scores=None), ValueError, "scores is None, expected 'cls' or"),
         (lambda: VisPruner(577).retained_tokens(576), ValueError, "keep is 577"),
         (lambda: VisPruner(8, important_ratio=1.5), ValueError, "important_ratio is 1.5"),
         (lambda: VisPruner(8, important_ratio=float("nan")), ValueError, "important_ratio is nan"),

@@ -12,8 +12,10 @@ from torch import Tensor
 
 pytest.importorskip("transformers")
 
-from tests import vlm_oracle, vlms
-from tests.vlms import CLS_FAMILIES, FAMILIES, picture, prompts
+import vlm_oracle
+import vlms
+from vlms import CLS_FAMILIES, FAMILIES, picture, prompts
+
 from vispruner_kernels import reference
 from vispruner_kernels.integrations.transformers import prune_inputs
 from vispruner_kernels.methods import FasterVLM, FoPru, Method, Random, VisPruner

@@ -10,9 +10,11 @@ from torch import Tensor
 
 pytest.importorskip("transformers")
 
-from tests import vlm_oracle, vlms
-from tests.test_transformers import assert_same, real_logits, scores_of, several
-from tests.vlms import FAMILIES, picture, prompts
+import vlm_oracle
+import vlms
+from test_transformers import assert_same, real_logits, scores_of, several
+from vlms import FAMILIES, picture, prompts
+
 from vispruner_kernels.integrations.transformers import attach, prune_inputs
 from vispruner_kernels.methods import Method, VisPruner
 

@@ -9,8 +9,9 @@ import torch
 
 pytest.importorskip("transformers")
 
-from tests import vlms
-from tests.vlms import picture, prompts
+import vlms
+from vlms import picture, prompts
+
 from vispruner_kernels.integrations import transformers as integration
 from vispruner_kernels.integrations.transformers import attach, prune_inputs
 from vispruner_kernels.methods import FasterVLM, FoPru, VisPruner
@@ -85,19 +86,21 @@ def test_placeholders_that_do_not_match():
         torch.arange(fewer["input_ids"].shape[1]) == 8, 7
     )
     words = (
-        r"input_ids has \[15\] placeholders \(id 90\) by prompt, expected those of 1 image",
+        r"input_ids has \[15\] image placeholders by prompt, expected those of 1 image",
         "16",
     )
     fails(model, fewer, VisPruner(4), ValueError, *words)
     # One image too few, and images across prompts.
     two = prompts("llava", [3, picture("llava", 1)], [2, picture("llava", 2), 1])
     missing = two | {"pixel_values": two["pixel_values"][:1]}
-    fails(model, missing, VisPruner(4), ValueError, r"\[16, 16\] placeholders", "1 images")
+    fails(model, missing, VisPruner(4), ValueError, r"\[16, 16\] image placeholders", "1 images")
     ids = two["input_ids"].clone()
     places = (ids == vlms.IMAGE).nonzero()
     ids[tuple(places[0])] = 7
     ids[1, -1] = vlms.IMAGE
-    fails(model, two | {"input_ids": ids}, VisPruner(4), ValueError, r"\[15, 17\] placeholders")
+    fails(
+        model, two | {"input_ids": ids}, VisPruner(4), ValueError, r"\[15, 17\] image placeholders"
+    )
     embeds = model.get_input_embeddings()(ids).detach()
     by_embeds = {k: v for k, v in two.items() if k != "input_ids"} | {"inputs_embeds": embeds}
     fails(model, by_embeds, VisPruner(4), ValueError, "inputs_embeds has")

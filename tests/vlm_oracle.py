@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from vlms import IMAGE, VIDEO
 
-from tests.vlms import IMAGE, VIDEO
 from vispruner_kernels.methods import Method
 
 PLACEHOLDER = {"image": IMAGE, "video": VIDEO}

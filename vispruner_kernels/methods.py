@@ -36,7 +36,7 @@ def _check_scores(scores: str) -> None:
 
 
 def _offsets(counts: Sequence[int], device: torch.device) -> Tensor:
-    return torch.tensor([0, *accumulate(counts)], dtype=torch.int32).to(device)
+    return torch.tensor([0, *accumulate(counts)], dtype=torch.int32).to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,11 @@ from vispruner_kernels.integrations._vision import NEWLINE, Visual
 from vispruner_kernels.methods import FoPru, Method
 
 
+def send(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on the device, without waiting for what the device does."""
+    return x.to(device, non_blocking=True)
+
+
 def given(inputs: Mapping[str, Any], *names: str) -> list[Any]:
     return [inputs.get(name) for name in names]
 
@@ -44,7 +49,7 @@ def _width(visual: Visual, rows: Tensor) -> int | None:
     return int(widths) if len(widths) == 1 and column[0] >= 0 else None
 
 
-def _select(visual: Visual, method: Method, per_grid: bool) -> tuple[Tensor, list[int]]:
+def select(visual: Visual, method: Method, per_grid: bool) -> tuple[Tensor, list[int]]:
     """Rows kept, and how many of each image."""
     units, widths, counts = [], [], [0] * len(visual.layouts)
     for image in range(len(visual.layouts)):
@@ -63,6 +68,7 @@ def _select(visual: Visual, method: Method, per_grid: bool) -> tuple[Tensor, lis
 
     source, scores, first = visual.source, visual.scores, visual.first
     order, lengths = torch.cat(units), [len(rows) for rows in units]
+    placed = send(order, source.device)
     grids, tokens = source.shape[:2]
     row = torch.arange(grids * tokens)
     patches = row[row % tokens >= first]
@@ -73,10 +79,10 @@ def _select(visual: Visual, method: Method, per_grid: bool) -> tuple[Tensor, lis
         chosen = (kept + starts[:, None]).flatten()
     else:
         if scores is not None:
-            scores = scores.flatten()[(order - (order // tokens + 1) * first).to(source.device)]
-        features = source.flatten(0, 1)[order.to(source.device)]
+            scores = scores.flatten()[placed - (placed // tokens + 1) * first]
+        features = source.flatten(0, 1)[placed]
         chosen = method.select_varlen(features, scores, lengths, widths)
-    return order.to(source.device)[chosen], counts
+    return placed[chosen], counts
 
 
 @dataclass
@@ -93,7 +99,7 @@ class Kept:
 
 
 def keep(visual: Visual, method: Method, per_grid: bool, newlines: bool) -> Kept:
-    rows, counts = _select(visual, method, per_grid)
+    rows, counts = select(visual, method, per_grid)
     layout, device = torch.cat(visual.layouts), rows.device
     is_newline = layout == NEWLINE
     is_prefix = ~is_newline & (layout % visual.source.shape[1] < visual.first)
@@ -101,11 +107,11 @@ def keep(visual: Visual, method: Method, per_grid: bool, newlines: bool) -> Kept
     place = torch.empty(int(layout.max()) + 1, dtype=torch.int64)
     place[layout[~is_newline]] = (~is_newline).nonzero()[:, 0]
     prefix = is_prefix.nonzero()[:, 0]
-    places = [place.to(device)[rows], prefix.to(device)]
-    embeds = visual.embed(torch.cat([rows, layout[prefix].to(device)]))
+    places = [send(place, device)[rows], send(prefix, device)]
+    embeds = visual.embed(torch.cat([rows, send(layout[prefix], device)]))
     if newlines and visual.newline is not None:
         ends = is_newline.nonzero()[:, 0]
-        places.append(ends.to(device))
+        places.append(send(ends, device))
         embeds = torch.cat([embeds, visual.newline.to(embeds).expand(len(ends), -1)])
     always = is_prefix | is_newline if newlines else is_prefix
     lengths = [len(image) for image in visual.layouts]
@@ -119,32 +125,34 @@ def keep(visual: Visual, method: Method, per_grid: bool, newlines: bool) -> Kept
 # ---- the prompt ----
 
 
-def placeholders(model: Any, inputs: Mapping[str, Any], visual: Visual) -> Tensor:
-    """Where the prompts have placeholders of these images, bool [B, L] on the host."""
+def placeholders(model: Any, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Where the prompts have placeholders of images and of videos, bool [B, L] on the host."""
     ids, embeds = given(inputs, "input_ids", "inputs_embeds")
+    tokens = {kind: getattr(model.config, f"{kind}_token_id", None) for kind in ("image", "video")}
     if ids is not None:
-        found = ids == visual.token_id
-    else:
-        embedding = model.get_input_embeddings()
-        token = torch.tensor(visual.token_id, device=embedding.weight.device)
-        with torch.no_grad():
-            found = (embeds == embedding(token).to(embeds)).all(-1)
-    found = found.cpu()
-    lengths = [len(image) for image in visual.layouts]
-    places = found.flatten().nonzero()[:, 0]
-    prompt = places // found.shape[1]
-    ends = torch.tensor(lengths).cumsum(0)
-    one_prompt = len(places) == sum(lengths) and torch.equal(
-        prompt[ends - torch.tensor(lengths)], prompt[ends - 1]
-    )
-    if not one_prompt:
-        name = "inputs_embeds" if ids is None else "input_ids"
+        ids = ids.cpu()
+        return {kind: ids == token for kind, token in tokens.items() if token is not None}
+    embedding = model.get_input_embeddings()
+    found = {}
+    with torch.no_grad():
+        for kind, token in tokens.items():
+            if token is not None:
+                row = embedding(torch.tensor(token, device=embedding.weight.device))
+                found[kind] = (embeds == row.to(embeds)).all(-1).cpu()
+    return found
+
+
+def check_placeholders(found: Tensor, visual: Visual, name: str) -> None:
+    """As many as there are tokens, and those of an image in one prompt."""
+    lengths = torch.tensor([len(image) for image in visual.layouts])
+    prompt = found.nonzero()[:, 0]
+    ends = lengths.cumsum(0)
+    if len(prompt) != ends[-1] or not torch.equal(prompt[ends - lengths], prompt[ends - 1]):
         raise ValueError(
-            f"{name} has {found.sum(-1).tolist()} placeholders (id {visual.token_id}) by prompt, "
-            f"expected those of {len(lengths)} {visual.kind}s of {lengths} tokens, each in one "
+            f"{name} has {found.sum(-1).tolist()} {visual.kind} placeholders by prompt, expected "
+            f"those of {len(lengths)} {visual.kind}s of {lengths.tolist()} tokens, each in one "
             "prompt: make both in one call of the processor"
         )
-    return found
 
 
 class Prompt:
@@ -157,9 +165,10 @@ class Prompt:
         kept: list[Kept],
         device: torch.device,
     ) -> None:
+        """`mask` [B, L] and `placeholders` on the host; tokens on `device`."""
         is_visual = torch.stack(placeholders).any(0)
         batch, self.length = is_visual.shape
-        real = torch.ones_like(is_visual) if mask is None else mask.bool().cpu() | is_visual
+        real = torch.ones_like(is_visual) if mask is None else mask.bool() | is_visual
         # Padding at the ends goes, and is made anew where it is needed.
         inside = real.cumsum(-1).bool() & real.flip(-1).cumsum(-1).bool().flip(-1)
         text = (inside & ~is_visual).flatten().nonzero()[:, 0]
@@ -167,7 +176,7 @@ class Prompt:
         visual = []
         for found, tokens in zip(placeholders, kept, strict=True):
             where = found.flatten().nonzero()[:, 0]
-            visual.append(where.to(device)[tokens.places.to(device)])
+            visual.append(send(where, device)[tokens.places.to(device)])
             starts = torch.tensor([0, *tokens.lengths[:-1]]).cumsum(0)
             lengths.index_add_(0, where[starts] // self.length, torch.tensor(tokens.counts))
         self.removed = inside.sum(-1) - lengths
@@ -178,13 +187,13 @@ class Prompt:
         spare = self.new_length - lengths
         column = torch.arange(self.new_length)
         valid = column >= spare[:, None] if left else column < lengths[:, None]
-        targets = valid.flatten().nonzero()[:, 0].to(device)
-        ordered = torch.cat([text.to(device), *visual]).sort()
+        targets = send(valid.flatten().nonzero()[:, 0], device)
+        ordered = torch.cat([send(text, device), *visual]).sort()
         rank = torch.empty_like(ordered.indices)
         rank[ordered.indices] = torch.arange(len(rank), device=device)
         self.shape = batch, self.new_length
         self.padded = not bool(valid.all())
-        self.padding = ~valid.to(device)
+        self.padding = send(~valid, device)
         # [B * L']: the token of the old prompt; of the kept visual tokens, where they go.
         self.origin = torch.zeros(batch * self.new_length, dtype=torch.int64, device=device)
         self.origin[targets] = ordered.values
@@ -192,9 +201,8 @@ class Prompt:
         # How many tokens before it, within its prompt, each token lost.
         begin = torch.where(inside.any(-1), inside.int().argmax(-1), 0)
         offset = column - (spare[:, None] if left else 0)
-        self.lost = self.origin.view(self.shape) % self.length - (begin[:, None] + offset).to(
-            device
-        )
+        begin = send(begin[:, None] + offset, device)
+        self.lost = self.origin.view(self.shape) % self.length - begin
 
     def take(self, x: Tensor, fill: float) -> Tensor:
         """[..., B, L] -> [..., B, L']"""
@@ -212,11 +220,7 @@ class Prompt:
 
 
 def positions_before(
-    model: Any,
-    inputs: Mapping[str, Any],
-    mask: Tensor | None,
-    visuals: list[Visual],
-    found: list[Tensor],
+    model: Any, inputs: Mapping[str, Any], mask: Tensor | None, found: Mapping[str, Tensor]
 ) -> Tensor | None:
     """Position ids of the prompts before pruning: the caller's, or those in space of Qwen2.5-VL."""
     ids, embeds, positions = given(inputs, "input_ids", "inputs_embeds", "position_ids")
@@ -225,13 +229,11 @@ def positions_before(
     if ids is None:
         # Read for its shape.
         ids = torch.zeros(embeds.shape[:2], dtype=torch.int64, device=embeds.device)
-    types = torch.zeros_like(ids)
-    for visual, where in zip(visuals, found, strict=True):
-        types[where.to(ids.device)] = {"image": 1, "video": 2}[visual.kind]
+    types = found["image"].int() + 2 * found["video"].int()
     names = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
     return model.model.get_rope_index(
         ids,
-        mm_token_type_ids=types,
+        mm_token_type_ids=types.to(ids.device),
         attention_mask=mask,
         **{name: inputs.get(name) for name in names},
     )[0]

@@ -31,9 +31,8 @@ TOWERS = {"CLIPVisionModel": 1, "SiglipVisionModel": 0}
 class Visual:
     """The visual tokens of all images, or of all videos, of a call."""
 
-    # "image" or "video", for messages, and the id of the placeholder.
+    # "image" or "video"
     kind: str
-    token_id: int
     # [G, S, C]: G grids (tiles, frames) of S tokens.
     source: Tensor
     # [G, S - first]; none for a method that needs none.
@@ -169,7 +168,6 @@ def _whole(
     model: Any,
     read: tuple[Tensor, Tensor | None, int],
     kind: str,
-    token_id: int,
     grids_each: int = 1,
 ) -> Visual:
     """Images of some grids each, of which the language model sees every token in order."""
@@ -181,7 +179,6 @@ def _whole(
     project = model.model.multi_modal_projector
     return Visual(
         kind=kind,
-        token_id=token_id,
         source=source,
         scores=scores,
         first=first,
@@ -196,7 +193,7 @@ def _llava(model: Any, inputs: Mapping[str, Any], method: Method) -> list[Visual
     if inputs.get("image_sizes") is not None:
         raise ValueError("image_sizes: LLaVA with images of several sizes is not supported")
     read = _tower(model, inputs, method, model.model.vision_tower, inputs["pixel_values"])
-    return [_whole(model, read, "image", model.config.image_token_id)]
+    return [_whole(model, read, "image")]
 
 
 def _video_llava(model: Any, inputs: Mapping[str, Any], method: Method) -> list[Visual]:
@@ -205,13 +202,13 @@ def _video_llava(model: Any, inputs: Mapping[str, Any], method: Method) -> list[
     images = inputs.get("pixel_values_images") if images is None else images
     if images is not None:
         read = _tower(model, inputs, method, model.model.image_tower, images)
-        visuals.append(_whole(model, read, "image", model.config.image_token_id))
+        visuals.append(_whole(model, read, "image"))
     videos = inputs.get("pixel_values_videos")
     if videos is not None:
         # transformers drops the [CLS] token of images only.
         read = _tower(model, inputs, method, model.model.video_tower, videos.flatten(0, 1), "full")
         frames = videos.shape[1]
-        visuals.append(_whole(model, read, "video", model.config.video_token_id, frames))
+        visuals.append(_whole(model, read, "video", frames))
     return visuals
 
 
@@ -229,7 +226,7 @@ def _tiled(
 
     `pack` is the model's own: [tiles, N, K] of each image and a newline [K] -> [tokens, K].
     """
-    core, token_id = model.model, model.config.image_token_id
+    core = model.model
     pixels = inputs["pixel_values"]
     if pixels.dim() == 5:
         # Padded to the same number of tiles.
@@ -251,7 +248,7 @@ def _tiled(
     row = torch.arange(count * tokens, dtype=torch.float64).view(count, tokens, 1)
     moments = pack(torch.cat([row, row * row], -1).split(tiles), torch.tensor([-1.0, 1.0]).double())
     if all(torch.equal(image[:, 0] ** 2, image[:, 1]) for image in moments):
-        visual = _whole(model, (source, scores, 0), "image", token_id)
+        visual = _whole(model, (source, scores, 0), "image")
         visual.layouts = [image[:, 0].long() for image in moments]
         visual.newline = core.image_newline
         return visual
@@ -261,7 +258,7 @@ def _tiled(
     marks = (
         torch.cat([*pack(torch.ones(count, tokens, 1).split(tiles), torch.zeros(1))])[:, 0] > 0.5
     )
-    places = marks.nonzero()[:, 0].to(source.device)
+    places = marks.nonzero()[:, 0].to(source.device, non_blocking=True)
     layout = torch.where(marks, marks.cumsum(0) - 1, NEWLINE)
     image = torch.arange(len(tiles)).repeat_interleave(torch.tensor(lengths))[marks]
 
@@ -270,7 +267,6 @@ def _tiled(
 
     return Visual(
         kind="image",
-        token_id=token_id,
         source=packed(source),
         scores=None if scores is None else packed(scores[..., None])[..., 0],
         first=0,
@@ -338,7 +334,7 @@ def _llava_onevision(model: Any, inputs: Mapping[str, Any], method: Method) -> l
         patches, scores, _ = read
         pooled = core.apply_pooling(patches).contiguous()
         scores = None if scores is None else core.apply_pooling(scores[..., None])[..., 0]
-        visual = _whole(model, (pooled, scores, 0), "video", config.video_token_id, frames)
+        visual = _whole(model, (pooled, scores, 0), "video", frames)
         visual.embed = lambda kept: core.apply_pooling(core.multi_modal_projector(patches)).flatten(
             0, 1
         )[kept]
@@ -368,24 +364,23 @@ def _standing_in(module: Any, forward: Callable[..., Tensor]) -> Iterator[None]:
 def _qwen(model: Any, inputs: Mapping[str, Any], method: Method) -> list[Visual]:
     visuals = []
     if inputs.get("pixel_values") is not None:
-        grids, token_id = inputs["image_grid_thw"], model.config.image_token_id
-        visuals.append(_merged(model, "image", token_id, inputs["pixel_values"], grids, method))
+        pixels, grids = inputs["pixel_values"], inputs["image_grid_thw"]
+        visuals.append(_merged(model, "image", pixels, grids, method))
     if inputs.get("pixel_values_videos") is not None:
-        grids, token_id = inputs["video_grid_thw"], model.config.video_token_id
-        pixels = inputs["pixel_values_videos"]
-        visuals.append(_merged(model, "video", token_id, pixels, grids, method))
+        pixels, grids = inputs["pixel_values_videos"], inputs["video_grid_thw"]
+        visuals.append(_merged(model, "video", pixels, grids, method))
     return visuals
 
 
-def _merged(
-    model: Any, kind: str, token_id: int, pixels: Tensor, grids: Tensor, method: Method
-) -> Visual:
+def _merged(model: Any, kind: str, pixels: Tensor, grids: Tensor, method: Method) -> Visual:
     """Tokens that the merger makes of 2 x 2 patches; their feature is the four side by side."""
     if method.needs == "cls":
         raise _no_cls("the vision tower of Qwen2.5-VL", method)
     tower = model.model.visual
     unit = tower.spatial_merge_size**2
     windowed = len(tower.blocks) - 1 not in tower.fullatt_block_indexes
+    # Before the tower, so that nothing waits for it.
+    shapes = grids.tolist()
     entered: list[Tensor] = []
 
     def merger(hidden: Tensor) -> Tensor:
@@ -407,14 +402,12 @@ def _merged(
         in_windows = torch.cat([score.flatten() for score in captured])
         scores = in_windows.unflatten(0, (-1, unit)).mean(-1)[raster][None]
 
-    shapes = grids.tolist()
     merge = tower.spatial_merge_size
     area = [h * w // unit for t, h, w in shapes for _ in range(t)]
     grid = torch.arange(len(area)).repeat_interleave(torch.tensor(area))
     column = torch.cat([torch.arange(t * h * w // unit) % (w // merge) for t, h, w in shapes])
     return Visual(
         kind=kind,
-        token_id=token_id,
         source=source[None],
         scores=scores,
         first=0,

@@ -28,10 +28,12 @@ except ImportError as error:
 
 from vispruner_kernels.integrations._prompt import (
     Prompt,
+    check_placeholders,
     given,
     keep,
     placeholders,
     positions_before,
+    send,
 )
 from vispruner_kernels.integrations._vision import reader
 from vispruner_kernels.methods import Method
@@ -136,9 +138,10 @@ def prune_inputs(
         and embeddings. Calls from several threads take turns in the tower.
 
     Cost:
-        Selection is one launch for images of equal size, and for unequal ones. One copy of the ids
-        (and mask) to the host per kind of input. All patches are projected where tokens are
-        interpolated after the projector: videos and images above 9 tiles of LLaVA-OneVision.
+        Selection is one launch for images of equal size, and one for those of different sizes. The
+        ids and the mask are copied to the host before the tower runs, nothing afterwards. All
+        patches are projected where tokens are interpolated after the projector: videos, and images
+        above 9 tiles, of LLaVA-OneVision.
 
     Source:
         VisPruner, arXiv 2412.01818v2.
@@ -163,16 +166,22 @@ def prune_inputs(
     past = None if mask is None else mask[:, : mask.shape[1] - length]
     mask = None if mask is None else mask[:, mask.shape[1] - length :]
 
+    # All that waits for the device comes before the tower; the selection is queued behind it.
+    found = placeholders(model, inputs)
+    positions = positions_before(model, inputs, mask, found)
+    mask_on_host = None if mask is None else mask.cpu()
     visuals = read(model, inputs, method)
-    found = [placeholders(model, inputs, visual) for visual in visuals]
-    positions = positions_before(model, inputs, mask, visuals, found)
     kept = []
     for visual in visuals:
+        check_placeholders(
+            found[visual.kind], visual, "inputs_embeds" if ids is None else "input_ids"
+        )
         if budget == "tile" and not visual.tiles:
             raise ValueError("budget is 'tile', expected 'image': the model interpolates the tiles")
         per_grid = budget == "tile" or visual.kind == "video"
         kept.append(keep(visual, method, per_grid, newlines == "keep"))
-    prompt = Prompt(mask, found, kept, (embeds if ids is None else ids).device)
+    where = [found[visual.kind] for visual in visuals]
+    prompt = Prompt(mask_on_host, where, kept, (embeds if ids is None else ids).device)
 
     pruned = PrunedInputs({k: v for k, v in inputs.items() if k not in _SPENT and v is not None})
     if ids is not None:
@@ -193,7 +202,7 @@ def prune_inputs(
         # From these the model's own forward goes on: the next position less the tokens before it.
         last = positions[-3:] if mask is None else positions[-3:].masked_fill(mask == 0, -1)
         held = prompt.length if mask is None else mask.sum(-1)
-        removed = prompt.removed.to(positions.device)
+        removed = send(prompt.removed, positions.device)
         model.model.rope_deltas = (last.amax((0, 2)) + 1 - held + removed)[:, None]
     if inputs.get("labels") is not None:
         pruned["labels"] = prompt.take(inputs["labels"], -100)

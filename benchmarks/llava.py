@@ -1,0 +1,443 @@
+"""Prefill of LLaVA models end to end: vision tower, selection, projector and language model.
+
+Random weights: latency does not depend on them. Three ways to the first token, in one run:
+
+    no pruning   every visual token is projected and read by the language model
+    published    the vision tower with eager attention and `output_attentions`, the published loop,
+                 every token projected, then dropped
+    ours         prune_inputs and model.forward, as a user calls them
+
+Stages are timed one by one, the total as a whole; what it has beyond its stages is in "rest". FLOPs
+are counted by the formulas of docs/transformers.md, two for a multiply-add. Without a GPU the same
+models are scaled down to a few narrow layers, with the number of tokens they have.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks import harness, limits
+from benchmarks.harness import Timing
+from vispruner_kernels import reference
+from vispruner_kernels.integrations import _prompt, _vision
+from vispruner_kernels.integrations.transformers import prune_inputs
+from vispruner_kernels.methods import VisPruner
+from vispruner_kernels.published import select_published
+
+OPS = ("cls_attention", "select", "select_varlen")
+STAGES = ("tower", "selection", "projector", "language model")
+WAYS = ("no pruning", "published", "ours")
+# Words of the prompt beside the visual tokens.
+TEXT = 64
+IMAGE, VIDEO = 32000, 32001
+RATIO = 0.5
+
+
+@dataclass(frozen=True)
+class Case:
+    """An architecture, the grids that its vision tower sees, and the budgets of its papers."""
+
+    model: str
+    grids: int
+    keeps: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return self.model
+
+
+# Budgets are for all grids together: 2880 -> 160 is the headline of VisPruner's paper.
+CASES = {
+    "llava-1.5-7b": Case("llava-1.5-7b", 1, (192, 128, 64, 32)),
+    "llava-next-7b": Case("llava-next-7b", 5, (640, 320, 160)),
+    "video-llava-7b": Case("video-llava-7b", 8, (512, 256)),
+}
+
+
+def config_of(case: Case, tiny: bool = False) -> Any:
+    """The sizes of the published configuration, or narrow and shallow ones."""
+    import transformers as tf
+
+    video = case.model == "video-llava-7b"
+    size = dict(image_size=224 if video else 336, patch_size=14)
+    if tiny:
+        vision = dict(hidden_size=128, intermediate_size=512, num_attention_heads=2)
+        text = dict(hidden_size=256, intermediate_size=688, num_attention_heads=4)
+        layers = 4, 4
+    else:
+        vision = dict(hidden_size=1024, intermediate_size=4096, num_attention_heads=16)
+        text = dict(hidden_size=4096, intermediate_size=11008, num_attention_heads=32)
+        layers = 24, 32
+    configs = dict(
+        vision_config=tf.CLIPVisionConfig(**size, **vision, num_hidden_layers=layers[0]),
+        text_config=tf.LlamaConfig(
+            **text, num_hidden_layers=layers[1], vocab_size=32064, max_position_embeddings=4096
+        ),
+        image_token_id=IMAGE,
+    )
+    if video:
+        return tf.VideoLlavaConfig(**configs, video_token_id=VIDEO)
+    return (tf.LlavaNextConfig if case.model == "llava-next-7b" else tf.LlavaConfig)(**configs)
+
+
+def build(case: Case, tiny: bool, device: str, dtype: torch.dtype) -> Any:
+    """The model, with random weights."""
+    import transformers as tf
+
+    config = config_of(case, tiny)
+    cls = getattr(tf, type(config).__name__.removesuffix("Config") + "ForConditionalGeneration")
+    torch.manual_seed(0)
+    with limits.target(device):
+        return cls._from_config(config, dtype=dtype).eval()
+
+
+def flops(config: Any, grids: int, visual_tokens: int, projected: int) -> dict[str, float]:
+    """Of the first token, by stage, two for a multiply-add: docs/transformers.md."""
+    vision, text = config.vision_config, config.text_config
+    c, f, patch = vision.hidden_size, vision.intermediate_size, vision.patch_size
+    s = (vision.image_size // patch) ** 2 + 1
+    layer = 2 * s * (4 * c * c + 2 * c * f) + 4 * s * s * c
+    # The last layer is run and not read.
+    tower = vision.num_hidden_layers * layer + 2 * (s - 1) * 3 * patch * patch * c
+    d, m, n = text.hidden_size, text.intermediate_size, visual_tokens + TEXT
+    kv = d * text.num_key_value_heads // text.num_attention_heads
+    decoder = 2 * n * (2 * d * d + 2 * d * kv + 3 * d * m) + 4 * n * n * d
+    return {
+        "tower": grids * tower,
+        "projector": 2 * projected * (c * d + d * d),
+        "language model": text.num_hidden_layers * decoder + 2 * d * text.vocab_size,
+    }
+
+
+def cache_bytes(config: Any, visual_tokens: int, itemsize: int) -> int:
+    """Keys and values of the prompt."""
+    text = config.text_config
+    width = text.hidden_size * text.num_key_value_heads // text.num_attention_heads
+    return 2 * text.num_hidden_layers * width * (visual_tokens + TEXT) * itemsize
+
+
+def inputs_of(case: Case, model: Any) -> dict[str, Any]:
+    """One prompt with one image or video, as the processor returns it."""
+    device, dtype = model.device, model.dtype
+    side = model.config.vision_config.image_size
+    pixels = torch.randn(1, case.grids, 3, side, side, device=device, dtype=dtype)
+    tokens, token, inputs = case.grids * (side // 14) ** 2, IMAGE, {}
+    if case.model == "video-llava-7b":
+        inputs["pixel_values_videos"] = pixels
+        tokens, token = tokens + case.grids, VIDEO
+    elif case.model == "llava-next-7b":
+        inputs["pixel_values"] = pixels
+        inputs["image_sizes"] = torch.tensor([[2 * side, 2 * side]])
+        # A newline ends each row of the four tiles.
+        tokens += 2 * side // 14
+    else:
+        inputs["pixel_values"] = pixels[0]
+    ids = torch.full((1, tokens + TEXT), 100, device=device)
+    ids[0, TEXT // 2 : TEXT // 2 + tokens] = token
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **inputs}
+
+
+class Way(NamedTuple):
+    """What a way does. `check` says "", or WRONG, of what it is going to time."""
+
+    total: Callable[[], Tensor]
+    stages: dict[str, Callable[[], Any]]
+    visual_tokens: int
+    projected: int
+    # [G, T] patches kept of each grid.
+    kept: Tensor | None
+    check: Callable[[], str]
+
+
+class Bench:
+    """The ways of one model and one budget."""
+
+    def __init__(self, case: Case, model: Any, eager: Any, keep: int) -> None:
+        self.case, self.model, self.eager, self.keep = case, model, eager, keep
+        self.inputs = inputs_of(case, model)
+        video = case.model == "video-llava-7b"
+        self.tower = model.model.video_tower if video else model.model.vision_tower
+        self.pixels = self.inputs["pixel_values_videos" if video else "pixel_values"].flatten(0, -4)
+        # Video-LLaVA reads the [CLS] token of its frames.
+        self.cls = 1 if video else 0
+        self.method = VisPruner(keep // case.grids, RATIO)
+
+    def language_model(self, visual: Tensor) -> Tensor:
+        """Logits of the last token after a prompt with these embeddings [K, D] in its middle."""
+        half = self.inputs["input_ids"][:, : TEXT // 2]
+        text = self.model.get_input_embeddings()(half)
+        embeds = torch.cat([text, visual[None], text], 1)
+        hidden = self.model.model.language_model(inputs_embeds=embeds, use_cache=True)[0]
+        return self.model.lm_head(hidden[:, -1])
+
+    def project(self, features: Tensor) -> Tensor:
+        return self.model.model.multi_modal_projector(features)
+
+    def unpruned(self) -> Way:
+        def tower() -> Tensor:
+            return self.tower(self.pixels, output_hidden_states=True).hidden_states[-2]
+
+        def total() -> Tensor:
+            return self.language_model(self.project(tower()[:, 1 - self.cls :].flatten(0, 1)))
+
+        def check() -> str:
+            if "image_sizes" in self.inputs:
+                # transformers adds newlines, which the headline leaves out.
+                return ""
+            expected = self.model(**self.inputs, logits_to_keep=1).logits[:, 0]
+            return "" if _near(total(), expected) else "WRONG"
+
+        features = tower()[:, 1 - self.cls :].flatten(0, 1)
+        visual = self.project(features)
+        stages = {
+            "tower": tower,
+            "projector": lambda: self.project(features),
+            "language model": lambda: self.language_model(visual),
+        }
+        return Way(total, stages, len(visual), len(visual), None, check)
+
+    def published(self) -> Way:
+        def tower() -> tuple[Tensor, Tensor]:
+            out = self.eager(self.pixels, output_hidden_states=True, output_attentions=True)
+            return out.hidden_states[-2], out.attentions[-2]
+
+        def choose(hidden: Tensor, attention: Tensor) -> Tensor:
+            scores = attention[:, :, 0, 1:].mean(1)
+            return select_published(hidden[:, 1:], scores, self.method.keep, RATIO)
+
+        def project(hidden: Tensor, kept: Tensor) -> Tensor:
+            visual = self.project(hidden[:, 1 - self.cls :])
+            patches = visual[:, self.cls :]
+            rows = patches.gather(1, kept[..., None].expand(-1, -1, patches.shape[-1]))
+            return torch.cat([visual[:, : self.cls], rows], 1).flatten(0, 1)
+
+        def total() -> Tensor:
+            hidden, attention = tower()
+            return self.language_model(project(hidden, choose(hidden, attention)))
+
+        def check() -> str:
+            count = self.case.grids * (self.method.keep + self.cls)
+            return "" if len(visual) == count else f"WRONG: {len(visual)} tokens"
+
+        hidden, attention = tower()
+        kept = choose(hidden, attention)
+        visual = project(hidden, kept)
+        stages = {
+            "tower": tower,
+            "selection": lambda: choose(hidden, attention),
+            "projector": lambda: project(hidden, kept),
+            "language model": lambda: self.language_model(visual),
+        }
+        every = hidden[:, 1 - self.cls :, 0].numel()
+        return Way(total, stages, len(visual), every, kept, check)
+
+    def ours(self) -> Way:
+        read = _vision.reader(self.model)
+
+        def tower() -> _vision.Visual:
+            (visual,) = read(self.model, self.inputs, self.method)
+            return visual
+
+        def total() -> Tensor:
+            pruned = prune_inputs(
+                self.model, self.inputs, self.method, budget="tile", newlines="drop"
+            )
+            return self.model(**pruned, use_cache=True, logits_to_keep=1).logits[:, 0]
+
+        def check() -> str:
+            patches = seen.source[:, seen.first :].cpu()
+            expected = reference.select(patches, seen.scores.cpu(), self.method.keep, RATIO)
+            right = torch.equal(kept.cpu(), expected) and _near(total(), by_hand())
+            return "" if right else "WRONG"
+
+        def by_hand() -> Tensor:
+            grids = torch.arange(self.case.grids, device=kept.device)[:, None]
+            hidden = seen.source[grids, kept + seen.first]
+            visual = self.project(torch.cat([seen.source[:, : seen.first], hidden], 1))
+            if "image_sizes" in self.inputs:
+                # After the overview the rows of the picture, through two tiles each.
+                side, tile = self.pixels.shape[-1] // 14, grids - 1
+                y = (tile // 2) * side + kept // side
+                x = (tile % 2) * side + kept % side
+                place = torch.where(grids == 0, kept - side * side, y * 2 * side + x)
+                return self.language_model(visual.flatten(0, 1)[place.flatten().argsort()])
+            return self.language_model(visual.flatten(0, 1))
+
+        seen = tower()
+        tokens = seen.source.shape[1]
+        rows, _ = _prompt.select(seen, self.method, per_grid=True)
+        kept = rows.view(self.case.grids, -1) % tokens - seen.first
+        cls = torch.arange(self.case.grids * seen.first, device=rows.device) * tokens
+        rows = torch.cat([rows, cls])
+        visual = seen.embed(rows)
+        stages = {
+            "tower": tower,
+            "selection": lambda: _prompt.select(seen, self.method, per_grid=True),
+            "projector": lambda: seen.embed(rows),
+            "language model": lambda: self.language_model(visual),
+        }
+        return Way(total, stages, len(visual), len(visual), kept, check)
+
+
+def _near(a: Tensor, b: Tensor) -> bool:
+    """Logits of two orders of the same sums."""
+    bound = 1e-4 if a.dtype == torch.float32 else 0.03
+    return bool(torch.isfinite(a).all()) and bool((a - b).abs().max() <= bound * b.abs().max())
+
+
+def rows_of(bench: Bench, options: argparse.Namespace) -> tuple[harness.Rows, harness.Rows]:
+    """A row of times and one of costs for each way. They are checked, then timed in turns, whole
+    and by stage."""
+    ways = dict(zip(WAYS, (bench.unpruned(), bench.published(), bench.ours()), strict=True))
+    clocks: dict[tuple[str, str], Callable[[], float]] = {}
+    wrong = {name: way.check() for name, way in ways.items()}
+    for name, way in ways.items():
+        if not wrong[name]:
+            for stage, run in {"total": way.total, **way.stages}.items():
+                clocks[name, stage] = limits.Wall(run, nullcontext, (), options.device)
+    seconds = 2 * harness.CASE_SECONDS[options.device]
+    samples = harness.interleaved(clocks, options.rounds, seconds)
+    times, costs = [], []
+    for name, way in ways.items():
+        timing = {
+            stage: Timing(samples[name, stage], 1e3)
+            for stage in ("total", *STAGES)
+            if (name, stage) in samples
+        }
+        keep = None if name == "no pruning" else bench.keep
+        case = {"model": bench.case.model, "keep": keep, "by": name}
+        staged = sum(timing[stage].seconds for stage in STAGES if stage in timing)
+        times.append(
+            {
+                **case,
+                "ms [p10, p90]": wrong[name] or timing["total"],
+                **{f"{stage} ms": timing.get(stage) for stage in STAGES},
+                "rest ms": None if wrong[name] else (timing["total"].seconds - staged) * 1e3,
+            }
+        )
+        config = bench.model.config
+        parts = flops(config, bench.case.grids, way.visual_tokens, way.projected)
+        cache = cache_bytes(config, way.visual_tokens, bench.model.dtype.itemsize)
+        same = None
+        if name == "published":
+            pairs = zip(way.kept.tolist(), ways["ours"].kept.tolist(), strict=True)
+            same = sum(len({*a} & {*b}) for a, b in pairs) / bench.keep
+        costs.append(
+            {
+                **case,
+                "visual tokens": way.visual_tokens,
+                "GFLOP": sum(parts.values()) / 1e9,
+                **{f"{stage} GFLOP": value / 1e9 for stage, value in parts.items()},
+                "KV cache MiB": cache / 2**20,
+                "tokens as ours": same,
+            }
+        )
+    return times, costs
+
+
+def saved(times: harness.Rows, costs: harness.Rows, prefix: str) -> list[str]:
+    """What pruning saves of the time and the FLOPs to the first token, by model and budget."""
+    lines = []
+    for i in range(0, len(times), len(WAYS)):
+        none, _, ours = costs[i : i + len(WAYS)]
+        total = [row["ms [p10, p90]"] for row in times[i : i + len(WAYS)]]
+        if not all(isinstance(time, Timing) for time in total):
+            continue
+
+        def less(name: str, none: Any = none, ours: Any = ours) -> str:
+            return f"{1 - ours[name] / none[name]:.1%}"
+
+        latency, published = (f"{1 - time.seconds / total[0].seconds:.1%}" for time in total[:0:-1])
+        lines.append(
+            f"{prefix}{ours['model']}, {none['visual tokens']} -> {ours['visual tokens']} visual "
+            f"tokens, first token: FLOPs {less('GFLOP')} less (language model "
+            f"{less('language model GFLOP')}), latency {latency} less (published {published}), "
+            f"KV cache {less('KV cache MiB')} less"
+        )
+    return lines
+
+
+def counted(case: Case, keep: int) -> str:
+    """What pruning saves at full size, by count, float16."""
+    config = config_of(case)
+    side = config.vision_config.image_size // config.vision_config.patch_size
+    cls = case.grids if case.model == "video-llava-7b" else 0
+    every, kept = case.grids * side * side + cls, keep + cls
+    before, after = (flops(config, case.grids, n, n) for n in (every, kept))
+    tera = [sum(x.values()) / 1e12 for x in (before, after)]
+    models = [x["language model"] / 1e12 for x in (before, after)]
+    cache = [cache_bytes(config, n, 2) / 2**20 for n in (every, kept)]
+    return (
+        f"full size, counted: {case.model}, {every} -> {kept} visual tokens, first token: "
+        f"{tera[0]:.2f} -> {tera[1]:.2f} TFLOP, {1 - tera[1] / tera[0]:.1%} less (language model "
+        f"{models[0]:.2f} -> {models[1]:.2f}, {1 - models[1] / models[0]:.1%}), KV cache "
+        f"{cache[0]:.0f} -> {cache[1]:.0f} MiB"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command."""
+    usage = harness.parser(__doc__.splitlines()[0], ("cpu", "cuda"))
+    usage.add_argument("--model", nargs="+", choices=[*CASES], default=[*CASES])
+    usage.add_argument("--keep", nargs="+", type=int, help="visual tokens, of all grids together")
+    usage.add_argument("--tiny", action="store_true", help="scaled down, as without a GPU")
+    usage.add_argument("--commit", help="what the header says where git does not know it")
+    options = usage.parse_args(argv)
+    harness.check(options, usage)
+    if options.device == "cpu" and not options.tiny:
+        print("no GPU is used: the models are scaled down (--tiny)\n")
+        options.tiny = True
+    cases = [CASES[name] for name in options.model]
+    for case in cases:
+        for keep in options.keep or ():
+            n = 256 if case.model == "video-llava-7b" else 576
+            if keep % case.grids or not case.grids <= keep <= case.grids * n:
+                usage.error(
+                    f"--keep is {keep}, expected a multiple of {case.grids} up to "
+                    f"{case.grids * n} for {case.model}"
+                )
+    torch.set_num_threads(options.threads)
+    dtype = torch.float16 if options.device == "cuda" else torch.float32
+    head = harness.header(options.threads, options.device, OPS, options.commit)
+    import transformers
+
+    head["transformers"] = transformers.__version__
+    head["weights"] = "random, " + str(dtype).removeprefix("torch.")
+    head["prompt"] = f"{TEXT} words and one image or video"
+    if options.tiny:
+        head["scaled down"] = "4 narrow layers each; only the numbers of tokens are real"
+    times: harness.Rows = []
+    costs: harness.Rows = []
+    with torch.no_grad():
+        for case in cases:
+            model = build(case, options.tiny, options.device, dtype)
+            video = case.model == "video-llava-7b"
+            eager = copy.deepcopy(model.model.video_tower if video else model.model.vision_tower)
+            eager.set_attn_implementation("eager")
+            for keep in harness.progress(options.keep or case.keeps):
+                rows = rows_of(Bench(case, model, eager, keep), options)
+                times += rows[0]
+                costs += rows[1]
+            del model, eager
+    harness.report(head, {"times": times, "costs": costs}, options.json)
+    print()
+    print("\n".join(saved(times, costs, "scaled down: " if options.tiny else "")))
+    if options.tiny:
+        print()
+        print(
+            *(counted(case, keep) for case in cases for keep in options.keep or case.keeps),
+            sep="\n",
+        )
+    return harness.status({"times": times})
+
+
+if __name__ == "__main__":
+    sys.exit(main())
