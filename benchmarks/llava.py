@@ -243,8 +243,7 @@ class Bench:
         read = _vision.reader(self.model)
 
         def tower() -> _vision.Visual:
-            (visual,) = read(self.model, self.inputs, self.method)
-            return visual
+            return read(self.model, self.inputs, self.method)[0]
 
         def total() -> Tensor:
             pruned = prune_inputs(

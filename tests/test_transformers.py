@@ -234,8 +234,7 @@ def test_only_kept_tokens_are_projected(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_only_one_layer_changes_its_attention(family):
     model = vlms.shared(family)
-    towers = ("visual", "vision_tower", "image_tower")
-    tower = next(getattr(model.model, name) for name in towers if hasattr(model.model, name))
+    tower = next(getattr(model.model, name) for name in TOWERS if hasattr(model.model, name))
     kind = "attn" if family == "qwen2.5-vl" else "self_attn"
     modules = [m for name, m in tower.named_modules() if name.endswith(f".{kind}")]
     before = [(m.config, m.config._attn_implementation, dict(vars(m.config))) for m in modules]
@@ -260,19 +259,33 @@ def test_only_one_layer_changes_its_attention(family):
         assert (config._attn_implementation, vars(config)) == (name, content)
 
 
+# Of LLaVA-OneVision the second is interpolated and the others are not.
+SIZES = {
+    "llava-next": [(40, 56), (100, 80), (30, 150)],
+    "llava-onevision": [(50, 100), (100, 80), (30, 40)],
+    "qwen2.5-vl": [(4, 6), (8, 12), (6, 4)],
+}
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_batch_is_its_prompts(family):
-    model, method = vlms.shared(family), VisPruner(5, scores=scores_of(family))
-    parts = [[3, picture(family, 1), 5], [2, picture(family, 2), 9], [picture(family, 3), 1]]
-    together = prune_inputs(model, prompts(family, *parts), method)
-    logits = real_logits(model, together)
+    model, sizes = vlms.shared(family), SIZES.get(family, [None] * 3)
+    pictures = [picture(family, seed, size) for seed, size in enumerate(sizes)]
+    parts = [[3, pictures[0], 5], [2, pictures[1], 9], [pictures[2], 1]]
+    batch = prompts(family, *parts)
+    alone = []
     for i, part in enumerate(parts):
-        # Random words differ by batch: those of the batch.
-        whole, alone = prompts(family, *parts), prompts(family, part)
-        alone["input_ids"] = whole["input_ids"][i][whole["attention_mask"][i].bool()][None]
-        single = prune_inputs(model, alone, method)
-        assert torch.equal(single.kept[0], together.kept[i])
-        assert_same(real_logits(model, single), logits[i : i + 1])
+        single = prompts(family, part)
+        # Its words are those of the batch.
+        single["input_ids"] = batch["input_ids"][i][batch["attention_mask"][i].bool()][None]
+        alone.append(single)
+    for method in methods(family, 4):
+        together = prune_inputs(model, batch, method)
+        logits = real_logits(model, together)
+        for i, single in enumerate(alone):
+            pruned = prune_inputs(model, single, method)
+            assert torch.equal(pruned.kept[0], together.kept[i])
+            assert_same(real_logits(model, pruned), logits[i : i + 1])
 
 
 @pytest.mark.parametrize("strategy", ["rank", "row"])
@@ -363,6 +376,8 @@ def test_packed_images_stay_packed_for_flash_attention(full):
     shapes = []
 
     def flash(module, q, k, v, attention_mask=None, scaling=None, cu_seq_lens_q=None, **_):
+        # As flash_attention_forward does, to find its kernel.
+        assert module.config._attn_implementation == "tests_flash"
         shapes.append(tuple(q.shape))
         mask = torch.zeros(q.shape[2], q.shape[2], dtype=torch.bool)
         for start, stop in pairwise(cu_seq_lens_q.tolist()):
@@ -432,24 +447,73 @@ def test_training_goes_through_the_kept_tokens(family):
     )
 
 
-def test_threads_take_turns():
-    model = vlms.shared("llava")
-    inputs = [prompts("llava", [3, picture("llava", seed), 5]) for seed in range(4)]
-    method = VisPruner(5)
-    expected = [prune_inputs(model, x, method).kept[0] for x in inputs]
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_an_eager_tower_stays_eager(family, checkpointing):
+    """Gradients of what is kept are those of dropping by hand, also where layers run again."""
+    model = vlms.make(family)
+    core = model.model
+    tower = next(getattr(core, n) for n in TOWERS if hasattr(core, n))
+    tower.set_attn_implementation("eager")
+    if checkpointing:
+        # Renamed in transformers 5.
+        names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+        next(getattr(model, name) for name in names if hasattr(model, name))()
+        model.train()
+    inputs = prompts(family, [3, picture(family, 1), 5])
+    method = methods(family)[0]
+    pruned = prune_inputs(model, inputs, method)
+    model(**pruned).logits.square().sum().backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.eval()
+    model.zero_grad()
+    # The same tokens, from the model's own features.
+    kept = pruned.kept[0]
+    names = ("image_sizes", "image_grid_thw", "batch_num_images")
+    rest = {name: inputs[name] for name in names if name in inputs}
+    pixels = inputs.get("pixel_values", inputs.get("pixel_values_images"))
+    image = model.model.get_image_features(pixels, **rest, return_dict=True).pooler_output[0]
+    ids = pruned.input_ids[0]
+    embeds = model.get_input_embeddings()(ids).index_put(
+        ((ids == vlms.IMAGE).nonzero()[:, 0],), image[kept]
+    )
+    positions = pruned.get("position_ids")
+    model(inputs_embeds=embeds[None], position_ids=positions).logits.square().sum().backward()
+    assert any("layers.0" in name or "blocks.0" in name for name in grads)
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            bound = 1e-3 * float(p.grad.abs().max()) + 1e-6
+            torch.testing.assert_close(grads[name], p.grad, rtol=0, atol=bound, msg=name)
+
+
+TOWERS = ("visual", "vision_tower", "image_tower")
+
+
+@pytest.mark.parametrize(("family", "side"), [("llava", 24), ("qwen2.5-vl", 4)])
+def test_threads_do_not_notice_each_other(family, side):
+    """Nor does the unpruned model."""
+    model = vlms.make(family, side)
+    inputs = [prompts(family, [3, picture(family, seed, side=side), 5]) for seed in range(4)]
+    chosen = [VisPruner(5, scores=scores_of(family)), FoPru(5), Random(5), FoPru(4)]
+    expected = [prune_inputs(model, x, m) for x, m in zip(inputs, chosen, strict=True)]
     with torch.no_grad():
         unpruned = model(**inputs[0]).logits
-    failures = []
+    failures: list[object] = []
 
     def work(i: int) -> None:
-        for _ in range(10):
-            with torch.no_grad():
-                if i == 4:
-                    same = torch.equal(model(**inputs[0]).logits, unpruned)
-                else:
-                    same = torch.equal(prune_inputs(model, inputs[i], method).kept[0], expected[i])
-            if not same:
-                failures.append(i)
+        try:
+            for _ in range(12):
+                with torch.no_grad():
+                    if i == 4:
+                        same = torch.equal(model(**inputs[0]).logits, unpruned)
+                    else:
+                        pruned = prune_inputs(model, inputs[i], chosen[i])
+                        embeds = expected[i]["inputs_embeds"]
+                        same = torch.equal(pruned["inputs_embeds"], embeds)
+                if not same:
+                    failures.append(i)
+        except Exception as error:
+            failures.append(error)
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(5)]
     for thread in threads:
@@ -457,3 +521,13 @@ def test_threads_take_turns():
     for thread in threads:
         thread.join()
     assert not failures
+
+
+def test_sizes_as_lists_and_no_images():
+    model, method = vlms.shared("llava-next"), VisPruner(4)
+    inputs = prompts("llava-next", [3, picture("llava-next", 1), 5])
+    expected = prune_inputs(model, inputs, method)
+    listed = inputs | {"image_sizes": inputs["image_sizes"].tolist()}
+    assert torch.equal(prune_inputs(model, listed, method).kept[0], expected.kept[0])
+    none = prompts("llava-next", [7]) | {"pixel_values": torch.zeros(0, 5, 3, 56, 56)}
+    assert prune_inputs(model, none, method).kept is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -213,22 +214,181 @@ def test_a_mask_that_generate_infers():
         assert torch.equal(model.generate(**inputs, **GREEDY), expected)
 
 
-def test_processors_of_logits_see_the_prompt():
-    """A penalty on what the prompt said needs the prompt."""
-    from transformers import LogitsProcessor, LogitsProcessorList
+def test_everyone_sees_the_prompt_of_the_caller(family):
+    """Harnesses count what comes after the prompt that they passed."""
+    from transformers import (
+        LogitsProcessor,
+        LogitsProcessorList,
+        StoppingCriteria,
+        StoppingCriteriaList,
+    )
 
-    model, method = vlms.shared("llava"), method_of("llava")
-    inputs = prompts("llava", [3, picture("llava", 1), 60])
-    seen = []
+    model, method = vlms.shared(family), method_of(family)
+    inputs = prompts(family, [3, picture(family, 1), 5])
+    length = inputs["input_ids"].shape[1]
+    seen: dict[str, list[Tensor]] = {"processor": [], "criterion": [], "streamer": []}
 
-    class Note(LogitsProcessor):
+    class Processor(LogitsProcessor):
         def __call__(self, ids, scores):
-            seen.append(ids)
+            seen["processor"].append(ids)
             return scores
 
+    class AfterThree(StoppingCriteria):
+        def __call__(self, ids, scores, **kwargs):
+            seen["criterion"].append(ids)
+            return torch.full((len(ids),), ids[:, length:].shape[1] >= 3)
+
+    class Streamer:
+        def put(self, value):
+            seen["streamer"].append(value)
+
+        def end(self):
+            pass
+
     with attach(model, method):
-        model.generate(**inputs, **GREEDY, logits_processor=LogitsProcessorList([Note()]))
-    assert torch.equal(seen[0], prune_inputs(model, inputs, method).input_ids)
+        out = model.generate(
+            **inputs,
+            max_new_tokens=9,
+            do_sample=False,
+            logits_processor=LogitsProcessorList([Processor()]),
+            stopping_criteria=StoppingCriteriaList([AfterThree()]),
+            streamer=Streamer(),
+        )
+    assert torch.equal(out[:, length:], expected_tokens(model, inputs, method)[:, :3])
+    assert [torch.equal(x, out[:, : length + i]) for i, x in enumerate(seen["processor"])] == [
+        True
+    ] * 3
+    assert torch.equal(seen["criterion"][-1], out)
+    assert torch.equal(torch.cat([x.flatten() for x in seen["streamer"]]), out[0])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [dict(use_cache=False), dict(cache_implementation="static"), dict(min_new_tokens=NEW)],
+    ids=str,
+)
+def test_other_ways_to_generate(family, settings):
+    model, method, inputs = vlms.shared(family), method_of(family), several(family)
+    with attach(model, method):
+        out = model.generate(**inputs, **GREEDY, **settings)
+    assert torch.equal(out[:, -NEW:], expected_tokens(model, inputs, method))
+
+
+def test_generate_needs_no_gradient():
+    model = vlms.shared("llava")
+    modes = []
+    tower = model.model.vision_tower
+    hook = tower.register_forward_hook(lambda *_: modes.append(torch.is_grad_enabled()))
+    with attach(model, VisPruner(4)):
+        model.generate(**prompts("llava", [3, picture("llava", 1), 5]), **GREEDY)
+    hook.remove()
+    assert modes == [False]
+
+
+def test_settings_of_the_model_count():
+    """transformers takes from there what the caller's config leaves open."""
+    from transformers import GenerationConfig
+
+    model = vlms.make("llava")
+    inputs = prompts("llava", [3, picture("llava", 1), 5], [2, picture("llava", 2), 9])
+    length = inputs["input_ids"].shape[1]
+    model.generation_config.max_length = length + 3
+    config = GenerationConfig(do_sample=False)
+    with attach(model, VisPruner(4)):
+        out = model.generate(**inputs, generation_config=config)
+        assert out.shape[1] == length + 3
+        del inputs["attention_mask"]
+        assert torch.equal(model.generate(**inputs, generation_config=config), out)
+
+
+def test_forward_as_a_tuple_and_positions_without_a_mask():
+    model, method = vlms.shared("llava"), VisPruner(4)
+    inputs = prompts("llava", [3, picture("llava", 1), 5])
+    length = inputs["input_ids"].shape[1]
+    expected = expected_tokens(model, inputs, method)
+    with torch.no_grad(), attach(model, method):
+        out = model(**inputs, use_cache=True, return_dict=False)
+        tokens = []
+        for i in range(NEW):
+            tokens.append(out[0][:, -1].argmax(-1))
+            out = model(
+                input_ids=tokens[-1][:, None],
+                position_ids=torch.tensor([[length + i]]),
+                past_key_values=out[1],
+                return_dict=False,
+            )
+    assert torch.equal(torch.stack(tokens, 1), expected)
+
+
+def test_a_conversation_goes_on_by_forward():
+    """Two turns with images, padded, and the mask of the caller; the same as at once."""
+    model, method = vlms.shared("llava"), VisPruner(4)
+    first = prompts("llava", [3, picture("llava", 1), 5], [4, picture("llava", 2), 9])
+    second = prompts("llava", [2, picture("llava", 3), 6], [1, picture("llava", 4), 7])
+    whole = dict(first)
+    for name in ("input_ids", "attention_mask"):
+        whole[name] = torch.cat([first[name], second[name]], 1)
+    # By prompt, not by turn.
+    pixels = first["pixel_values"], second["pixel_values"]
+    whole["pixel_values"] = torch.stack(pixels, 1).flatten(0, 1)
+    for inputs in (first, whole):
+        inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    length = first["input_ids"].shape[1]
+    turn = second | {
+        "attention_mask": whole["attention_mask"],
+        "position_ids": whole["position_ids"][:, length:],
+    }
+    with torch.no_grad(), attach(model, method):
+        expected = model(**whole).logits
+        cache = model(**first, use_cache=True).past_key_values
+        out = model(**turn, past_key_values=cache).logits
+        # And once more, a word.
+        mask = torch.cat([whole["attention_mask"], torch.ones(2, 1).long()], 1)
+        ids = torch.tensor([[7], [8]])
+        positions = (mask.cumsum(-1) - 1)[:, -1:]
+        last = model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache
+        ).logits
+        longer = whole | {
+            "input_ids": torch.cat([whole["input_ids"], ids], 1),
+            "attention_mask": mask,
+            "position_ids": (mask.cumsum(-1) - 1).clamp(min=0),
+        }
+        once = model(**longer).logits
+    for i in range(2):
+        real = int(second["attention_mask"][i].sum()) - 12
+        assert_same([out[i, -real:]], [expected[i, -real:]])
+    assert_same(list(last[:, -1]), list(once[:, -1]))
+
+
+def test_a_conversation_does_not_go_on_by_generate():
+    model, method = vlms.shared("llava"), VisPruner(4)
+    inputs = prompts("llava", [3, picture("llava", 1), 5])
+    with attach(model, method):
+        out = model.generate(**inputs, **GREEDY, return_dict_in_generate=True)
+        with torch.no_grad():
+            cache = model(**inputs, use_cache=True).past_key_values
+        for used in (out.past_key_values, cache):
+            ids = torch.cat([out.sequences, torch.tensor([[5, 6]])], 1)
+            with pytest.raises(ValueError, match="past_key_values holds a pruned prompt"):
+                model.generate(input_ids=ids, past_key_values=used, **GREEDY)
+        with torch.no_grad(), pytest.raises(ValueError, match=r"has 9 columns, expected 26 .* 14"):
+            model(
+                input_ids=torch.tensor([[5]]),
+                attention_mask=torch.ones(1, 9).long(),
+                past_key_values=cache,
+            )
+
+
+def test_a_copy_would_run_the_original(tmp_path):
+    model = vlms.make("llava")
+    with attach(model, VisPruner(4)):
+        with pytest.raises(RuntimeError, match=r"call remove\(\) .* before copying"):
+            copy.deepcopy(model)
+        with pytest.raises(RuntimeError, match=r"call remove\(\) .* before saving"):
+            torch.save(model, tmp_path / "model.pt")
+        model.save_pretrained(tmp_path)
+    copy.deepcopy(model)
 
 
 def state(model: Any) -> dict[str, Any]:

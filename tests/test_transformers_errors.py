@@ -12,9 +12,10 @@ pytest.importorskip("transformers")
 import vlms
 from vlms import picture, prompts
 
+from vispruner_kernels.integrations import _vision
 from vispruner_kernels.integrations import transformers as integration
 from vispruner_kernels.integrations.transformers import attach, prune_inputs
-from vispruner_kernels.methods import FasterVLM, FoPru, VisPruner
+from vispruner_kernels.methods import FasterVLM, FoPru, Random, VisPruner
 
 
 def one(family: str, size: tuple[int, int] | None = None, frames: int = 0) -> dict:
@@ -159,9 +160,6 @@ def test_tiles_that_do_not_match():
 
 def test_what_cannot_be_pruned():
     model, inputs = vlms.shared("llava"), one("llava")
-    four = inputs | {"attention_mask": inputs["attention_mask"][:, None, None]}
-    with pytest.raises(ValueError, match="attention_mask: expected"):
-        prune_inputs(model, four, VisPruner(4))
     features = inputs | {"mm_encoder_outputs": {"image": 1}}
     with pytest.raises(ValueError, match="mm_encoder_outputs: there are no scores"):
         prune_inputs(model, features, VisPruner(4))
@@ -171,9 +169,75 @@ def test_what_cannot_be_pruned():
     with attach(model, VisPruner(4)), torch.no_grad():
         with pytest.raises(ValueError, match="logits_to_keep is a tensor"):
             model(**inputs, logits_to_keep=torch.tensor([1, 2]))
-        cache = model(**inputs, use_cache=True).past_key_values
+        cache = model(**prompts("llava", [9]), use_cache=True).past_key_values
         with pytest.raises(ValueError, match="past_key_values holds tokens"):
             model.generate(**inputs, past_key_values=cache, max_new_tokens=1)
+
+
+def test_shapes():
+    model, inputs = vlms.shared("llava"), prompts("llava", [3, picture("llava", 1), 5], [9])
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    for name, x, words in (
+        ("attention_mask", mask[:, None, None], r"got \[2, 1, 1, 25\], expected \[2, 25\]"),
+        ("attention_mask", mask[:1], r"got \[1, 25\], expected \[2, 25\]"),
+        ("attention_mask", mask[:, 1:], r"got \[2, 24\], expected \[2, 25\]"),
+        ("attention_mask", {"full": mask}, r"got dict, expected \[2, 25\]"),
+        ("labels", ids[:, :-1], r"got \[2, 24\], expected \[2, 25\]"),
+        ("labels", torch.cat([ids, ids[:, :3]], 1), r"got \[2, 28\], expected \[2, 25\]"),
+        ("labels", ids[:1], r"got \[1, 25\]"),
+        ("position_ids", ids[:, :-1], r"got \[2, 24\]"),
+        ("position_ids", ids[0], r"got \[25\]"),
+    ):
+        with pytest.raises(ValueError, match=f"{name}: {words}"):
+            prune_inputs(model, inputs | {name: x}, VisPruner(4))
+    row = torch.arange(25)[None]
+    expanded = prune_inputs(model, inputs | {"position_ids": row.expand(2, -1)}, VisPruner(4))
+    one = prune_inputs(model, inputs | {"position_ids": row}, VisPruner(4))
+    assert torch.equal(one["position_ids"], expanded["position_ids"])
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("llava-next", "image_sizes"),
+        ("llava-onevision", "image_sizes"),
+        ("qwen2.5-vl", "image_grid_thw"),
+    ],
+)
+def test_what_the_processor_returned_is_missing(family, name):
+    inputs = {k: v for k, v in one(family).items() if k != name}
+    fails(vlms.shared(family), inputs, FoPru(4), ValueError, f"{name} is missing: pass on")
+
+
+def test_more_patches_than_an_operator_takes(monkeypatch):
+    monkeypatch.setattr(_vision, "MAX_TOKENS", 90)
+    model, inputs = vlms.shared("qwen2.5-vl"), one("qwen2.5-vl", (8, 12))
+    words = "image 0 of the batch has 8 x 12 patches, expected at most 90", "max_pixels"
+    fails(model, inputs, FoPru(4), ValueError, *words)
+    assert len(prune_inputs(model, inputs, Random(4)).kept[0]) == 4
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens", "prefill_chunk_size"],
+)
+def test_decoding_that_is_not_supported(name):
+    model, inputs = vlms.shared("llava"), one("llava")
+    with attach(model, VisPruner(4)):
+        with pytest.raises(ValueError, match=f"{name} is given: not supported"):
+            model.generate(**inputs, max_new_tokens=1, **{name: 3})
+        text = {name: x for name, x in inputs.items() if name != "pixel_values"}
+        with pytest.raises(ValueError, match="inputs and input_ids are given"):
+            model.generate(inputs["input_ids"], **text, max_new_tokens=1)
+
+
+def test_images_after_a_cached_prompt_in_space():
+    model = vlms.shared("qwen2.5-vl")
+    with torch.no_grad():
+        cache = model(**prompts("qwen2.5-vl", [9]), use_cache=True).past_key_values
+    inputs = one("qwen2.5-vl") | {"past_key_values": cache}
+    with pytest.raises(ValueError, match="position_ids are missing: they go on from"):
+        prune_inputs(model, inputs, FoPru(4))
 
 
 def test_a_version_that_is_too_old(monkeypatch):

@@ -269,4 +269,4 @@ class Random(Method):
         generator = torch.Generator("cpu").manual_seed(self.seed)
         order = torch.randperm(n, generator=generator, device="cpu")
         kept = order[: self.retained_tokens(n)].sort().values
-        return kept.to(features.device).expand(batch, -1).contiguous()
+        return kept.to(features.device, non_blocking=True).expand(batch, -1).contiguous()

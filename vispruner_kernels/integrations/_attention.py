@@ -7,6 +7,7 @@ tower runs. Every other layer keeps the implementation it has, and no map of att
 from __future__ import annotations
 
 import copy
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,21 +25,106 @@ from vispruner_kernels.methods import Needs
 
 
 @dataclass
-class _Capture:
-    needs: Needs
+class Reading:
+    """What a run of a vision tower leaves for us."""
+
+    needs: Needs | None
     num_prefix: int
     # Multiply a score, a mean over queries, by their number: windows of different sizes compare.
-    sums: bool
+    sums: bool = False
+    # In the order of calls.
     scores: list[Tensor] = field(default_factory=list)
+    # What the watched module returned, or was given.
+    hidden: Any = None
 
 
-_CAPTURE: ContextVar[_Capture | None] = ContextVar("vispruner_capture", default=None)
-# One tower is read at a time; others may run meanwhile, also in the layer that is switched.
-_SWITCH = threading.Lock()
+# Of this thread. Others may run the model meanwhile and must not notice.
+_READING: ContextVar[Reading | None] = ContextVar("vispruner_reading", default=None)
+# The model is switched for one reading at a time.
+_LOCK = threading.Lock()
+
+
+@contextmanager
+def reading(attention: Any, result: Reading) -> Iterator[Reading]:
+    """Scores of what `attention` computes meanwhile, in this thread."""
+    with _LOCK:
+        token = _READING.set(result)
+        config = attention.config
+        try:
+            if result.needs is not None:
+                attention.config = copy.copy(config)
+                attention.config._attn_implementation = _register(attention, config)
+            yield result
+        finally:
+            attention.config = config
+            _READING.reset(token)
+
+
+@contextmanager
+def watching(module: Any, result: Reading) -> Iterator[None]:
+    """`result.hidden` is what `module` returns meanwhile, in this thread."""
+
+    def note(module: Any, args: Any, output: Any) -> None:
+        if _READING.get() is result:
+            result.hidden = output[0] if isinstance(output, tuple) else output
+
+    hook = module.register_forward_hook(note)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def standing_in(
+    module: Any, result: Reading, forward: Callable[[Tensor], Tensor]
+) -> Iterator[None]:
+    """`module` calls `forward` meanwhile, in this thread; `result.hidden` is what it is given."""
+    own, original = module.__dict__.get("forward"), module.forward
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if _READING.get() is not result:
+            return original(*args, **kwargs)
+        (result.hidden,) = args
+        return forward(*args)
+
+    module.forward = call
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
+
+
+def _register(attention: Any, config: Any) -> str:
+    """The name of our attention function around the implementation that the module has."""
+    name = config._attn_implementation or "eager"
+    if name in ALL_ATTENTION_FUNCTIONS:
+        base = ALL_ATTENTION_FUNCTIONS[name]
+    else:
+        # Each model has an eager function of its own.
+        base = sys.modules[type(attention).__module__].eager_attention_forward
+        name = f"eager_{type(attention).__name__}"
+    # Models ask whether a name contains "flash" and then pack images for it.
+    ALL_ATTENTION_FUNCTIONS.register(f"vispruner_{name}", partial(_attention, base, config))
+    return f"vispruner_{name}"
+
+
+class _AsBefore:
+    """A module with the config it had: FlashAttention's function looks up its own name there."""
+
+    def __init__(self, module: Any, config: Any) -> None:
+        self._module = module
+        self.config = config
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
 
 
 def _attention(
     base: Callable[..., Any],
+    config: Any,
     module: Any,
     query: Tensor,
     key: Tensor,
@@ -48,61 +134,35 @@ def _attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """A transformers attention function: [B, H, S, D] -> [B, S, H, D], scores to the capture."""
-    capture = _CAPTURE.get()
-    if capture is not None and attention_mask is not None:
-        raise ValueError("attention_mask in the vision tower: scores of masked attention")
+    """A transformers attention function: [B, H, S, D] -> [B, S, H, D]; scores to the reading."""
+    result = _READING.get()
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    if capture is None or capture.needs != "cls" or dropout or differentiable:
+    if result is None or result.needs != "cls" or dropout or differentiable:
+        before = _AsBefore(module, config)
         out, weights = base(
-            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+            before, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
-    if capture is None:
+    if result is None:
         return out, weights
+    if attention_mask is not None:
+        raise ValueError("the vision tower masks its attention: its scores are not supported")
     q, k = q.detach(), k.detach()
     cu_seqlens = kwargs.get("cu_seq_lens_q")
-    if capture.needs == "received" and cu_seqlens is not None:
+    if result.needs == "received" and cu_seqlens is not None:
         cu_seqlens = cu_seqlens.int()
         longest = int(kwargs["max_length_q"])
         scores = ops.received_scores_varlen(q[0], k[0], cu_seqlens, longest, scaling)
-        if capture.sums:
+        if result.sums:
             counts = cu_seqlens.diff()
             scores = scores * counts.repeat_interleave(counts, output_size=len(scores))
-    elif capture.needs == "received":
-        scores = ops.received_scores(q, k, scaling, capture.num_prefix)
-        if capture.sums:
+    elif result.needs == "received":
+        scores = ops.received_scores(q, k, scaling, result.num_prefix)
+        if result.sums:
             scores = scores * q.shape[1]
     elif dropout or differentiable:
-        scores = ops.cls_scores(q, k, scaling, capture.num_prefix)
+        scores = ops.cls_scores(q, k, scaling, result.num_prefix)
     else:
-        out, scores = ops.cls_attention(q, k, v, scaling, capture.num_prefix)
-    capture.scores.append(scores)
+        out, scores = ops.cls_attention(q, k, v, scaling, result.num_prefix)
+    result.scores.append(scores)
     return out, None
-
-
-@contextmanager
-def capturing(
-    attention: Any, needs: Needs | None, num_prefix: int, sums: bool = False
-) -> Iterator[list[Tensor]]:
-    """Scores of what `attention` computes meanwhile, in the order of its calls."""
-    if needs is None:
-        yield []
-        return
-    capture = _Capture(needs, num_prefix, sums)
-    with _SWITCH:
-        config = attention.config
-        base = config._attn_implementation
-        # The eager function is private to each model. SDPA computes the same.
-        base = base if base in ALL_ATTENTION_FUNCTIONS else "sdpa"
-        # Models ask whether a name contains "flash" and then pack images for it.
-        name = f"vispruner_{base}"
-        ALL_ATTENTION_FUNCTIONS.register(name, partial(_attention, ALL_ATTENTION_FUNCTIONS[base]))
-        attention.config = copy.copy(config)
-        attention.config._attn_implementation = name
-        token = _CAPTURE.set(capture)
-        try:
-            yield capture.scores
-        finally:
-            _CAPTURE.reset(token)
-            attention.config = config

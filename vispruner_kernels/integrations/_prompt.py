@@ -8,18 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vispruner_kernels.integrations._vision import NEWLINE, Visual
+from vispruner_kernels.integrations._vision import (
+    NEWLINE,
+    Visual,
+    given_pixels,
+    needed,
+    send,
+)
 from vispruner_kernels.methods import FoPru, Method
-
-
-def send(x: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on the device, without waiting for what the device does."""
-    return x.to(device, non_blocking=True)
 
 
 def given(inputs: Mapping[str, Any], *names: str) -> list[Any]:
@@ -60,7 +62,7 @@ def select(visual: Visual, method: Method, per_grid: bool) -> tuple[Tensor, list
                     raise ValueError("its rows have no common width; use strategy='rank'")
                 counts[image] += method.on_grid(width).retained_tokens(len(rows))
             except ValueError as error:
-                where = f"{visual.kind} {image}"
+                where = f"{visual.kind} {visual.numbers[image]}"
                 where += f", grid {int(visual.grid[rows[0]])}" if per_grid else ""
                 raise ValueError(f"{where} of the batch: {error}") from None
             units.append(rows)
@@ -80,7 +82,7 @@ def select(visual: Visual, method: Method, per_grid: bool) -> tuple[Tensor, list
     else:
         if scores is not None:
             scores = scores.flatten()[placed - (placed // tokens + 1) * first]
-        features = source.flatten(0, 1)[placed]
+        features = source[placed // tokens, placed % tokens]
         chosen = method.select_varlen(features, scores, lengths, widths)
     return placed[chosen], counts
 
@@ -98,28 +100,40 @@ class Kept:
     lengths: list[int]
 
 
-def keep(visual: Visual, method: Method, per_grid: bool, newlines: bool) -> Kept:
-    rows, counts = select(visual, method, per_grid)
-    layout, device = torch.cat(visual.layouts), rows.device
-    is_newline = layout == NEWLINE
-    is_prefix = ~is_newline & (layout % visual.source.shape[1] < visual.first)
-    # Sizes are known without data, so nothing here waits for the device.
-    place = torch.empty(int(layout.max()) + 1, dtype=torch.int64)
-    place[layout[~is_newline]] = (~is_newline).nonzero()[:, 0]
-    prefix = is_prefix.nonzero()[:, 0]
-    places = [send(place, device)[rows], send(prefix, device)]
-    embeds = visual.embed(torch.cat([rows, send(layout[prefix], device)]))
-    if newlines and visual.newline is not None:
-        ends = is_newline.nonzero()[:, 0]
-        places.append(send(ends, device))
-        embeds = torch.cat([embeds, visual.newline.to(embeds).expand(len(ends), -1)])
-    always = is_prefix | is_newline if newlines else is_prefix
-    lengths = [len(image) for image in visual.layouts]
-    counts = [
-        count + int(extra.sum()) for count, extra in zip(counts, always.split(lengths), strict=True)
-    ]
-    ordered = torch.cat(places).to(embeds.device).sort()
-    return Kept(ordered.values, embeds[ordered.indices], counts, lengths)
+def lengths_of(visuals: list[Visual]) -> list[int]:
+    """Tokens by image, of visuals of one kind."""
+    images = {n: len(x) for v in visuals for n, x in zip(v.numbers, v.layouts, strict=True)}
+    return [images[n] for n in range(len(images))]
+
+
+def keep(visuals: list[Visual], method: Method, per_grid: bool, newlines: bool) -> Kept:
+    """Of the visuals of one kind, each with images of its own."""
+    lengths = lengths_of(visuals)
+    starts = [0, *accumulate(lengths)]
+    counts = [0] * len(lengths)
+    places, embeds = [], []
+    for visual in visuals:
+        rows, chosen = select(visual, method, per_grid)
+        layout, device = torch.cat(visual.layouts), rows.device
+        is_newline = layout == NEWLINE
+        is_prefix = ~is_newline & (layout % visual.source.shape[1] < visual.first)
+        at = torch.cat([torch.arange(starts[n], starts[n + 1]) for n in visual.numbers])
+        place_of = torch.empty(int(layout.max()) + 1, dtype=torch.int64)
+        place_of[layout[~is_newline]] = at[~is_newline]
+        places += [send(place_of, device)[rows], send(at[is_prefix], device)]
+        embeds.append(visual.embed(torch.cat([rows, send(layout[is_prefix], device)])))
+        always = is_prefix
+        if newlines and visual.newline is not None:
+            places.append(send(at[is_newline], device))
+            newline = visual.newline.to(embeds[-1])
+            embeds.append(newline.expand(int(is_newline.sum()), -1))
+            always = is_prefix | is_newline
+        extra = always.split([len(x) for x in visual.layouts])
+        for n, count, others in zip(visual.numbers, chosen, extra, strict=True):
+            counts[n] = count + int(others.sum())
+    every = torch.cat(embeds)
+    ordered = torch.cat(places).to(every.device).sort()
+    return Kept(ordered.values, every[ordered.indices], counts, lengths)
 
 
 # ---- the prompt ----
@@ -142,16 +156,15 @@ def placeholders(model: Any, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     return found
 
 
-def check_placeholders(found: Tensor, visual: Visual, name: str) -> None:
+def check_placeholders(found: Tensor, kind: str, lengths: list[int], name: str) -> None:
     """As many as there are tokens, and those of an image in one prompt."""
-    lengths = torch.tensor([len(image) for image in visual.layouts])
-    prompt = found.nonzero()[:, 0]
-    ends = lengths.cumsum(0)
-    if len(prompt) != ends[-1] or not torch.equal(prompt[ends - lengths], prompt[ends - 1]):
+    prompt, counts = found.nonzero()[:, 0], torch.tensor(lengths)
+    ends = counts.cumsum(0)
+    if len(prompt) != ends[-1] or not torch.equal(prompt[ends - counts], prompt[ends - 1]):
         raise ValueError(
-            f"{name} has {found.sum(-1).tolist()} {visual.kind} placeholders by prompt, expected "
-            f"those of {len(lengths)} {visual.kind}s of {lengths.tolist()} tokens, each in one "
-            "prompt: make both in one call of the processor"
+            f"{name} has {found.sum(-1).tolist()} {kind} placeholders by prompt, expected those of "
+            f"{len(lengths)} {kind}s of {lengths} tokens, each in one prompt: make both in one "
+            "call of the processor"
         )
 
 
@@ -224,16 +237,26 @@ def positions_before(
 ) -> Tensor | None:
     """Position ids of the prompts before pruning: the caller's, or those in space of Qwen2.5-VL."""
     ids, embeds, positions = given(inputs, "input_ids", "inputs_embeds", "position_ids")
-    if positions is not None or not hasattr(model.model, "get_rope_index"):
-        return positions
+    batch, length = (embeds if ids is None else ids).shape[:2]
+    if positions is not None:
+        return positions.expand(*positions.shape[:-2], batch, length)
+    if not hasattr(model.model, "get_rope_index"):
+        return None
+    cache = inputs.get("past_key_values")
+    if cache is not None and cache.get_seq_length():
+        raise ValueError("position_ids are missing: they go on from what past_key_values holds")
     if ids is None:
         # Read for its shape.
-        ids = torch.zeros(embeds.shape[:2], dtype=torch.int64, device=embeds.device)
+        ids = torch.zeros(batch, length, dtype=torch.int64, device=embeds.device)
     types = found["image"].int() + 2 * found["video"].int()
-    names = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+    grids = {}
+    for kind, name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+        grid = f"{kind}_grid_thw"
+        grids[grid] = needed(inputs, grid) if given_pixels(inputs, name) else None
     return model.model.get_rope_index(
         ids,
         mm_token_type_ids=types.to(ids.device),
         attention_mask=mask,
-        **{name: inputs.get(name) for name in names},
+        second_per_grid_ts=inputs.get("second_per_grid_ts"),
+        **grids,
     )[0]

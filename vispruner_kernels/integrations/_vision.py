@@ -10,21 +10,27 @@ A visual token is named by its row in `Visual.source`, the features as the tower
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from vispruner_kernels.integrations._attention import capturing
+from vispruner_kernels._schemas import MAX_TOKENS
+from vispruner_kernels.integrations._attention import Reading, reading, standing_in, watching
 from vispruner_kernels.methods import Method
 
+PIXELS = ("pixel_values", "pixel_values_images", "pixel_values_videos")
 # In `Visual.layouts`: a token that separates rows of an image and has no feature.
 NEWLINE = -1
 # Prefix tokens ([CLS]) of the vision towers.
 TOWERS = {"CLIPVisionModel": 1, "SiglipVisionModel": 0}
+
+
+def send(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on the device, without waiting for what the device does."""
+    return x.to(device, non_blocking=True)
 
 
 @dataclass
@@ -41,6 +47,8 @@ class Visual:
     first: int
     # By image, int64 on the host: the row of each of its tokens in prompt order, or NEWLINE.
     layouts: list[Tensor]
+    # Which of all images of the call these are.
+    numbers: list[int]
     # By row, int64 on the host: its grid, and its column there; -1 where rows make no grid.
     grid: Tensor
     column: Tensor
@@ -91,32 +99,9 @@ def _no_cls(name: str, method: Method) -> ValueError:
     )
 
 
-def _run(
-    tower: Any, pixels: Tensor, settings: Mapping[str, Any], method: Method
-) -> tuple[Tensor, Tensor | None, int]:
-    """Features [G, S, C] as the projector would get them, scores [G, S - first], and `first`."""
-    prefix = _prefix(tower, method)
-    layer = _layer(tower, settings["vision_feature_layer"])
-    output: list[Any] = []
-    hook = layer.register_forward_hook(lambda module, args, out: output.append(out))
-    try:
-        with capturing(layer.self_attn, method.needs, prefix) as captured:
-            tower(pixels, return_dict=True)
-    finally:
-        hook.remove()
-    hidden = output[0][0] if isinstance(output[0], tuple) else output[0]
-    # SigLIP's hidden states keep the layout of its convolution, channels outermost.
-    hidden = hidden if hidden.stride(-1) == 1 else hidden.contiguous()
-    strategy = settings["vision_feature_select_strategy"]
-    if strategy not in ("default", "full"):
-        raise ValueError(
-            f"vision_feature_select_strategy is {strategy!r}, expected 'default' or 'full'"
-        )
-    # "default" drops the first token, whatever it is.
-    dropped = 1 if strategy == "default" else 0
-    first = max(prefix - dropped, 0)
-    scores = captured[0][:, max(dropped - prefix, 0) :] if captured else None
-    return hidden[:, dropped:], scores, first
+def given_pixels(inputs: Mapping[str, Any], name: str) -> bool:
+    """Whether there are any; processors may return none, of no images."""
+    return inputs.get(name) is not None and len(inputs[name]) > 0
 
 
 def _setting(model: Any, inputs: Mapping[str, Any], name: str) -> Any:
@@ -141,19 +126,15 @@ def _tower(
         raise ValueError(
             f"vision_feature_select_strategy is {strategy!r}, expected 'default' or 'full'"
         )
-    output: list[Any] = []
-    hook = layer.register_forward_hook(lambda module, args, out: output.append(out))
-    try:
-        with capturing(layer.self_attn, method.needs, prefix) as captured:
-            tower(pixels, return_dict=True)
-    finally:
-        hook.remove()
-    hidden = output[0][0] if isinstance(output[0], tuple) else output[0]
+    result = Reading(method.needs, prefix)
+    with reading(layer.self_attn, result), watching(layer, result):
+        tower(pixels, return_dict=True)
+    hidden = result.hidden
     # SigLIP's hidden states keep the layout of its convolution, channels outermost.
     hidden = hidden if hidden.stride(-1) == 1 else hidden.contiguous()
     # "default" drops the first token, whatever it is.
     dropped = 1 if strategy == "default" else 0
-    scores = captured[0][:, max(dropped - prefix, 0) :] if captured else None
+    scores = result.scores[0][:, max(dropped - prefix, 0) :] if result.scores else None
     return hidden[:, dropped:], scores, max(prefix - dropped, 0)
 
 
@@ -175,17 +156,19 @@ def _whole(
     count, tokens = source.shape[:2]
     side = math.isqrt(tokens - first)
     grid, column = _grids(count, tokens, first, side if side * side == tokens - first else 0)
-    rows = torch.arange(count * tokens)
+    layouts = list(torch.arange(count * tokens).split(grids_each * tokens))
     project = model.model.multi_modal_projector
     return Visual(
         kind=kind,
         source=source,
         scores=scores,
         first=first,
-        layouts=list(rows.split(grids_each * tokens)),
+        layouts=layouts,
+        numbers=[*range(len(layouts))],
         grid=grid,
         column=column,
-        embed=lambda kept: project(source.flatten(0, 1)[kept]),
+        # Not of `flatten`, which copies where the first token is left out.
+        embed=lambda kept: project(source[kept // tokens, kept % tokens]),
     )
 
 
@@ -198,13 +181,13 @@ def _llava(model: Any, inputs: Mapping[str, Any], method: Method) -> list[Visual
 
 def _video_llava(model: Any, inputs: Mapping[str, Any], method: Method) -> list[Visual]:
     visuals = []
-    images = inputs.get("pixel_values")
-    images = inputs.get("pixel_values_images") if images is None else images
-    if images is not None:
-        read = _tower(model, inputs, method, model.model.image_tower, images)
-        visuals.append(_whole(model, read, "image"))
-    videos = inputs.get("pixel_values_videos")
-    if videos is not None:
+    # Renamed on the way of transformers 5.
+    for name in ("pixel_values", "pixel_values_images"):
+        if given_pixels(inputs, name):
+            read = _tower(model, inputs, method, model.model.image_tower, inputs[name])
+            visuals.append(_whole(model, read, "image"))
+    if given_pixels(inputs, "pixel_values_videos"):
+        videos = inputs["pixel_values_videos"]
         # transformers drops the [CLS] token of images only.
         read = _tower(model, inputs, method, model.model.video_tower, videos.flatten(0, 1), "full")
         frames = videos.shape[1]
@@ -215,19 +198,20 @@ def _video_llava(model: Any, inputs: Mapping[str, Any], method: Method) -> list[
 # ---- tiles: LLaVA-NeXT, LLaVA-OneVision ----
 
 
-def _tiled(
-    model: Any,
-    inputs: Mapping[str, Any],
-    method: Method,
-    tiles: list[int],
-    pack: Callable[[Sequence[Tensor], Tensor], Sequence[Tensor]],
-) -> Visual:
-    """Images cut into tiles, which the model unpads and packs with a newline after each row.
+class Pack(Protocol):
+    """The model's own packing of images [tiles, N, K], by their numbers, with a newline [K] after
+    each row: [tokens, K] each."""
 
-    `pack` is the model's own: [tiles, N, K] of each image and a newline [K] -> [tokens, K].
-    """
-    core = model.model
-    pixels = inputs["pixel_values"]
+    def __call__(
+        self, images: Sequence[Tensor], numbers: Sequence[int], newline: Tensor
+    ) -> Sequence[Tensor]: ...
+
+
+def _tiled(
+    model: Any, inputs: Mapping[str, Any], method: Method, tiles: list[int], pack: Pack
+) -> list[Visual]:
+    """Images cut into tiles, which the model unpads, may interpolate, and packs."""
+    core, pixels = model.model, inputs["pixel_values"]
     if pixels.dim() == 5:
         # Padded to the same number of tiles.
         pixels = torch.cat([image[:n] for image, n in zip(pixels, tiles, strict=False)])
@@ -244,57 +228,90 @@ def _tiled(
             f"a tile has {tokens} tokens, expected {side} x {side} patches: "
             "see vision_feature_select_strategy"
         )
-    # Where each row goes. A mixture of rows has a variance: the image was interpolated.
+    # Where each row goes. A mixture of rows has a variance: the image is interpolated.
     row = torch.arange(count * tokens, dtype=torch.float64).view(count, tokens, 1)
-    moments = pack(torch.cat([row, row * row], -1).split(tiles), torch.tensor([-1.0, 1.0]).double())
-    if all(torch.equal(image[:, 0] ** 2, image[:, 1]) for image in moments):
+    images = torch.cat([row, row * row], -1).split(tiles)
+    packed = pack(images, range(len(tiles)), torch.tensor([-1.0, 1.0]).double())
+    exact = [torch.equal(image[:, 0] ** 2, image[:, 1]) for image in packed]
+    visuals = []
+    if any(exact):
         visual = _whole(model, (source, scores, 0), "image")
-        visual.layouts = [image[:, 0].long() for image in moments]
+        visual.numbers = [i for i, plain in enumerate(exact) if plain]
+        visual.layouts = [packed[i][:, 0].long() for i in visual.numbers]
         visual.newline = core.image_newline
-        return visual
+        visuals.append(visual)
+    if not all(exact):
+        mixed = [i for i, plain in enumerate(exact) if not plain]
+        lengths = [len(packed[i]) for i in mixed]
+        visuals.append(_mixed(core, source, scores, tiles, mixed, lengths, pack))
+    return visuals
 
-    # Tokens are mixtures of patches after the projector, so it needs all patches.
-    lengths = [len(image) for image in moments]
-    marks = (
-        torch.cat([*pack(torch.ones(count, tokens, 1).split(tiles), torch.zeros(1))])[:, 0] > 0.5
-    )
-    places = marks.nonzero()[:, 0].to(source.device, non_blocking=True)
-    layout = torch.where(marks, marks.cumsum(0) - 1, NEWLINE)
-    image = torch.arange(len(tiles)).repeat_interleave(torch.tensor(lengths))[marks]
+
+def _mixed(
+    core: Any,
+    source: Tensor,
+    scores: Tensor | None,
+    tiles: list[int],
+    numbers: list[int],
+    lengths: list[int],
+    pack: Pack,
+) -> Visual:
+    """Images that are interpolated after the projector, which therefore needs all their patches: a
+    token, its feature and its score are mixtures."""
 
     def packed(x: Tensor) -> Tensor:
-        return torch.cat([*pack(x.split(tiles), x.new_zeros(x.shape[-1]))])[places][None]
+        images = x.split(tiles)
+        newline = x.new_zeros(x.shape[-1])
+        return torch.cat([*pack([images[i] for i in numbers], numbers, newline)])
+
+    marks = packed(torch.ones(*source.shape[:2], 1))[:, 0] > 0.5
+    places = send(marks.nonzero()[:, 0], source.device)
+    layout = torch.where(marks, marks.cumsum(0) - 1, NEWLINE)
+    image = torch.arange(len(numbers)).repeat_interleave(torch.tensor(lengths))[marks]
+
+    def project(kept: Tensor) -> Tensor:
+        tokens = packed(core.multi_modal_projector(source))
+        return tokens[places[kept].to(tokens.device)]
 
     return Visual(
         kind="image",
-        source=packed(source),
-        scores=None if scores is None else packed(scores[..., None])[..., 0],
+        source=packed(source)[places][None],
+        scores=None if scores is None else packed(scores[..., None])[places, 0][None],
         first=0,
         layouts=list(layout.split(lengths)),
+        numbers=numbers,
         grid=image,
         column=torch.full_like(image, -1),
-        embed=lambda kept: packed(core.multi_modal_projector(source))[0, kept],
+        embed=project,
         newline=core.image_newline,
         tiles=False,
     )
 
 
+def _sizes(inputs: Mapping[str, Any]) -> list[list[int]]:
+    sizes = torch.as_tensor(needed(inputs, "image_sizes")).tolist()
+    return [[int(x) for x in size] for size in sizes]
+
+
+def needed(inputs: Mapping[str, Any], name: str) -> Any:
+    if inputs.get(name) is None:
+        raise ValueError(f"{name} is missing: pass on what the processor returned")
+    return inputs[name]
+
+
 def _llava_next(model: Any, inputs: Mapping[str, Any], method: Method) -> list[Visual]:
     from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-    config, sizes = model.config, inputs["image_sizes"].tolist()
+    config, sizes = model.config, _sizes(inputs)
+    strategy = _setting(model, inputs, "vision_feature_select_strategy")
 
-    def pack(images: Sequence[Tensor], newline: Tensor) -> Sequence[Tensor]:
-        strategy = _setting(model, inputs, "vision_feature_select_strategy")
-        return model.model.pack_image_features(images, sizes, strategy, image_newline=newline)[0]
+    def pack(images: Sequence[Tensor], numbers: Sequence[int], newline: Tensor) -> Sequence[Tensor]:
+        own = [sizes[i] for i in numbers]
+        return model.model.pack_image_features(images, own, strategy, image_newline=newline)[0]
 
-    tiles = [
-        image_size_to_num_patches(
-            size, config.image_grid_pinpoints, config.vision_config.image_size
-        )
-        for size in sizes
-    ]
-    return [_tiled(model, inputs, method, tiles, pack)]
+    tile = config.vision_config.image_size
+    tiles = [image_size_to_num_patches(size, config.image_grid_pinpoints, tile) for size in sizes]
+    return _tiled(model, inputs, method, tiles, pack)
 
 
 def _llava_onevision(model: Any, inputs: Mapping[str, Any], method: Method) -> list[Visual]:
@@ -303,41 +320,43 @@ def _llava_onevision(model: Any, inputs: Mapping[str, Any], method: Method) -> l
     )
 
     core, config, visuals = model.model, model.config, []
-    if inputs.get("pixel_values") is not None:
-        sizes = inputs["image_sizes"].tolist()
+    if given_pixels(inputs, "pixel_values"):
+        sizes = _sizes(inputs)
         counts = inputs.get("batch_num_images")
-        counts = [1] * len(sizes) if counts is None else torch.as_tensor(counts).tolist()
+        counts = [1] * len(sizes) if counts is None else [int(n) for n in counts]
         # A prompt with several images gets one tile of each.
+        alone = [n == 1 for n in counts for _ in range(n)]
+        tile = config.vision_config.image_size
         tiles = [
-            image_size_to_num_patches(
-                size, config.image_grid_pinpoints, config.vision_config.image_size
-            )
-            if alone
-            else 1
-            for size, alone in zip(sizes, [n == 1 for n in counts for _ in range(n)], strict=True)
+            image_size_to_num_patches(size, config.image_grid_pinpoints, tile) if one else 1
+            for size, one in zip(sizes, alone, strict=True)
         ]
 
-        def pack(images: Sequence[Tensor], newline: Tensor) -> Sequence[Tensor]:
+        def pack(
+            images: Sequence[Tensor], numbers: Sequence[int], newline: Tensor
+        ) -> Sequence[Tensor]:
+            ratio = config.vision_aspect_ratio
+            own = [sizes[i] for i in numbers]
             return core.pack_image_features(
-                images,
-                sizes,
-                image_newline=newline,
-                vision_aspect_ratio=config.vision_aspect_ratio,
+                images, own, image_newline=newline, vision_aspect_ratio=ratio
             )[0]
 
-        visuals.append(_tiled(model, inputs, method, tiles, pack))
-    videos = inputs.get("pixel_values_videos")
-    if videos is not None:
+        visuals += _tiled(model, inputs, method, tiles, pack)
+    if given_pixels(inputs, "pixel_values_videos"):
+        videos = inputs["pixel_values_videos"]
         frames = videos.shape[1]
         read = _tower(model, inputs, method, core.vision_tower, videos.flatten(0, 1))
         # Pooled after the projector: a token is a mixture of patches, which it needs all.
         patches, scores, _ = read
         pooled = core.apply_pooling(patches).contiguous()
         scores = None if scores is None else core.apply_pooling(scores[..., None])[..., 0]
+
+        def project(kept: Tensor) -> Tensor:
+            tokens = core.apply_pooling(core.multi_modal_projector(patches)).flatten(0, 1)
+            return tokens[kept.to(tokens.device)]
+
         visual = _whole(model, (pooled, scores, 0), "video", frames)
-        visual.embed = lambda kept: core.apply_pooling(core.multi_modal_projector(patches)).flatten(
-            0, 1
-        )[kept]
+        visual.embed = project
         end = torch.tensor([NEWLINE])
         visual.layouts = [torch.cat([rows, end]) for rows in visual.layouts]
         visual.newline = core.image_newline
@@ -348,27 +367,12 @@ def _llava_onevision(model: Any, inputs: Mapping[str, Any], method: Method) -> l
 # ---- Qwen2.5-VL ----
 
 
-@contextmanager
-def _standing_in(module: Any, forward: Callable[..., Tensor]) -> Iterator[None]:
-    """`module` calls `forward` meanwhile."""
-    before = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-        if before is not None:
-            module.forward = before
-
-
 def _qwen(model: Any, inputs: Mapping[str, Any], method: Method) -> list[Visual]:
     visuals = []
-    if inputs.get("pixel_values") is not None:
-        pixels, grids = inputs["pixel_values"], inputs["image_grid_thw"]
-        visuals.append(_merged(model, "image", pixels, grids, method))
-    if inputs.get("pixel_values_videos") is not None:
-        pixels, grids = inputs["pixel_values_videos"], inputs["video_grid_thw"]
-        visuals.append(_merged(model, "video", pixels, grids, method))
+    for kind, name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+        if given_pixels(inputs, name):
+            grids = needed(inputs, f"{kind}_grid_thw")
+            visuals.append(_merged(model, kind, inputs[name], grids, method))
     return visuals
 
 
@@ -377,43 +381,47 @@ def _merged(model: Any, kind: str, pixels: Tensor, grids: Tensor, method: Method
     if method.needs == "cls":
         raise _no_cls("the vision tower of Qwen2.5-VL", method)
     tower = model.model.visual
-    unit = tower.spatial_merge_size**2
+    merge = tower.spatial_merge_size
+    unit = merge * merge
     windowed = len(tower.blocks) - 1 not in tower.fullatt_block_indexes
     # Before the tower, so that nothing waits for it.
     shapes = grids.tolist()
-    entered: list[Tensor] = []
+    for number, (_, h, w) in enumerate(shapes):
+        if h * w > MAX_TOKENS and method.needs and not windowed:
+            raise ValueError(
+                f"{kind} {number} of the batch has {h} x {w} patches, expected at most "
+                f"{MAX_TOKENS}: lower max_pixels of the processor"
+            )
 
     def merger(hidden: Tensor) -> Tensor:
         # The numbers of its outputs: the tower puts them back from window order.
-        entered.append(hidden)
         return torch.arange(len(hidden) // unit, device=hidden.device)[:, None]
 
     # A patch attends within its image or, in a windowed layer, its window, where shorter means of
     # fewer queries are not comparable: sums are.
-    with (
-        capturing(tower.blocks[-1].attn, method.needs, 0, sums=windowed) as captured,
-        _standing_in(tower.merger, merger),
-    ):
+    result = Reading(method.needs, 0, sums=windowed)
+    with reading(tower.blocks[-1].attn, result), standing_in(tower.merger, result, merger):
         out = tower(pixels.type(tower.dtype), grid_thw=grids)
     raster = (out if isinstance(out, Tensor) else out.pooler_output)[:, 0]
-    source = entered[0].unflatten(0, (-1, unit))[raster].flatten(1)
+    source = result.hidden.unflatten(0, (-1, unit))[raster].flatten(1)
     scores = None
-    if captured:
-        in_windows = torch.cat([score.flatten() for score in captured])
+    if result.scores:
+        in_windows = torch.cat([score.flatten() for score in result.scores])
         scores = in_windows.unflatten(0, (-1, unit)).mean(-1)[raster][None]
 
-    merge = tower.spatial_merge_size
     area = [h * w // unit for t, h, w in shapes for _ in range(t)]
-    grid = torch.arange(len(area)).repeat_interleave(torch.tensor(area))
-    column = torch.cat([torch.arange(t * h * w // unit) % (w // merge) for t, h, w in shapes])
+    tokens = [t * h * w // unit for t, h, w in shapes]
     return Visual(
         kind=kind,
         source=source[None],
         scores=scores,
         first=0,
-        layouts=list(torch.arange(len(source)).split([t * h * w // unit for t, h, w in shapes])),
-        grid=grid,
-        column=column,
+        layouts=list(torch.arange(len(source)).split(tokens)),
+        numbers=[*range(len(tokens))],
+        grid=torch.arange(len(area)).repeat_interleave(torch.tensor(area)),
+        column=torch.cat(
+            [torch.arange(n) % (w // merge) for n, (_, _, w) in zip(tokens, shapes, strict=True)]
+        ),
         embed=lambda kept: tower.merger(source[kept].unflatten(1, (unit, -1)).flatten(0, 1)),
     )
 
@@ -425,6 +433,11 @@ READERS: dict[str, Callable[[Any, Mapping[str, Any], Method], list[Visual]]] = {
     "Qwen2_5_VLForConditionalGeneration": _qwen,
     "VideoLlavaForConditionalGeneration": _video_llava,
 }
+
+
+def has_pixels(inputs: Mapping[str, Any]) -> bool:
+    """Whether there is anything to prune."""
+    return any(given_pixels(inputs, name) for name in PIXELS)
 
 
 def reader(model: Any) -> Callable[[Any, Mapping[str, Any], Method], list[Visual]]:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from functools import wraps
+from dataclasses import dataclass
+from functools import update_wrapper
 from itertools import accumulate
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -31,11 +32,11 @@ from vispruner_kernels.integrations._prompt import (
     check_placeholders,
     given,
     keep,
+    lengths_of,
     placeholders,
     positions_before,
-    send,
 )
-from vispruner_kernels.integrations._vision import reader
+from vispruner_kernels.integrations._vision import PIXELS, has_pixels, reader, send
 from vispruner_kernels.methods import Method
 
 __all__ = ["Handle", "PrunedInputs", "attach", "prune_inputs"]
@@ -47,7 +48,6 @@ if tuple(int(x) for x in transformers.__version__.split(".")[:2]) < MINIMUM:
         f"{'.'.join(map(str, MINIMUM))}: pip install -U transformers"
     )
 
-PIXELS = ("pixel_values", "pixel_values_images", "pixel_values_videos")
 # What describes images or the prompt before pruning, and must not reach the model after it.
 _SPENT = (
     *PIXELS,
@@ -67,7 +67,13 @@ _SPENT = (
 )
 
 
-_LENGTHS = ("max_length", "max_new_tokens", "min_length", "min_new_tokens")
+# Decoding that goes back and forth in the cache by the length of the prompt, or fills it in parts.
+_REFUSED = (
+    "assistant_model",
+    "assistant_early_exit",
+    "prompt_lookup_num_tokens",
+    "prefill_chunk_size",
+)
 
 
 class PrunedInputs(dict[str, Any]):
@@ -153,16 +159,13 @@ def prune_inputs(
     _check(method, budget, newlines)
     if inputs.get("mm_encoder_outputs"):
         raise ValueError("mm_encoder_outputs: there are no scores to prune by; give pixel_values")
-    if all(inputs.get(name) is None for name in PIXELS):
+    if not has_pixels(inputs):
         return PrunedInputs(inputs)
     ids, embeds, mask = given(inputs, "input_ids", "inputs_embeds", "attention_mask")
     if ids is None and embeds is None:
         raise ValueError("inputs has neither input_ids nor inputs_embeds")
-    length = (embeds if ids is None else ids).shape[1]
-    if mask is not None and (
-        not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] < length
-    ):
-        raise ValueError(f"attention_mask: expected [B, {length}], a number for each token")
+    batch, length = (embeds if ids is None else ids).shape[:2]
+    _check_shapes(inputs, batch, length)
     past = None if mask is None else mask[:, : mask.shape[1] - length]
     mask = None if mask is None else mask[:, mask.shape[1] - length :]
 
@@ -171,16 +174,21 @@ def prune_inputs(
     positions = positions_before(model, inputs, mask, found)
     mask_on_host = None if mask is None else mask.cpu()
     visuals = read(model, inputs, method)
-    kept = []
-    for visual in visuals:
-        check_placeholders(
-            found[visual.kind], visual, "inputs_embeds" if ids is None else "input_ids"
+    if budget == "tile" and not all(visual.tiles for visual in visuals):
+        raise ValueError(
+            "budget is 'tile', expected 'image': an image is interpolated, so it has no tiles"
         )
-        if budget == "tile" and not visual.tiles:
-            raise ValueError("budget is 'tile', expected 'image': the model interpolates the tiles")
-        per_grid = budget == "tile" or visual.kind == "video"
-        kept.append(keep(visual, method, per_grid, newlines == "keep"))
-    where = [found[visual.kind] for visual in visuals]
+    kinds = sorted({visual.kind for visual in visuals})
+    kept = []
+    for kind in kinds:
+        of_kind = [visual for visual in visuals if visual.kind == kind]
+        lengths = lengths_of(of_kind)
+        check_placeholders(
+            found[kind], kind, lengths, "inputs_embeds" if ids is None else "input_ids"
+        )
+        per_grid = budget == "tile" or kind == "video"
+        kept.append(keep(of_kind, method, per_grid, newlines == "keep"))
+    where = [found[kind] for kind in kinds]
     prompt = Prompt(mask_on_host, where, kept, (embeds if ids is None else ids).device)
 
     pruned = PrunedInputs({k: v for k, v in inputs.items() if k not in _SPENT and v is not None})
@@ -224,13 +232,12 @@ class Handle:
         # Instance attributes of the model that ours stand before, if there were any.
         self._before: dict[str, Any] = {}
         self._ours: dict[str, Any] = {}
-        # By cache: the length of its prompt to the caller, its mask now, the tokens removed.
-        self._caches: WeakKeyDictionary[Any, tuple[int, Tensor, Any]] = WeakKeyDictionary()
+        self._caches: WeakKeyDictionary[Any, _Prompted] = WeakKeyDictionary()
         for name, wrapper in (("forward", self._forward), ("generate", self._generate)):
             original = getattr(model, name)
-            if hasattr(original, "_vispruner"):
+            if isinstance(original, _Wrapped):
                 raise RuntimeError("the model prunes already: call remove() of its handle first")
-            self._ours[name] = _wrapped(original, wrapper)
+            self._ours[name] = _Wrapped(original, wrapper)
         for name, ours in self._ours.items():
             if name in model.__dict__:
                 self._before[name] = model.__dict__[name]
@@ -256,94 +263,182 @@ class Handle:
         self.remove()
 
     def _forward(self, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-        if all(arguments.get(name) is None for name in PIXELS):
-            return original(**self._continued(arguments))
+        mask, cache = given(arguments, "attention_mask", "past_key_values")
+        cached = 0 if cache is None else cache.get_seq_length()
+        before = None if cache is None else self._caches.get(cache)
+        if before is not None:
+            arguments = _continued(arguments, before, cached)
+        if not has_pixels(arguments):
+            return original(**arguments)
         if isinstance(arguments.get("logits_to_keep"), Tensor):
             raise ValueError("logits_to_keep is a tensor of positions before pruning, expected int")
         pruned = prune_inputs(self._model, arguments, **self._settings)
         out = original(**pruned)
-        cache = getattr(out, "past_key_values", None)
+        values = out if isinstance(out, tuple) else out.values()
+        cache = next((x for x in (cache, *values) if isinstance(x, transformers.Cache)), None)
         if cache is not None:
-            ids, embeds, mask = given(arguments, "input_ids", "inputs_embeds", "attention_mask")
-            before = (embeds if ids is None else ids) if mask is None else mask
-            after = pruned.get("attention_mask")
-            if after is None:
-                after = torch.ones_like(pruned["inputs_embeds"][..., 0], dtype=torch.int64)
-            self._caches[cache] = before.shape[1], after, pruned.removed
+            self._remember(cache, pruned, arguments, mask, cached, before)
         return out
 
-    def _continued(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Decoding by hand: the caller's mask and positions still count the tokens removed."""
-        cache, mask = given(arguments, "past_key_values", "attention_mask")
-        seen = self._caches.get(cache) if cache is not None else None
-        if seen is None or mask is None or mask.dim() != 2:
-            return arguments
-        before, after, removed = seen
+    def _remember(
+        self,
+        cache: Any,
+        pruned: PrunedInputs,
+        arguments: Mapping[str, Any],
+        mask: Tensor | None,
+        cached: int = 0,
+        before: _Prompted | None = None,
+    ) -> None:
+        """What `cache` holds now, and held to the caller, whose own mask is `mask`."""
         ids, embeds = given(arguments, "input_ids", "inputs_embeds")
-        new = (embeds if ids is None else ids).shape[1]
-        if mask.shape[1] - before + after.shape[1] != cache.get_seq_length() + new:
-            return arguments
-        arguments["attention_mask"] = torch.cat([after, mask[:, before:]], 1)
-        positions = arguments.get("position_ids")
-        if positions is not None and positions.dim() == 2:
-            arguments["position_ids"] = positions - removed[:, None].to(positions.device)
-        arguments.pop("cache_position", None)
-        return arguments
+        length = (embeds if ids is None else ids).shape[1]
+        if mask is None:
+            length += cached + (before.length - before.mask.shape[1] if before else 0)
+        else:
+            length = mask.shape[1]
+        after, embeds = given(pruned, "attention_mask", "inputs_embeds")
+        if after is None:
+            after = torch.ones(len(embeds), cached + embeds.shape[1], device=embeds.device).long()
+        assert pruned.removed is not None
+        removed = pruned.removed + (before.removed if before else 0)
+        self._caches[cache] = _Prompted(length, after, removed)
 
+    @torch.no_grad()
     def _generate(self, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-        if arguments.get("inputs") is not None:
-            arguments["input_ids"] = arguments.pop("inputs")
-        if all(arguments.get(name) is None for name in PIXELS):
-            return original(**arguments)
         cache = arguments.get("past_key_values")
+        if cache is not None and cache in self._caches:
+            raise ValueError(
+                "past_key_values holds a pruned prompt: generate from the whole conversation "
+                "without it, or go on by forward"
+            )
+        if arguments.get("inputs") is not None:
+            if arguments.get("input_ids") is not None:
+                raise ValueError("inputs and input_ids are given, expected one of them")
+            arguments["input_ids"] = arguments.pop("inputs")
+        if not has_pixels(arguments):
+            return original(**arguments)
         if cache is not None and cache.get_seq_length():
             raise ValueError(
-                "past_key_values holds tokens, and there are new images: not supported"
+                "past_key_values holds tokens, and there are new images: generate from the whole "
+                "conversation without it"
             )
+
+        # As transformers resolves them.
+        configs = (arguments.get("generation_config"), self._model.generation_config)
+
+        def setting(name: str) -> Any:
+            values = (arguments.get(name), *(getattr(config, name, None) for config in configs))
+            return next((value for value in values if value is not None), None)
+
+        for name in _REFUSED:
+            if setting(name) is not None:
+                raise ValueError(f"{name} is given: not supported with a pruned prompt")
         ids = arguments.get("input_ids")
-        config = arguments.get("generation_config") or self._model.generation_config
-        settings = {name: arguments.get(name, getattr(config, name, None)) for name in _LENGTHS}
         if ids is not None and arguments.get("attention_mask") is None:
-            arguments["attention_mask"] = _inferred_mask(ids, config, arguments)
+            arguments["attention_mask"] = _inferred_mask(ids, setting)
         pruned = prune_inputs(self._model, arguments, **self._settings)
-        new_length = pruned["inputs_embeds"].shape[1]
-        old_length = (arguments["inputs_embeds"] if ids is None else ids).shape[1]
-        # Lengths that count the prompt count the caller's.
-        for name, other in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-            if settings[name] and settings[other] is None:
-                pruned[name] = max(settings[name] - old_length + new_length, 0)
+        embeds = pruned["inputs_embeds"]
+        if pruned.get("attention_mask") is None:
+            pruned["attention_mask"] = torch.ones_like(embeds[..., 0], dtype=torch.int64)
+        old, new = (arguments["inputs_embeds"] if ids is None else ids).shape[1], embeds.shape[1]
+        if old != new:
+            # transformers takes the prompt's length to be that of the embeddings, ours off its own.
+            shift = new - old if ids is None else new
+            for name, other in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+                if setting(name) is not None and setting(other) is None:
+                    pruned[name] = max(setting(name) + shift, 0)
         if ids is not None:
-            # Processors of logits see a prompt, and sequences begin with it.
-            pruned["input_ids"] = pruned.input_ids
+            # Beside the embeddings of what is left: sequences, processors of logits, criteria and
+            # streamers go by the caller's prompt.
+            pruned["input_ids"] = ids
         out = original(**pruned)
-        if ids is None:
-            return out
-        sequences = out if isinstance(out, Tensor) else out.sequences
-        prompts = ids.to(sequences.device).repeat_interleave(len(sequences) // len(ids), 0)
-        sequences = torch.cat([prompts, sequences[:, new_length:]], 1)
-        if isinstance(out, Tensor):
-            return sequences
-        out.sequences = sequences
+        cache = getattr(out, "past_key_values", None)
+        if cache is not None:
+            self._remember(cache, pruned, arguments, arguments.get("attention_mask"))
         return out
 
 
-def _wrapped(
-    original: Callable[..., Any], wrapper: Callable[[Callable[..., Any], dict[str, Any]], Any]
-) -> Callable[..., Any]:
-    """`original`, called through `wrapper` with all arguments by name."""
-    signature = inspect.signature(original)
+@dataclass
+class _Prompted:
+    """What a pruned prompt in a cache was to the caller."""
 
-    # transformers reads the signature.
-    @wraps(original)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        arguments = dict(signature.bind(*args, **kwargs).arguments)
-        rest = [p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
-        for name in rest:
-            arguments.update(arguments.pop(name, {}))
-        return wrapper(original, arguments)
+    # With the padding, and what was cached before.
+    length: int
+    # Of the cache.
+    mask: Tensor
+    # [B]
+    removed: Tensor
 
-    call._vispruner = True  # type: ignore[attr-defined]
-    return call
+
+def _continued(arguments: dict[str, Any], before: _Prompted, cached: int) -> dict[str, Any]:
+    """Decoding by hand: the caller's mask and positions still count the tokens removed."""
+    ids, embeds, mask = given(arguments, "input_ids", "inputs_embeds", "attention_mask")
+    new = (embeds if ids is None else ids).shape[1]
+    arguments.pop("cache_position", None)
+    if mask is not None:
+        if mask.dim() != 2:
+            raise ValueError("attention_mask: expected [B, length] beside a pruned cache")
+        if mask.shape[1] == cached + new:
+            return arguments
+        expected = before.length - before.mask.shape[1] + cached + new
+        if mask.shape[1] != expected:
+            raise ValueError(
+                f"attention_mask has {mask.shape[1]} columns, expected {expected} of the unpruned "
+                f"prompt and what came after it, or {cached + new} of the cache"
+            )
+        after = mask[:, before.length :]
+        arguments["attention_mask"] = torch.cat([before.mask.to(after), after], 1)
+    positions = arguments.get("position_ids")
+    if positions is not None and positions.dim() == 2:
+        arguments["position_ids"] = positions - before.removed[:, None].to(positions.device)
+    return arguments
+
+
+class _Wrapped:
+    """A method of the model, called through `wrapper` with all arguments by name."""
+
+    def __init__(
+        self,
+        original: Callable[..., Any],
+        wrapper: Callable[[Callable[..., Any], dict[str, Any]], Any],
+    ) -> None:
+        self._original, self._wrapper = original, wrapper
+        # transformers reads it.
+        self.__signature__ = inspect.signature(original)
+        update_wrapper(self, original)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        arguments = dict(self.__signature__.bind(*args, **kwargs).arguments)
+        for parameter in self.__signature__.parameters.values():
+            if parameter.kind is parameter.VAR_KEYWORD:
+                arguments.update(arguments.pop(parameter.name, {}))
+        return self._wrapper(self._original, arguments)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise RuntimeError("the model prunes: call remove() of its handle before copying it")
+
+    def __reduce__(self) -> Any:
+        raise RuntimeError("the model prunes: call remove() of its handle before saving it whole")
+
+
+def _check_shapes(inputs: Mapping[str, Any], batch: int, length: int) -> None:
+    mask, labels, positions = given(inputs, "attention_mask", "labels", "position_ids")
+    if mask is not None and not (
+        isinstance(mask, Tensor)
+        and mask.dim() == 2
+        and mask.shape[0] == batch
+        and mask.shape[1] >= length
+    ):
+        got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"attention_mask: got {got}, expected [{batch}, {length}]")
+    if labels is not None and tuple(labels.shape) != (batch, length):
+        raise ValueError(f"labels: got {list(labels.shape)}, expected [{batch}, {length}]")
+    if positions is not None and (
+        positions.dim() not in (2, 3)
+        or positions.shape[-1] != length
+        or positions.shape[-2] not in (1, batch)
+    ):
+        raise ValueError(f"position_ids: got {list(positions.shape)}, expected [{batch}, {length}]")
 
 
 def _padding_id(model: Any) -> int:
@@ -354,9 +449,9 @@ def _padding_id(model: Any) -> int:
     return 0
 
 
-def _inferred_mask(ids: Tensor, config: Any, arguments: Mapping[str, Any]) -> Tensor | None:
+def _inferred_mask(ids: Tensor, setting: Callable[[str], Any]) -> Tensor | None:
     """The mask that generate makes where it gets none."""
-    pad, eos = (arguments.get(n, getattr(config, n)) for n in ("pad_token_id", "eos_token_id"))
+    pad, eos = setting("pad_token_id"), setting("eos_token_id")
     if pad is None or pad in (eos if isinstance(eos, list) else [eos]):
         return None
     return ids.ne(pad).long() if bool((ids == pad).any()) else None
