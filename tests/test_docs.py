@@ -144,6 +144,13 @@ def test_docstring_has_every_section(name):
         assert f"\n    {parameter}:" in described, parameter
 
 
+@pytest.mark.parametrize("name", ["prune_inputs", "attach"])
+def test_docstring_of_the_integration_has_every_section(name, monkeypatch):
+    integration = pytest.importorskip("vispruner_kernels.integrations.transformers")
+    monkeypatch.setattr(vispruner_kernels, name, getattr(integration, name), raising=False)
+    test_docstring_has_every_section(name)
+
+
 @pytest.mark.parametrize("name", vispruner_kernels.__all__)
 def test_example_of_the_docstring_runs(name):
     finder = doctest.DocTestFinder(recurse=False)

@@ -466,23 +466,33 @@ def attach(
 ) -> Handle:
     """`model.generate(**inputs)` and `model(**inputs)` prune by themselves until `remove()`.
 
-    Sequences that `generate` returns begin with the caller's own `input_ids`, and `max_length`
-    counts those; logits of `forward` have the pruned length, which is that of the labels it used.
-    Decoding by hand may go on with the mask and positions of the unpruned prompt.
-
     Args:
-        model: as in `prune_inputs`, as are the next.
-        method: the method.
-        budget: "image" or "tile".
-        newlines: "keep" or "drop".
+        model: as in `prune_inputs`.
+        method: as in `prune_inputs`.
+        budget: as in `prune_inputs`.
+        newlines: as in `prune_inputs`.
 
     Returns:
-        Handle: `remove()` leaves the model as it was; `with attach(...):` does by itself.
+        Handle: `remove()` leaves the model as it was; `with attach(...):` does so by itself.
 
     Raises:
         TypeError: a model or a method that is not supported.
-        ValueError: here for a wrong option, in a call as `prune_inputs`.
-        RuntimeError: the model prunes already.
+        ValueError: here for a wrong option, in a call as `prune_inputs`, and for decoding that is
+            not supported with a pruned prompt: assisted, prompt lookup, prefill in parts, and
+            `generate` from a cache that holds one.
+        RuntimeError: the model prunes already; or, from copying or saving it whole, that it does.
+
+    Contract:
+        For `generate` the prompt is the caller's: sequences begin with its `input_ids`, `max_length`
+        counts them, and processors of logits, stopping criteria and streamers see them. `forward`
+        returns logits of the pruned length and uses labels of that length. Decoding by hand may go
+        on with the mask and the positions of the unpruned prompt, or with those of the cache.
+
+    Cost:
+        That of `prune_inputs` in each call that has images, none in others.
+
+    Source:
+        VisPruner, arXiv 2412.01818v2.
 
     Example:
         docs/transformers.md
