@@ -99,14 +99,16 @@ def build(case: Case, tiny: bool, device: str, dtype: torch.dtype) -> Any:
         return cls._from_config(config, dtype=dtype).eval()
 
 
-def flops(config: Any, grids: int, visual_tokens: int, projected: int) -> dict[str, float]:
-    """Of the first token, by stage, two for a multiply-add: docs/transformers.md."""
+def flops(
+    config: Any, grids: int, visual_tokens: int, projected: int, unread: int = 1
+) -> dict[str, float]:
+    """Of the first token, by stage, two for a multiply-add: docs/transformers.md. Features come
+    from the layer before the last, which all but ours run: `unread` layers."""
     vision, text = config.vision_config, config.text_config
     c, f, patch = vision.hidden_size, vision.intermediate_size, vision.patch_size
     s = (vision.image_size // patch) ** 2 + 1
     layer = 2 * s * (4 * c * c + 2 * c * f) + 4 * s * s * c
-    # The last layer is run and not read.
-    tower = vision.num_hidden_layers * layer + 2 * (s - 1) * 3 * patch * patch * c
+    tower = (vision.num_hidden_layers - 1 + unread) * layer + 2 * (s - 1) * 3 * patch * patch * c
     d, m, n = text.hidden_size, text.intermediate_size, visual_tokens + TEXT
     kv = d * text.num_key_value_heads // text.num_attention_heads
     decoder = 2 * n * (2 * d * d + 2 * d * kv + 3 * d * m) + 4 * n * n * d
@@ -323,7 +325,8 @@ def rows_of(bench: Bench, options: argparse.Namespace) -> tuple[harness.Rows, ha
             }
         )
         config = bench.model.config
-        parts = flops(config, bench.case.grids, way.visual_tokens, way.projected)
+        unread = 0 if name == "ours" else 1
+        parts = flops(config, bench.case.grids, way.visual_tokens, way.projected, unread)
         cache = cache_bytes(config, way.visual_tokens, bench.model.dtype.itemsize)
         same = None
         if name == "published":
@@ -370,7 +373,8 @@ def counted(case: Case, keep: int) -> str:
     side = config.vision_config.image_size // config.vision_config.patch_size
     cls = case.grids if case.model == "video-llava-7b" else 0
     every, kept = case.grids * side * side + cls, keep + cls
-    before, after = (flops(config, case.grids, n, n) for n in (every, kept))
+    before = flops(config, case.grids, every, every)
+    after = flops(config, case.grids, kept, kept, unread=0)
     tera = [sum(x.values()) / 1e12 for x in (before, after)]
     models = [x["language model"] / 1e12 for x in (before, after)]
     cache = [cache_bytes(config, n, 2) / 2**20 for n in (every, kept)]

@@ -34,7 +34,7 @@ class Reading:
     sums: bool = False
     # In the order of calls.
     scores: list[Tensor] = field(default_factory=list)
-    # What the watched module returned, or was given.
+    # The features.
     hidden: Any = None
 
 
@@ -76,17 +76,12 @@ def watching(module: Any, result: Reading) -> Iterator[None]:
 
 
 @contextmanager
-def standing_in(
-    module: Any, result: Reading, forward: Callable[[Tensor], Tensor]
-) -> Iterator[None]:
-    """`module` calls `forward` meanwhile, in this thread; `result.hidden` is what it is given."""
+def standing_in(module: Any, result: Reading, forward: Callable[..., Any]) -> Iterator[None]:
+    """`module` calls `forward` meanwhile, in this thread."""
     own, original = module.__dict__.get("forward"), module.forward
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        if _READING.get() is not result:
-            return original(*args, **kwargs)
-        (result.hidden,) = args
-        return forward(*args)
+        return (forward if _READING.get() is result else original)(*args, **kwargs)
 
     module.forward = call
     try:

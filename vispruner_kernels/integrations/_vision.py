@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -63,8 +64,8 @@ class Visual:
 # ---- CLIP and SigLIP towers ----
 
 
-def _layer(tower: Any, index: Any) -> Any:
-    """The layer whose output is `hidden_states[index]`."""
+def _layers(tower: Any, index: Any) -> tuple[Any, Sequence[Any]]:
+    """The layer whose output is `hidden_states[index]`, and those after it."""
     layers = getattr(tower, "vision_model", tower).encoder.layers
     count = len(layers)
     number = index if isinstance(index, int) and index >= 0 else 0
@@ -75,7 +76,7 @@ def _layer(tower: Any, index: Any) -> Any:
             f"vision_feature_layer is {index}, expected one layer of the vision tower: "
             f"1 to {count}, or -{count} to -1"
         )
-    return layers[number - 1]
+    return layers[number - 1], layers[number:]
 
 
 def _prefix(tower: Any, method: Method) -> int:
@@ -120,14 +121,16 @@ def _tower(
 ) -> tuple[Tensor, Tensor | None, int]:
     """Features [G, S, C] as the projector would get them, scores [G, S - first], and `first`."""
     prefix = _prefix(tower, method)
-    layer = _layer(tower, _setting(model, inputs, "vision_feature_layer"))
+    layer, unread = _layers(tower, _setting(model, inputs, "vision_feature_layer"))
     strategy = strategy or _setting(model, inputs, "vision_feature_select_strategy")
     if strategy not in ("default", "full"):
         raise ValueError(
             f"vision_feature_select_strategy is {strategy!r}, expected 'default' or 'full'"
         )
     result = Reading(method.needs, prefix)
-    with reading(layer.self_attn, result), watching(layer, result):
+    with reading(layer.self_attn, result), watching(layer, result), ExitStack() as stack:
+        for later in unread:
+            stack.enter_context(standing_in(later, result, lambda hidden, *_, **__: hidden))
         tower(pixels, return_dict=True)
     hidden = result.hidden
     # SigLIP's hidden states keep the layout of its convolution, channels outermost.
@@ -394,6 +397,7 @@ def _merged(model: Any, kind: str, pixels: Tensor, grids: Tensor, method: Method
             )
 
     def merger(hidden: Tensor) -> Tensor:
+        result.hidden = hidden
         # The numbers of its outputs: the tower puts them back from window order.
         return torch.arange(len(hidden) // unit, device=hidden.device)[:, None]
 

@@ -112,8 +112,8 @@ def prune_inputs(
 ) -> PrunedInputs:
     """Prune what a processor returned, for `model.generate` and `model.forward`.
 
-    The vision tower runs once, only kept tokens are projected (see Cost), and the placeholders
-    shrink with them.
+    The vision tower runs once, up to the layer that is read; only kept tokens are projected (see
+    Cost), and the placeholders shrink with them.
 
     Args:
         model: LlavaForConditionalGeneration, LlavaNext..., LlavaOnevision..., VideoLlava... or
@@ -483,10 +483,11 @@ def attach(
         RuntimeError: the model prunes already; or, from copying or saving it whole, that it does.
 
     Contract:
-        For `generate` the prompt is the caller's: sequences begin with its `input_ids`, `max_length`
-        counts them, and processors of logits, stopping criteria and streamers see them. `forward`
-        returns logits of the pruned length and uses labels of that length. Decoding by hand may go
-        on with the mask and the positions of the unpruned prompt, or with those of the cache.
+        For `generate` the prompt is the caller's: sequences begin with its `input_ids`,
+        `max_length` counts them, and processors of logits, stopping criteria and streamers see
+        them. `forward` returns logits of the pruned length and uses labels of that length. Decoding
+        by hand may go on with the mask and the positions of the unpruned prompt, or with those of
+        the cache.
 
     Cost:
         That of `prune_inputs` in each call that has images, none in others.
