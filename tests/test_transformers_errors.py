@@ -160,9 +160,13 @@ def test_tiles_that_do_not_match():
 
 def test_what_cannot_be_pruned():
     model, inputs = vlms.shared("llava"), one("llava")
-    features = inputs | {"mm_encoder_outputs": {"image": 1}}
-    with pytest.raises(ValueError, match="mm_encoder_outputs: there are no scores"):
-        prune_inputs(model, features, VisPruner(4))
+    text = {name: x for name, x in inputs.items() if name != "pixel_values"}
+    for given in (inputs, text):
+        features = given | {"mm_encoder_outputs": {"image": 1}}
+        words = "mm_encoder_outputs: there are no scores"
+        fails(model, features, VisPruner(4), ValueError, words)
+        with attach(model, VisPruner(4)), pytest.raises(ValueError, match=words):
+            model(**features)
     sizes = inputs | {"image_sizes": torch.tensor([[56, 56]])}
     with pytest.raises(ValueError, match="image_sizes"):
         prune_inputs(model, sizes, VisPruner(4))

@@ -65,8 +65,6 @@ _SPENT = (
     "mm_token_type_ids",
     "cache_position",
 )
-
-
 # Decoding that goes back and forth in the cache by the length of the prompt, or fills it in parts.
 _REFUSED = (
     "assistant_model",
@@ -157,9 +155,7 @@ def prune_inputs(
     """
     read = reader(model)
     _check(method, budget, newlines)
-    if inputs.get("mm_encoder_outputs"):
-        raise ValueError("mm_encoder_outputs: there are no scores to prune by; give pixel_values")
-    if not has_pixels(inputs):
+    if not _any_pixels(inputs):
         return PrunedInputs(inputs)
     ids, embeds, mask = given(inputs, "input_ids", "inputs_embeds", "attention_mask")
     if ids is None and embeds is None:
@@ -268,7 +264,7 @@ class Handle:
         before = None if cache is None else self._caches.get(cache)
         if before is not None:
             arguments = _continued(arguments, before, cached)
-        if not has_pixels(arguments):
+        if not _any_pixels(arguments):
             return original(**arguments)
         if isinstance(arguments.get("logits_to_keep"), Tensor):
             raise ValueError("logits_to_keep is a tensor of positions before pruning, expected int")
@@ -315,7 +311,7 @@ class Handle:
             if arguments.get("input_ids") is not None:
                 raise ValueError("inputs and input_ids are given, expected one of them")
             arguments["input_ids"] = arguments.pop("inputs")
-        if not has_pixels(arguments):
+        if not _any_pixels(arguments):
             return original(**arguments)
         if cache is not None and cache.get_seq_length():
             raise ValueError(
@@ -419,6 +415,14 @@ class _Wrapped:
 
     def __reduce__(self) -> Any:
         raise RuntimeError("the model prunes: call remove() of its handle before saving it whole")
+
+
+def _any_pixels(inputs: Mapping[str, Any]) -> bool:
+    """Whether there is something to prune."""
+    features = inputs.get("mm_encoder_outputs") or {}
+    if any(value is not None for value in features.values()):
+        raise ValueError("mm_encoder_outputs: there are no scores to prune by; give pixel_values")
+    return has_pixels(inputs)
 
 
 def _check_shapes(inputs: Mapping[str, Any], batch: int, length: int) -> None:
