@@ -331,7 +331,9 @@ def main(argv: list[str] | None = None) -> int:
     head["weights"] = "random, " + str(dtype).removeprefix("torch.")
     head["prompt"] = f"{TEXT} words and one image or video"
     if options.tiny:
-        head["scaled down"] = "4 narrow layers each; only the numbers of tokens are real"
+        head["scaled down"] = (
+            "towers of 12 and language models of 8 narrow layers; the numbers of tokens are real"
+        )
     times: harness.Rows = []
     costs: harness.Rows = []
     with torch.no_grad():

@@ -41,8 +41,8 @@ def config_of(case: Case, tiny: bool = False) -> Any:
     size = dict(image_size=224 if video else 336, patch_size=14)
     if tiny:
         vision = dict(hidden_size=128, intermediate_size=512, num_attention_heads=2)
-        text = dict(hidden_size=256, intermediate_size=688, num_attention_heads=4)
-        layers = 4, 4
+        text = dict(hidden_size=128, intermediate_size=344, num_attention_heads=2)
+        layers = 12, 8
     else:
         vision = dict(hidden_size=1024, intermediate_size=4096, num_attention_heads=16)
         text = dict(hidden_size=4096, intermediate_size=11008, num_attention_heads=32)

@@ -94,7 +94,7 @@ def test_command(name, keep, tokens, tmp_path, capsys):
     costs = result["costs"]
     assert costs[2]["visual tokens"] == costs[1]["visual tokens"] == tokens
     assert costs[2]["projector GFLOP"] < costs[1]["projector GFLOP"]
-    assert costs[2]["GFLOP"] < costs[0]["GFLOP"] / 2
+    assert costs[2]["language model GFLOP"] < costs[0]["language model GFLOP"] / 2
     assert 0.3 < costs[1]["tokens as ours"] <= 1
 
 
