@@ -7,8 +7,12 @@ Random weights: latency does not depend on them. Three ways to the first token, 
                  every token projected, then dropped
     ours         prune_inputs and model.forward, as a user calls them
 
+Checked before they are timed: ours against the reference and against tokens dropped by hand, no
+pruning against the model with every token kept, the published way for its number of tokens.
+
 Stages are timed one by one, the total as a whole; what it has beyond its stages is in "rest". FLOPs
-are counted by the formulas of docs/transformers.md, two for a multiply-add. Without a GPU the same
+are counted by the formulas of docs/transformers.md, two for a multiply-add, without those of the
+selection. Without a GPU the same
 models are scaled down to a few narrow layers, with the number of tokens they have.
 """
 
@@ -40,7 +44,7 @@ from benchmarks.llava_costs import (
 from vispruner_kernels import reference
 from vispruner_kernels.integrations import _prompt, _vision
 from vispruner_kernels.integrations.transformers import prune_inputs
-from vispruner_kernels.methods import VisPruner
+from vispruner_kernels.methods import FasterVLM, VisPruner
 from vispruner_kernels.published import select_published
 
 OPS = ("cls_attention", "select", "select_varlen")
@@ -88,8 +92,6 @@ class Way(NamedTuple):
     stages: dict[str, Callable[[], Any]]
     visual_tokens: int
     projected: int
-    # [G, T] patches kept of each grid.
-    kept: Tensor | None
     check: Callable[[], str]
 
 
@@ -117,28 +119,48 @@ class Bench:
     def project(self, features: Tensor) -> Tensor:
         return self.model.model.multi_modal_projector(features)
 
+    def order(self, kept: Tensor) -> Tensor | None:
+        """Where in the prompt patches [G, T] of tiles stand: after the overview the rows of the
+        picture, through two tiles each."""
+        if "image_sizes" not in self.inputs:
+            return None
+        grids = torch.arange(self.case.grids, device=kept.device)[:, None]
+        side, tile = self.pixels.shape[-1] // 14, grids - 1
+        y = (tile // 2) * side + kept // side
+        x = (tile % 2) * side + kept % side
+        place = torch.where(grids == 0, kept - side * side, y * 2 * side + x)
+        return place.flatten().argsort()
+
     def unpruned(self) -> Way:
         def tower() -> Tensor:
             return self.tower(self.pixels, output_hidden_states=True).hidden_states[-2]
 
+        def project(hidden: Tensor) -> Tensor:
+            visual = self.project(hidden[:, 1 - self.cls :]).flatten(0, 1)
+            return visual if order is None else visual[order]
+
         def total() -> Tensor:
-            return self.language_model(self.project(tower()[:, 1 - self.cls :].flatten(0, 1)))
+            return self.language_model(project(tower()))
 
         def check() -> str:
-            if "image_sizes" in self.inputs:
-                # transformers adds newlines, which the headline leaves out.
-                return ""
-            expected = self.model(**self.inputs, logits_to_keep=1).logits[:, 0]
+            inputs = self.inputs
+            if "image_sizes" in inputs:
+                # As everywhere here without newlines.
+                inputs = prune_inputs(self.model, inputs, FasterVLM(1.0), newlines="drop")
+            expected = self.model(**inputs, logits_to_keep=1).logits[:, 0]
             return "" if _near(total(), expected) else "WRONG"
 
-        features = tower()[:, 1 - self.cls :].flatten(0, 1)
-        visual = self.project(features)
+        side = self.pixels.shape[-1] // 14
+        every = torch.arange(side * side, device=self.pixels.device).expand(self.case.grids, -1)
+        order = self.order(every)
+        features = tower()
+        visual = project(features)
         stages = {
             "tower": tower,
-            "projector": lambda: self.project(features),
+            "projector": lambda: project(features),
             "language model": lambda: self.language_model(visual),
         }
-        return Way(total, stages, len(visual), len(visual), None, check)
+        return Way(total, stages, len(visual), len(visual), check)
 
     def published(self) -> Way:
         def tower() -> tuple[Tensor, Tensor]:
@@ -173,7 +195,7 @@ class Bench:
             "language model": lambda: self.language_model(visual),
         }
         every = hidden[:, 1 - self.cls :, 0].numel()
-        return Way(total, stages, len(visual), every, kept, check)
+        return Way(total, stages, len(visual), every, check)
 
     def ours(self) -> Way:
         read = _vision.reader(self.model)
@@ -197,14 +219,8 @@ class Bench:
             grids = torch.arange(self.case.grids, device=kept.device)[:, None]
             hidden = seen.source[grids, kept + seen.first]
             visual = self.project(torch.cat([seen.source[:, : seen.first], hidden], 1))
-            if "image_sizes" in self.inputs:
-                # After the overview the rows of the picture, through two tiles each.
-                side, tile = self.pixels.shape[-1] // 14, grids - 1
-                y = (tile // 2) * side + kept // side
-                x = (tile % 2) * side + kept % side
-                place = torch.where(grids == 0, kept - side * side, y * 2 * side + x)
-                return self.language_model(visual.flatten(0, 1)[place.flatten().argsort()])
-            return self.language_model(visual.flatten(0, 1))
+            visual, order = visual.flatten(0, 1), self.order(kept)
+            return self.language_model(visual if order is None else visual[order])
 
         seen = tower()
         tokens = seen.source.shape[1]
@@ -219,7 +235,7 @@ class Bench:
             "projector": lambda: seen.embed(rows),
             "language model": lambda: self.language_model(visual),
         }
-        return Way(total, stages, len(visual), len(visual), kept, check)
+        return Way(total, stages, len(visual), len(visual), check)
 
 
 def _near(a: Tensor, b: Tensor) -> bool:
@@ -262,10 +278,6 @@ def rows_of(bench: Bench, options: argparse.Namespace) -> tuple[harness.Rows, ha
         unread = 0 if name == "ours" else 1
         parts = flops(config, bench.case.grids, way.visual_tokens, way.projected, unread)
         cache = cache_bytes(config, way.visual_tokens, bench.model.dtype.itemsize)
-        same = None
-        if name == "published":
-            pairs = zip(way.kept.tolist(), ways["ours"].kept.tolist(), strict=True)
-            same = sum(len({*a} & {*b}) for a, b in pairs) / bench.keep
         costs.append(
             {
                 **case,
@@ -273,7 +285,6 @@ def rows_of(bench: Bench, options: argparse.Namespace) -> tuple[harness.Rows, ha
                 "GFLOP": sum(parts.values()) / 1e9,
                 **{f"{stage} GFLOP": value / 1e9 for stage, value in parts.items()},
                 "KV cache MiB": cache / 2**20,
-                "tokens as ours": same,
             }
         )
     return times, costs

@@ -30,12 +30,12 @@ def counted(run) -> int:
 
 
 def test_flops_are_those_that_pytorch_counts(bench):
-    way = bench.unpruned()
+    with torch.no_grad():
+        way, ours = bench.unpruned(), bench.ours()
     parts = llava.flops(bench.model.config, bench.case.grids, way.visual_tokens, way.projected)
     for stage, flops in parts.items():
         # Positions of rotary embeddings may be a product too.
         assert counted(way.stages[stage]) == pytest.approx(flops, rel=1e-4), stage
-    ours = bench.ours()
     parts = llava.flops(
         bench.model.config, bench.case.grids, ours.visual_tokens, ours.projected, unread=0
     )
@@ -95,7 +95,6 @@ def test_command(name, keep, tokens, tmp_path, capsys):
     assert costs[2]["visual tokens"] == costs[1]["visual tokens"] == tokens
     assert costs[2]["projector GFLOP"] < costs[1]["projector GFLOP"]
     assert costs[2]["language model GFLOP"] < costs[0]["language model GFLOP"] / 2
-    assert 0.3 < costs[1]["tokens as ours"] <= 1
 
 
 @pytest.mark.parametrize("what", ["selection", "prompt"])

@@ -359,6 +359,70 @@ def test_cls_in_the_features_of_an_image():
     assert_same(real_logits(model, pruned), vlm_oracle.logits(model, inputs, pruned.kept))
 
 
+def test_the_first_patch_is_left_out_where_the_model_does():
+    """The "default" strategy of a tower that has no [CLS] token."""
+    model = vlms.make("llava-siglip", vision_feature_select_strategy="default")
+    image = picture("llava-siglip", 1)
+    image.tokens -= 1
+    inputs = prompts("llava-siglip", [3, image, 2])
+    method = recording(5, scores="received")
+    pruned = prune_inputs(model, inputs, method)
+    ((features, scores, kept),) = method.calls
+    assert scores.shape == (1, 15)
+    model.config.vision_feature_select_strategy = "full"
+    ((grid,),) = vlm_oracle.seen(vlm_oracle.eager(model), inputs, "image", "received")
+    torch.testing.assert_close(features[0], grid[1][1:], rtol=0, atol=1e-4)
+    torch.testing.assert_close(scores[0], grid[2][1:], rtol=0, atol=1e-6)
+    assert torch.equal(pruned.kept[0], kept[0])
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_what_the_model_remembers_of_positions(padding):
+    """The next position is that of the unpruned prompt; tests of decoding by hand use it."""
+    model = vlms.make("qwen2.5-vl")
+    inputs = several("qwen2.5-vl", padding, extra=2)
+    positions = vlm_oracle._space(model, inputs)
+    pruned = prune_inputs(model, inputs, FoPru(4))
+    for b, mask in enumerate(inputs["attention_mask"].bool()):
+        following = int(positions[:, b, mask].max()) + 1
+        tokens = int(pruned["attention_mask"][b].sum())
+        assert int(model.model.rope_deltas[b]) == following - tokens
+
+
+def test_positions_of_the_caller_in_space():
+    """Three rows in space stay; a fourth, first, counts the text."""
+    model = vlms.shared("qwen2.5-vl")
+    inputs = several("qwen2.5-vl")
+    mask = inputs["attention_mask"]
+    space = vlm_oracle._space(model, inputs)
+    text = (mask.cumsum(-1) - 1).clamp(min=0)[None]
+    expected = prune_inputs(model, inputs, FoPru(4))
+    three = prune_inputs(model, inputs | {"position_ids": space}, FoPru(4))
+    assert torch.equal(three["position_ids"], expected["position_ids"])
+    four = prune_inputs(model, inputs | {"position_ids": torch.cat([text, space])}, FoPru(4))
+    assert torch.equal(four["position_ids"][1:], expected["position_ids"])
+    for row, real in zip(four["position_ids"][0], four["attention_mask"].bool(), strict=True):
+        assert row[real].tolist() == list(range(int(real.sum())))
+    assert_same(real_logits(model, four), real_logits(model, expected))
+
+
+def test_dropout_of_the_tower_stays():
+    """Then the layer keeps its own attention, and scores come beside it."""
+    model = vlms.make("llava", vision_config__attention_dropout=0.5).train()
+    inputs = prompts("llava", [3, picture("llava", 1), 5])
+    features = []
+    method = recording(4)
+    with torch.no_grad():
+        for _ in range(2):
+            torch.manual_seed(0)
+            prune_inputs(model, inputs, method)
+            torch.manual_seed(0)
+            out = model.model.vision_tower(inputs["pixel_values"], output_hidden_states=True)
+            features.append(out.hidden_states[-2][:, 1:])
+    for (read, _, _), expected in zip(method.calls, features, strict=True):
+        assert torch.equal(read, expected)
+
+
 @pytest.mark.parametrize("index", [1, 2, 3, -1, -3])
 def test_the_layer_asked_for(index):
     model = vlms.make("llava", vision_feature_layer=index)
@@ -536,6 +600,29 @@ def test_threads_do_not_notice_each_other(family, side):
     for thread in threads:
         thread.join()
     assert not failures
+
+
+def test_a_thread_in_the_middle_of_a_reading():
+    """Its features are not taken for ours, nor are its scores, and its layers all run."""
+    model = vlms.make("llava")
+    ours, other = (prompts("llava", [3, picture("llava", seed), 5]) for seed in (1, 2))
+    expected = prune_inputs(model, ours, VisPruner(5))
+    unpruned = real_logits(model, other)
+    tower = model.model.vision_tower
+    last = getattr(tower, "vision_model", tower).encoder.layers[-1]
+    here, found = threading.get_ident(), []
+
+    def meanwhile(module, args):
+        if threading.get_ident() == here:
+            thread = threading.Thread(target=lambda: found.append(real_logits(model, other)))
+            thread.start()
+            thread.join()
+
+    hook = last.register_forward_pre_hook(meanwhile)
+    pruned = prune_inputs(model, ours, VisPruner(5))
+    hook.remove()
+    assert torch.equal(pruned["inputs_embeds"], expected["inputs_embeds"])
+    assert_same(found[0], unpruned)
 
 
 def test_sizes_as_lists_and_no_images():

@@ -16,6 +16,7 @@ import vlms
 from test_transformers import assert_same, real_logits, scores_of, several
 from vlms import FAMILIES, picture, prompts
 
+from vispruner_kernels.integrations._cache import held
 from vispruner_kernels.integrations.transformers import attach, prune_inputs
 from vispruner_kernels.methods import Method, VisPruner
 
@@ -112,8 +113,10 @@ def test_forward_prunes(family):
         )
         with attach(model, method):
             out = model(**inputs, labels=labels)
-            assert torch.equal(out.logits, expected.logits)
-            assert torch.equal(out.loss, expected.loss)
+            # Positions of padded prompts begin elsewhere, so rounding differs.
+            real = pruned["attention_mask"].bool()
+            assert_same([out.logits[real]], [expected.logits[real]])
+            assert_same([out.loss], [expected.loss])
             # By position, as a tuple, and without images.
             rest = {name: x for name, x in inputs.items() if name != "input_ids"}
             assert torch.equal(model(inputs["input_ids"], **rest).logits, out.logits)
@@ -129,33 +132,124 @@ def _unattached(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     return type(model).forward(model, **inputs).logits
 
 
-@pytest.mark.parametrize("how", ["no mask", "mask", "mask and positions"])
-def test_decoding_by_hand_with_the_mask_of_the_caller(family, how):
-    """The caller knows nothing of what was removed."""
-    model, method, inputs = vlms.shared(family), method_of(family), several(family)
-    if how == "no mask":
-        inputs = prompts(family, [3, picture(family, 1), 5])
-    if how == "mask and positions" and family == "qwen2.5-vl":
-        pytest.skip("its positions have three dimensions; test_generation_... has them")
-    if how == "mask" and family == "qwen2.5-vl":
-        pytest.skip("transformers makes positions of the whole mask for one token there")
-    expected = expected_tokens(model, inputs, method)
-    mask = inputs["attention_mask"]
-    if how == "mask and positions":
+# As the caller sees them: padded, and not padded though pruning makes them so, also where the
+# longest prompt loses nothing.
+BATCHES = {
+    "padded": lambda f: several(f),
+    "one": lambda f: prompts(f, [3, picture(f, 1), 5]),
+    "made unequal": lambda f: _filled(f, [20, picture(f, 1), 5], [2, picture(f, 2), 4, _more(f)]),
+    "longest without": lambda f: _filled(f, [3, picture(f, 1), 5], []),
+}
+
+
+def _more(family: str) -> vlms.Picture:
+    return picture(family, 3)
+
+
+def _filled(family: str, *rows: list) -> dict[str, Tensor]:
+    """Prompts as long as each other, by words at their end."""
+    lengths = [int(x.sum()) for x in prompts(family, *rows)["attention_mask"]]
+    return prompts(
+        family, *([*row, max(lengths) - n] for row, n in zip(rows, lengths, strict=True))
+    )
+
+
+def _decoded(
+    model: Any, inputs: dict[str, Tensor], masks: bool, prefill: bool, steps: bool
+) -> Tensor:
+    """Greedy tokens, by hand, with the caller's mask and positions or without."""
+    mask, tokens = inputs["attention_mask"], []
+    inputs = dict(inputs)
+    if not masks:
+        del inputs["attention_mask"]
+    if prefill:
         inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
-    tokens = []
-    with torch.no_grad(), attach(model, method):
+    with torch.no_grad():
         out = model(**inputs, use_cache=True)
         for _ in range(NEW):
             tokens.append(out.logits[:, -1].argmax(-1))
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
             step: dict[str, Any] = dict(input_ids=tokens[-1][:, None])
-            if how != "no mask":
+            if masks:
                 step["attention_mask"] = mask
-            if how == "mask and positions":
+            if steps:
                 step["position_ids"] = (mask.cumsum(-1) - 1)[:, -1:]
             out = model(**step, past_key_values=out.past_key_values, use_cache=True)
-    assert torch.equal(torch.stack(tokens, 1), expected)
+    return torch.stack(tokens, 1)
+
+
+# What is right without pruning: a padded batch needs a mask, and positions at both ends or at
+# none; those of Qwen2.5-VL have three dimensions, which its callers do not make.
+HOW = [
+    (name, batch, masks, positions)
+    for name in FAMILIES
+    for batch in BATCHES
+    for masks in (True, False)
+    for positions in ("none", "both", "prefill", "steps")
+    if batch != "padded" or (masks and positions in ("none", "both"))
+    if name != "qwen2.5-vl" or positions == "none"
+]
+
+
+@pytest.mark.parametrize(("name", "batch", "masks", "positions"), HOW)
+def test_decoding_by_hand_as_if_nothing_were_removed(name, batch, masks, positions):
+    """The caller knows nothing of what was: whatever is right unpruned is right."""
+    model, method, inputs = vlms.shared(name), method_of(name), BATCHES[batch](name)
+    ends = positions in ("both", "prefill"), positions in ("both", "steps")
+    with attach(model, method):
+        tokens = _decoded(model, inputs, masks, *ends)
+    assert torch.equal(tokens, expected_tokens(model, inputs, method))
+
+
+def test_a_cache_carries_what_it_holds():
+    """In copies of it, under another handle, and not after it is emptied."""
+    from transformers import StaticCache
+
+    model, method = vlms.shared("llava"), VisPruner(4)
+    inputs = BATCHES["made unequal"]("llava")
+    expected = expected_tokens(model, inputs, method)
+    with attach(model, method), torch.no_grad():
+        out = model(**inputs, use_cache=True)
+    copied = copy.deepcopy(out.past_key_values)
+    for cache in (copied, out.past_key_values):
+        mask, tokens, logits = inputs["attention_mask"], [], out.logits
+        with attach(model, VisPruner(5)), torch.no_grad():
+            for _ in range(NEW):
+                tokens.append(logits[:, -1].argmax(-1))
+                mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+                step = dict(input_ids=tokens[-1][:, None], attention_mask=mask)
+                logits = model(**step, past_key_values=cache).logits
+            with pytest.raises(ValueError, match="past_key_values holds a pruned prompt"):
+                model.generate(**step, past_key_values=cache)
+        assert torch.equal(torch.stack(tokens, 1), expected)
+    static = StaticCache(config=model.config.get_text_config(), max_cache_len=64)
+    with attach(model, method), torch.no_grad():
+        for _ in range(2):
+            static.reset()
+            logits = model(**inputs, past_key_values=static).logits
+            step = dict(input_ids=logits[:, -1].argmax(-1)[:, None], past_key_values=static)
+            assert torch.equal(model(**step).logits[:, -1].argmax(-1), expected[:, 1])
+        static.reset()
+        assert held(static) is None
+
+
+@pytest.mark.parametrize("settings", [dict(num_return_sequences=2, num_beams=2), dict()], ids=str)
+def test_forward_goes_on_after_generate(settings):
+    model, method = vlms.shared("llava"), VisPruner(4)
+    inputs = BATCHES["made unequal"]("llava")
+    with attach(model, method), torch.no_grad():
+        settings = settings | dict(return_dict_in_generate=True)
+        out = model.generate(**inputs, **GREEDY, **settings)
+        rows = len(out.sequences) // 2
+        mask = inputs["attention_mask"].repeat_interleave(rows, 0)
+        mask = torch.cat([mask, torch.ones(2 * rows, NEW).long()], 1)
+        step = dict(input_ids=out.sequences[:, -1:], attention_mask=mask)
+        logits = model(**step, past_key_values=out.past_key_values).logits
+    assert logits.shape[:2] == (2 * rows, 1)
+    if rows == 1:
+        kept = prune_inputs(model, inputs, method).kept
+        more = vlm_oracle.logits(vlm_oracle.eager(model), inputs, kept, NEW + 1)
+        assert torch.equal(logits[:, -1].argmax(-1), torch.stack(more)[:, -1])
 
 
 def test_images_after_a_cached_prompt():
@@ -203,6 +297,30 @@ def test_lengths_count_the_prompt_of_the_caller(family):
         assert model.generate(**inputs, max_length=length + 9, **ends).shape[1] == length + 1
         long = model.generate(**inputs, max_length=length + 9, min_length=length + 4, **ends)
         assert long.shape[1] >= length + 4
+
+
+def test_lengths_with_embeddings_alone(family):
+    model, method, inputs = vlms.shared(family), method_of(family), several(family)
+    with torch.no_grad():
+        embeds = model.get_input_embeddings()(inputs["input_ids"])
+    rest = {k: v for k, v in inputs.items() if k != "input_ids"} | {"inputs_embeds": embeds}
+    length = embeds.shape[1]
+    before = model.generate(**rest, do_sample=False, max_length=length + 3)
+    with attach(model, method):
+        out = model.generate(**rest, do_sample=False, max_length=length + 3)
+    assert out.shape == before.shape == (3, 3)
+
+
+def test_padding_that_ends_prompts_is_no_padding():
+    """Where the end of a sequence and padding are one token, generate infers no mask."""
+    model, method = vlms.shared("llava"), method_of("llava")
+    inputs = prompts("llava", [3, picture("llava", 1), 5], [2, picture("llava", 2), 9])
+    ends = GREEDY | dict(eos_token_id=[vlms.PAD, 95], pad_token_id=vlms.PAD)
+    del inputs["attention_mask"]
+    ones = torch.ones_like(inputs["input_ids"])
+    with attach(model, method):
+        out = model.generate(**inputs, **ends)
+        assert torch.equal(out, model.generate(**inputs, attention_mask=ones, **ends))
 
 
 def test_a_mask_that_generate_infers():
@@ -372,12 +490,17 @@ def test_a_conversation_does_not_go_on_by_generate():
             ids = torch.cat([out.sequences, torch.tensor([[5, 6]])], 1)
             with pytest.raises(ValueError, match="past_key_values holds a pruned prompt"):
                 model.generate(input_ids=ids, past_key_values=used, **GREEDY)
-        with torch.no_grad(), pytest.raises(ValueError, match=r"has 9 columns, expected 26 .* 14"):
-            model(
-                input_ids=torch.tensor([[5]]),
-                attention_mask=torch.ones(1, 9).long(),
-                past_key_values=cache,
-            )
+        for shape, words in (
+            ((1, 9), r"got \[1, 9\], expected \[1, 26\], the unpruned prompt"),
+            ((1, 14), r"got \[1, 14\], expected \[1, 26\]"),
+            ((2, 26), r"got \[2, 26\], expected \[1, 26\]"),
+        ):
+            step = dict(input_ids=torch.tensor([[5]]), past_key_values=cache)
+            with torch.no_grad(), pytest.raises(ValueError, match=f"attention_mask: {words}"):
+                model(**step, attention_mask=torch.ones(shape).long())
+        two = torch.tensor([[5], [6]])
+        with torch.no_grad(), pytest.raises(ValueError, match="holds 1 pruned prompts, expected 2"):
+            model(input_ids=two, past_key_values=cache)
 
 
 def test_a_copy_would_run_the_original(tmp_path):

@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import update_wrapper
 from itertools import accumulate
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -27,6 +25,7 @@ except ImportError as error:
         "pip install vispruner_kernels[transformers]"
     ) from error
 
+from vispruner_kernels.integrations._cache import HeldPrompt, held, hold
 from vispruner_kernels.integrations._prompt import (
     Prompt,
     check_placeholders,
@@ -110,7 +109,7 @@ def prune_inputs(
 ) -> PrunedInputs:
     """Prune what a processor returned, for `model.generate` and `model.forward`.
 
-    The vision tower runs once, up to the layer that is read; only kept tokens are projected (see
+    Features and scores come from one run of the vision tower; only kept tokens are projected (see
     Cost), and the placeholders shrink with them.
 
     Args:
@@ -142,10 +141,12 @@ def prune_inputs(
         and embeddings. Calls from several threads take turns in the tower.
 
     Cost:
-        Selection is one launch for images of equal size, and one for those of different sizes. The
-        ids and the mask are copied to the host before the tower runs, nothing afterwards. All
-        patches are projected where tokens are interpolated after the projector: videos, and images
-        above 9 tiles, of LLaVA-OneVision.
+        One run of the tower for the images and one for the videos, of the layers up to the one that
+        is read. One launch selects, for images of one size or of several; FoPru rows and `Random`
+        take one for each run of equal sizes, and interpolated images have their own. The ids and
+        the mask are copied to the host before the tower runs, nothing afterwards. All patches are
+        projected where tokens are interpolated after the projector: videos, and images above 9
+        tiles, of LLaVA-OneVision.
 
     Source:
         VisPruner, arXiv 2412.01818v2.
@@ -228,7 +229,6 @@ class Handle:
         # Instance attributes of the model that ours stand before, if there were any.
         self._before: dict[str, Any] = {}
         self._ours: dict[str, Any] = {}
-        self._caches: WeakKeyDictionary[Any, _Prompted] = WeakKeyDictionary()
         for name, wrapper in (("forward", self._forward), ("generate", self._generate)):
             original = getattr(model, name)
             if isinstance(original, _Wrapped):
@@ -259,50 +259,33 @@ class Handle:
         self.remove()
 
     def _forward(self, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-        mask, cache = given(arguments, "attention_mask", "past_key_values")
-        cached = 0 if cache is None else cache.get_seq_length()
-        before = None if cache is None else self._caches.get(cache)
+        before = held(arguments.get("past_key_values"))
         if before is not None:
-            arguments = _continued(arguments, before, cached)
+            arguments = before.translate(arguments)
         if not _any_pixels(arguments):
             return original(**arguments)
         if isinstance(arguments.get("logits_to_keep"), Tensor):
             raise ValueError("logits_to_keep is a tensor of positions before pruning, expected int")
+        cache = arguments.get("past_key_values")
+        cached = 0 if cache is None else cache.get_seq_length()
+        ids, embeds, positions = given(arguments, "input_ids", "inputs_embeds", "position_ids")
+        prompt = embeds if ids is None else ids
+        if positions is None and not hasattr(self._model.model, "get_rope_index"):
+            # What the model would take them for, so that padding made anew does not count.
+            columns = torch.arange(cached, cached + prompt.shape[1], device=prompt.device)
+            arguments["position_ids"] = columns.expand(len(prompt), -1)
         pruned = prune_inputs(self._model, arguments, **self._settings)
         out = original(**pruned)
         values = out if isinstance(out, tuple) else out.values()
         cache = next((x for x in (cache, *values) if isinstance(x, transformers.Cache)), None)
         if cache is not None:
-            self._remember(cache, pruned, arguments, mask, cached, before)
+            hold(cache, HeldPrompt.of(self._model, pruned, prompt.shape[1], before))
         return out
-
-    def _remember(
-        self,
-        cache: Any,
-        pruned: PrunedInputs,
-        arguments: Mapping[str, Any],
-        mask: Tensor | None,
-        cached: int = 0,
-        before: _Prompted | None = None,
-    ) -> None:
-        """What `cache` holds now, and held to the caller, whose own mask is `mask`."""
-        ids, embeds = given(arguments, "input_ids", "inputs_embeds")
-        length = (embeds if ids is None else ids).shape[1]
-        if mask is None:
-            length += cached + (before.length - before.mask.shape[1] if before else 0)
-        else:
-            length = mask.shape[1]
-        after, embeds = given(pruned, "attention_mask", "inputs_embeds")
-        if after is None:
-            after = torch.ones(len(embeds), cached + embeds.shape[1], device=embeds.device).long()
-        assert pruned.removed is not None
-        removed = pruned.removed + (before.removed if before else 0)
-        self._caches[cache] = _Prompted(length, after, removed)
 
     @torch.no_grad()
     def _generate(self, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         cache = arguments.get("past_key_values")
-        if cache is not None and cache in self._caches:
+        if held(cache) is not None:
             raise ValueError(
                 "past_key_values holds a pruned prompt: generate from the whole conversation "
                 "without it, or go on by forward"
@@ -335,13 +318,14 @@ class Handle:
         pruned = prune_inputs(self._model, arguments, **self._settings)
         embeds = pruned["inputs_embeds"]
         if pruned.get("attention_mask") is None:
+            # transformers would make one of the caller's length.
             pruned["attention_mask"] = torch.ones_like(embeds[..., 0], dtype=torch.int64)
         old, new = (arguments["inputs_embeds"] if ids is None else ids).shape[1], embeds.shape[1]
         if old != new:
-            # transformers takes the prompt's length to be that of the embeddings, ours off its own.
+            # transformers takes the length of the embeddings off, where ids differ from it.
             shift = new - old if ids is None else new
-            for name, other in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-                if setting(name) is not None and setting(other) is None:
+            for name in ("max_length", "min_length"):
+                if setting(name) is not None:
                     pruned[name] = max(setting(name) + shift, 0)
         if ids is not None:
             # Beside the embeddings of what is left: sequences, processors of logits, criteria and
@@ -350,44 +334,9 @@ class Handle:
         out = original(**pruned)
         cache = getattr(out, "past_key_values", None)
         if cache is not None:
-            self._remember(cache, pruned, arguments, arguments.get("attention_mask"))
+            copies = max(setting("num_beams") or 1, setting("num_return_sequences") or 1)
+            hold(cache, HeldPrompt.of(self._model, pruned, old, copies=copies))
         return out
-
-
-@dataclass
-class _Prompted:
-    """What a pruned prompt in a cache was to the caller."""
-
-    # With the padding, and what was cached before.
-    length: int
-    # Of the cache.
-    mask: Tensor
-    # [B]
-    removed: Tensor
-
-
-def _continued(arguments: dict[str, Any], before: _Prompted, cached: int) -> dict[str, Any]:
-    """Decoding by hand: the caller's mask and positions still count the tokens removed."""
-    ids, embeds, mask = given(arguments, "input_ids", "inputs_embeds", "attention_mask")
-    new = (embeds if ids is None else ids).shape[1]
-    arguments.pop("cache_position", None)
-    if mask is not None:
-        if mask.dim() != 2:
-            raise ValueError("attention_mask: expected [B, length] beside a pruned cache")
-        if mask.shape[1] == cached + new:
-            return arguments
-        expected = before.length - before.mask.shape[1] + cached + new
-        if mask.shape[1] != expected:
-            raise ValueError(
-                f"attention_mask has {mask.shape[1]} columns, expected {expected} of the unpruned "
-                f"prompt and what came after it, or {cached + new} of the cache"
-            )
-        after = mask[:, before.length :]
-        arguments["attention_mask"] = torch.cat([before.mask.to(after), after], 1)
-    positions = arguments.get("position_ids")
-    if positions is not None and positions.dim() == 2:
-        arguments["position_ids"] = positions - before.removed[:, None].to(positions.device)
-    return arguments
 
 
 class _Wrapped:
@@ -490,8 +439,7 @@ def attach(
         For `generate` the prompt is the caller's: sequences begin with its `input_ids`,
         `max_length` counts them, and processors of logits, stopping criteria and streamers see
         them. `forward` returns logits of the pruned length and uses labels of that length. Decoding
-        by hand may go on with the mask and the positions of the unpruned prompt, or with those of
-        the cache.
+        by hand goes on with the mask and the positions of the unpruned prompt, or without.
 
     Cost:
         That of `prune_inputs` in each call that has images, none in others.
