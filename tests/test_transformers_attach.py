@@ -201,6 +201,34 @@ def test_decoding_by_hand_as_if_nothing_were_removed(name, batch, masks, positio
     assert torch.equal(tokens, expected_tokens(model, inputs, method))
 
 
+def test_a_turn_that_is_padded():
+    """Padding between turns is in no later turn."""
+    model, method = vlms.shared("llava"), VisPruner(4)
+    inputs = BATCHES["made unequal"]("llava")
+    words = torch.tensor([[vlms.PAD, vlms.PAD, 7], [9, 11, 12]])
+    seen = torch.tensor([[0, 0, 1], [1, 1, 1]])
+    last = torch.tensor([[21], [22]])
+    longer = inputs | {
+        "input_ids": torch.cat([inputs["input_ids"], words, last], 1),
+        "attention_mask": torch.cat([inputs["attention_mask"], seen, torch.ones(2, 1).long()], 1),
+    }
+    mask = longer["attention_mask"]
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    n = inputs["input_ids"].shape[1]
+    with torch.no_grad(), attach(model, method):
+        cache = model(**inputs, position_ids=positions[:, :n], use_cache=True).past_key_values
+        for start, stop in ((n, n + 3), (n + 3, n + 4)):
+            out = model(
+                input_ids=longer["input_ids"][:, start:stop],
+                attention_mask=mask[:, :stop],
+                position_ids=positions[:, start:stop],
+                past_key_values=cache,
+            )
+    kept = prune_inputs(model, inputs, method).kept
+    expected = vlm_oracle.logits(vlm_oracle.eager(model), longer, kept)
+    assert_same(list(out.logits[:, -1]), [x[-1] for x in expected])
+
+
 def test_a_cache_carries_what_it_holds():
     """In copies of it, under another handle, and not after it is emptied."""
     from transformers import StaticCache
