@@ -12,8 +12,8 @@ pruning against the model with every token kept, the published way for its numbe
 
 Stages are timed one by one, the total as a whole; what it has beyond its stages is in "rest". FLOPs
 are counted by the formulas of docs/transformers.md, two for a multiply-add, without those of the
-selection. Without a GPU the same
-models are scaled down to a few narrow layers, with the number of tokens they have.
+selection. Without a GPU the same models are scaled down to a few narrow layers, with the number of
+tokens they have.
 """
 
 from __future__ import annotations

@@ -71,8 +71,11 @@ def test_generation(family, model):
 
 @needs_cuda
 def test_nothing_waits_once_the_tower_runs(family, model):
-    """The host goes on, so that the selection is queued behind the tower."""
-    inputs = inputs_of(family)
+    """The host goes on, so that the selection is queued behind the tower. Interpolated images are
+    packed by the model, which copies a list to the device."""
+    size = (50, 100) if family == "llava-onevision" else None
+    parts = [3, vlms.picture(family, 1, size), 5], [6]
+    inputs = {name: x.to(DEVICE) for name, x in vlms.prompts(family, *parts).items()}
     core = model.model
     tower = next(
         getattr(core, n) for n in ("visual", "vision_tower", "image_tower") if hasattr(core, n)

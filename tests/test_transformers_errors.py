@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -249,6 +250,8 @@ def test_a_version_that_is_too_old(monkeypatch):
 
     import transformers
 
+    project = (Path(__file__).parent.parent / "pyproject.toml").read_text()
+    assert f'"transformers>={".".join(map(str, integration.MINIMUM))}"' in project
     monkeypatch.setattr(transformers, "__version__", "5.2.1")
     with pytest.raises(ImportError, match=r"transformers is 5\.2\.1, expected at least 5\.3"):
         importlib.reload(integration)

@@ -39,68 +39,48 @@ VISION = dict(
 def _config(family: str, side: int) -> Any:
     import transformers as tf
 
-    vision = VISION | dict(image_size=side * PATCH)
-    llama = tf.LlamaConfig(**TEXT)
-    if family == "llava":
-        return tf.LlavaConfig(
-            vision_config=tf.CLIPVisionConfig(**vision), text_config=llama, image_token_id=IMAGE
-        )
-    if family == "llava-siglip":
-        return tf.LlavaConfig(
-            vision_config=tf.SiglipVisionConfig(**vision, vision_use_head=False),
-            text_config=llama,
-            image_token_id=IMAGE,
-            vision_feature_select_strategy="full",
-            vision_feature_layer=-1,
-        )
-    if family == "llava-next":
-        return tf.LlavaNextConfig(
-            vision_config=tf.CLIPVisionConfig(**vision),
-            text_config=llama,
-            image_token_id=IMAGE,
-            image_grid_pinpoints=PINPOINTS,
-        )
-    if family == "video-llava":
-        return tf.VideoLlavaConfig(
-            vision_config=tf.CLIPVisionConfig(**vision),
-            text_config=llama,
-            image_token_id=IMAGE,
-            video_token_id=VIDEO,
-        )
-    if family == "llava-onevision":
-        return tf.LlavaOnevisionConfig(
-            vision_config=tf.SiglipVisionConfig(**vision, vision_use_head=False),
-            text_config=tf.Qwen2Config(**TEXT),
-            image_token_id=IMAGE,
-            video_token_id=VIDEO,
-            image_grid_pinpoints=PINPOINTS,
+    if family != "qwen2.5-vl":
+        siglip = family in ("llava-siglip", "llava-onevision")
+        vision = VISION | dict(image_size=side * PATCH)
+        if siglip:
+            tower = tf.SiglipVisionConfig(**vision, vision_use_head=False)
+        else:
+            tower = tf.CLIPVisionConfig(**vision)
+        text = tf.Qwen2Config if family == "llava-onevision" else tf.LlamaConfig
+        rest: dict[str, Any] = dict(image_token_id=IMAGE)
+        if family in ("video-llava", "llava-onevision"):
+            rest["video_token_id"] = VIDEO
+        if family in ("llava-next", "llava-onevision"):
+            rest["image_grid_pinpoints"] = PINPOINTS
+        if family == "llava-onevision":
             # Images of more than two tiles are interpolated.
-            vision_aspect_ratio="anyres_max_2",
-        )
-    if family == "qwen2.5-vl":
-        rope = dict(rope_type="default", rope_theta=10000.0, mrope_section=[2, 3, 3])
-        return tf.Qwen2_5_VLConfig(
-            vision_config=dict(
-                depth=3,
-                hidden_size=32,
-                intermediate_size=48,
-                num_heads=2,
-                patch_size=PATCH,
-                spatial_merge_size=2,
-                temporal_patch_size=2,
-                # Two merged tokens each way.
-                window_size=4 * PATCH,
-                fullatt_block_indexes=[2],
-                out_hidden_size=TEXT["hidden_size"],
-                tokens_per_second=2,
-            ),
-            text_config=TEXT | dict(rope_parameters=rope),
-            image_token_id=IMAGE,
-            video_token_id=VIDEO,
-            vision_start_token_id=92,
-            vision_end_token_id=93,
-        )
-    raise KeyError(family)
+            rest["vision_aspect_ratio"] = "anyres_max_2"
+        if family == "llava-siglip":
+            rest |= dict(vision_feature_select_strategy="full", vision_feature_layer=-1)
+        config = getattr(tf, CLASSES[family].replace("ForConditionalGeneration", "Config"))
+        return config(vision_config=tower, text_config=text(**TEXT), **rest)
+    rope = dict(rope_type="default", rope_theta=10000.0, mrope_section=[2, 3, 3])
+    return tf.Qwen2_5_VLConfig(
+        vision_config=dict(
+            depth=3,
+            hidden_size=32,
+            intermediate_size=48,
+            num_heads=2,
+            patch_size=PATCH,
+            spatial_merge_size=2,
+            temporal_patch_size=2,
+            # Two merged tokens each way.
+            window_size=4 * PATCH,
+            fullatt_block_indexes=[2],
+            out_hidden_size=TEXT["hidden_size"],
+            tokens_per_second=2,
+        ),
+        text_config=TEXT | dict(rope_parameters=rope),
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=92,
+        vision_end_token_id=93,
+    )
 
 
 CLASSES = {

@@ -144,9 +144,9 @@ def prune_inputs(
         One run of the tower for the images and one for the videos, of the layers up to the one that
         is read. One launch selects, for images of one size or of several; FoPru rows and `Random`
         take one for each run of equal sizes, and interpolated images have their own. The ids and
-        the mask are copied to the host before the tower runs, nothing afterwards. All patches are
-        projected where tokens are interpolated after the projector: videos, and images above 9
-        tiles, of LLaVA-OneVision.
+        the mask are copied to the host before the tower runs, and nothing waits for it afterwards,
+        but the model's own packing of interpolated images. All patches are projected where tokens
+        are interpolated after the projector: videos, and images above 9 tiles, of LLaVA-OneVision.
 
     Source:
         VisPruner, arXiv 2412.01818v2.
