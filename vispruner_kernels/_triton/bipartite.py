@@ -10,7 +10,14 @@ import triton
 import triton.language as tl
 
 from vispruner_kernels._triton.neighbours import find_nearest
-from vispruner_kernels._triton.rules import INT32_MIN, INT64_MIN, count_larger, index_key
+from vispruner_kernels._triton.rules import (
+    INT32_MIN,
+    INT64_MIN,
+    RANKED,
+    count_larger,
+    index_key,
+    ranked_offsets,
+)
 
 # States of a token; that of a living one is its position, and b are the odd positions.
 DROPPED = tl.constexpr(-2)
@@ -57,8 +64,8 @@ def bipartite(
             NEIGHBOURS,
         )
         # Phase 2: a in sorted order less its first `drop`, then b as it was.
-        for first in range(0, size_a, SWEEP):
-            offs_a = first + tl.arange(0, SWEEP)
+        for first in range(0, size_a, RANKED):
+            offs_a = first + ranked_offsets()
             mask_a = offs_a < size_a
             key = tl.load(keys_ptr + offs_a, mask=mask_a, other=INT64_MIN)
             token = tl.load(residual_ptr + 2 * offs_a, mask=mask_a, other=0)

@@ -9,9 +9,11 @@ from vispruner_kernels._triton.neighbours import append, find_nearest
 from vispruner_kernels._triton.rules import (
     INT64_MIN,
     LAST_INDEX,
+    RANKED,
     count_larger,
     pair_key,
     pair_value,
+    ranked_offsets,
 )
 
 # States of a token.
@@ -112,8 +114,8 @@ def pairwise(
             lives = tl.load(state_ptr + offs_n, mask=mask_n, other=DEAD) != DEAD
             tl.store(pair_ptr + offs_n, INT64_MIN, mask=lives)
         tl.debug_barrier()
-        for first in range(0, N, SWEEP):
-            offs_n = first + tl.arange(0, SWEEP)
+        for first in range(0, N, RANKED):
+            offs_n = first + ranked_offsets()
             mask_n = offs_n < N
             fell = tl.load(state_ptr + offs_n, mask=mask_n, other=ALIVE) == DEAD
             pair = tl.load(pair_ptr + offs_n, mask=fell, other=INT64_MIN)

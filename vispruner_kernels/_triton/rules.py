@@ -12,7 +12,8 @@ INT64_MAX = tl.constexpr(2**63 - 1)
 # Bits of a token index; N <= 16384.
 INDEX_BITS = tl.constexpr(14)
 LAST_INDEX = tl.constexpr(2**14 - 1)
-# Keys per step of counting.
+# Keys that are ranked at once, and those they are compared with in a step.
+RANKED = tl.constexpr(256)
 COUNT = tl.constexpr(32)
 # Bits of a counter below its tag: more programs than ever arrive at one.
 COUNT_BITS = tl.constexpr(20)
@@ -69,14 +70,22 @@ def pair_value(key):
 
 
 @triton.jit
+def ranked_offsets():
+    """[RANKED / 32, 32]: Triton gives each column to a lane, so that a thread has many keys, and a
+    warp its share of those they are compared with. Else loads take the time."""
+    return tl.arange(0, RANKED // 32)[:, None] * 32 + tl.arange(0, 32)[None, :]
+
+
+@triton.jit
 def count_larger(keys_ptr, n, key):
-    """How many of keys[0:n] are larger than each key: its rank among unique keys."""
-    rank = tl.zeros(key.shape, tl.int32)
+    """How many of keys[0:n] are larger than each key of `ranked_offsets`: its rank among unique
+    keys."""
+    larger = tl.zeros([RANKED // 32, COUNT, 32], tl.int32)
     for first in range(0, n, COUNT):
         offs = first + tl.arange(0, COUNT)
         other = tl.load(keys_ptr + offs, mask=offs < n, other=INT64_MIN)
-        rank += tl.sum((other[:, None] > key[None, :]).to(tl.int32), axis=0)
-    return rank
+        larger += (other[None, :, None] > key[:, None, :]).to(tl.int32)
+    return tl.sum(larger, axis=1)
 
 
 # A counter is an int64 in the call's own, uninitialised scratch: the call's random tag, then
