@@ -94,12 +94,17 @@ def _nearest_listed(
     lists_ptr, state_ptr, token, mask, NEIGHBOURS: tl.constexpr, LENGTH: tl.constexpr
 ):
     """The nearest candidate among the first LENGTH of a token's list as `index_key`, or INT64_MIN
-    if there is none."""
+    if there is none.
+
+    `token` and `mask` have every token LENGTH times: in one dimension a list's keys and their
+    states are loaded in one layout.
+    """
+    offs_k = tl.arange(0, token.shape[0]) % LENGTH
     list_ptr = lists_ptr + token.to(tl.int64) * NEIGHBOURS
-    offs_k = tl.arange(0, LENGTH)
-    key = tl.load(list_ptr[:, None] + offs_k[None, :], mask=mask[:, None], other=INT64_MIN)
+    key = tl.load(list_ptr + offs_k, mask=mask, other=INT64_MIN)
     state = tl.load(state_ptr + key_index(key), mask=key != INT64_MIN, other=0)
-    return tl.max(tl.where((state & 1) == 1, key, INT64_MIN), axis=1)
+    key = tl.where((state & 1) == 1, key, INT64_MIN)
+    return tl.max(tl.reshape(key, [token.shape[0] // LENGTH, LENGTH]), axis=1)
 
 
 @triton.jit
@@ -138,22 +143,26 @@ def find_nearest(
     stride = 1 if PAIRWISE else 2
     missed = 0
     for first in range(0, count, LOOK):
+        place = first + tl.arange(0, LOOK * FIRST) // FIRST
+        token = tl.load(tokens_ptr + place * stride, mask=place < count, other=0)
+        nearest = _nearest_listed(lists_ptr, state_ptr, token, place < count, NEIGHBOURS, FIRST)
         place = first + tl.arange(0, LOOK)
         mask = place < count
-        token = tl.load(tokens_ptr + place * stride, mask=mask, other=0)
-        nearest = _nearest_listed(lists_ptr, state_ptr, token, mask, NEIGHBOURS, FIRST)
-        _store_nearest(partner_ptr, keys_ptr, place, token, nearest, mask, PAIRWISE)
+        _store_nearest(partner_ptr, keys_ptr, tokens_ptr, place, nearest, mask, PAIRWISE)
         missed = append(missed_ptr, missed, place, mask & (nearest == INT64_MIN))
     tl.debug_barrier()
     if missed > 0:
         again = 0
         for first in range(0, missed, LOOK_AGAIN):
-            offs = first + tl.arange(0, LOOK_AGAIN)
+            offs = first + tl.arange(0, LOOK_AGAIN * NEIGHBOURS) // NEIGHBOURS
             mask = offs < missed
             place = tl.load(missed_ptr + offs, mask=mask, other=0)
             token = tl.load(tokens_ptr + place * stride, mask=mask, other=0)
             nearest = _nearest_listed(lists_ptr, state_ptr, token, mask, NEIGHBOURS, NEIGHBOURS)
-            _store_nearest(partner_ptr, keys_ptr, place, token, nearest, mask, PAIRWISE)
+            offs = first + tl.arange(0, LOOK_AGAIN)
+            mask = offs < missed
+            place = tl.load(missed_ptr + offs, mask=mask, other=0)
+            _store_nearest(partner_ptr, keys_ptr, tokens_ptr, place, nearest, mask, PAIRWISE)
             # In place: behind what has been read.
             tl.debug_barrier()
             again = append(missed_ptr, again, place, mask & (nearest == INT64_MIN))
@@ -165,13 +174,14 @@ def find_nearest(
                 place = tl.load(missed_ptr + offs, mask=mask, other=0)
                 token = tl.load(tokens_ptr + place * stride, mask=mask, other=0)
                 nearest = _nearest_in_row(sim_ptr, ld, state_ptr, token, mask, N)
-                _store_nearest(partner_ptr, keys_ptr, place, token, nearest, mask, PAIRWISE)
+                _store_nearest(partner_ptr, keys_ptr, tokens_ptr, place, nearest, mask, PAIRWISE)
             tl.debug_barrier()
 
 
 @triton.jit
-def _store_nearest(partner_ptr, keys_ptr, place, token, nearest, mask, PAIRWISE: tl.constexpr):
+def _store_nearest(partner_ptr, keys_ptr, tokens_ptr, place, nearest, mask, PAIRWISE: tl.constexpr):
     if PAIRWISE:
+        token = tl.load(tokens_ptr + place, mask=mask, other=0)
         # The last living token has itself as partner, and no pair.
         alone = nearest == INT64_MIN
         partner = tl.where(alone, token, key_index(nearest))
