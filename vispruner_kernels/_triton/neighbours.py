@@ -194,6 +194,8 @@ def _store_nearest(partner_ptr, keys_ptr, tokens_ptr, place, nearest, mask, PAIR
 
 @triton.jit
 def append(list_ptr, count, item, mask):
-    place = count + tl.cumsum(mask.to(tl.int32), axis=0) - 1
-    tl.store(list_ptr + place, item, mask=mask)
-    return count + tl.sum(mask.to(tl.int32), axis=0)
+    more = tl.sum(mask.to(tl.int32), axis=0)
+    if more > 0:
+        place = count + tl.cumsum(mask.to(tl.int32), axis=0) - 1
+        tl.store(list_ptr + place, item, mask=mask)
+    return count + more
