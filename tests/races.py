@@ -56,7 +56,7 @@ except (ImportError, AttributeError) as error:
     MISSING = str(error)
 
 # Bytes of a cell: no element is smaller.
-CELL = 2
+CELL = 1
 # Instead of the one thread that loaded a cell.
 MANY = -1
 

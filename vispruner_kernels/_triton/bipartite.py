@@ -19,7 +19,7 @@ from vispruner_kernels._triton.rules import (
     ranked_offsets,
 )
 
-# States of a token; that of a living one is its position, and b are the odd positions.
+# States of a token; that of a living one is the parity of its position, and b are the odd ones.
 DROPPED = tl.constexpr(-2)
 IMPORTANT = tl.constexpr(-4)
 # Tokens per step of a sweep.
@@ -43,8 +43,8 @@ def bipartite(
     NEIGHBOURS: tl.constexpr,
     SMALL: tl.constexpr,
 ):
-    """The published rule: `state` is the position of each of the `n` tokens of `residual`; those
-    still in it when `keep` are left have a state of 0 or more."""
+    """The published rule: `state` is 0 or 1, the parity of its position, for each of the `n` tokens
+    of `residual` and for those that are left when they are `keep`, and DROPPED for the others."""
     while n > tl.maximum(keep, SMALL):
         size_a = (n + 1) // 2
         drop = tl.minimum(tl.minimum(step, n - keep), size_a)
@@ -71,14 +71,14 @@ def bipartite(
             token = tl.load(residual_ptr + 2 * offs_a, mask=mask_a, other=0)
             position = count_larger(keys_ptr, size_a, key) - drop
             tl.store(next_ptr + position, token, mask=mask_a & (position >= 0))
-            tl.store(state_ptr + token, tl.where(position >= 0, position, DROPPED), mask=mask_a)
+            tl.store(state_ptr + token, _state(position), mask=mask_a)
         for first in range(0, n // 2, SWEEP):
             offs_b = first + tl.arange(0, SWEEP)
             mask_b = offs_b < n // 2
             token = tl.load(residual_ptr + 2 * offs_b + 1, mask=mask_b, other=0)
             position = size_a - drop + offs_b
             tl.store(next_ptr + position, token, mask=mask_b)
-            tl.store(state_ptr + token, position, mask=mask_b)
+            tl.store(state_ptr + token, _state(position), mask=mask_b)
         tl.debug_barrier()
         residual_ptr, next_ptr = next_ptr, residual_ptr
         n -= drop
@@ -104,4 +104,9 @@ def bipartite(
             sorted_a = tl.where(in_a & (rank >= drop), rank - drop, DROPPED)
             position = tl.where(in_b, size_a - drop + position // 2, sorted_a)
             n -= drop
-        tl.store(state_ptr + token, position, mask=mask)
+        tl.store(state_ptr + token, _state(position), mask=mask)
+
+
+@triton.jit
+def _state(position):
+    return tl.where(position >= 0, position & 1, DROPPED)

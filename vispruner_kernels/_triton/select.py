@@ -36,7 +36,7 @@ NUM_WARPS = 8
 SMALL = 128 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7) else 64
 # Rounds of the pairwise rule before it takes care of its bad case.
 EAGER = 64
-# Arrays of one int32 per token in scratch.
+# Arrays of one int32 per token in scratch. States are bytes: few lines of the cache to look up.
 ARRAYS = tl.constexpr(6)
 
 
@@ -142,6 +142,7 @@ def _select_kernel(
     pair_ptr += start
     state_ptr += start
     place_ptr = state_ptr + tokens
+    state_ptr = state_ptr.to(tl.pointer_type(tl.int8))
     partner_ptr = place_ptr + tokens
     # Pairs of blocks by their distance around a circle: each pair once.
     block_a = tile % blocks
@@ -160,7 +161,7 @@ def _select_kernel(
             pair = tl.where(rank < important, INT64_MIN, tl.full([BLOCK_N], INT64_MAX, tl.int64))
             tl.store(pair_ptr + offs_a, pair, mask=mask_a)
         else:
-            state = tl.where(keep > important, rank - important, DROPPED)
+            state = tl.where(keep > important, (rank - important) & 1, DROPPED)
             state = tl.where(rank < important, IMPORTANT, state)
             tl.store(place_ptr + rank, offs_a, mask=mask_a)
         tl.store(state_ptr + offs_a, state, mask=mask_a)
