@@ -59,12 +59,14 @@ def similarity(
 ):
     """float32 [BLOCK_N, BLOCK_N], from pointers to the tokens' features [BLOCK_N].
 
-    With q = 128 hi + lo both halves are int8: three int32 sums on tensor cores are exact.
+    With q = 128 hi + lo both halves are int8: int32 sums on tensor cores are exact.
     """
     scale_a = _fixed_point_scale(row_a_ptr, mask_a, C, BLOCK_N, BLOCK_C)
     scale_b = _fixed_point_scale(row_b_ptr, mask_b, C, BLOCK_N, BLOCK_C)
     high = tl.zeros([BLOCK_N, BLOCK_N], tl.int32)
-    mixed = tl.zeros([BLOCK_N, BLOCK_N], tl.int32)
+    # Not one sum: Triton gives two products in a row layouts of their own, and converts the sums.
+    high_low = tl.zeros([BLOCK_N, BLOCK_N], tl.int32)
+    low_high = tl.zeros([BLOCK_N, BLOCK_N], tl.int32)
     low = tl.zeros([BLOCK_N, BLOCK_N], tl.int32)
     square_a = tl.zeros([BLOCK_N], tl.int64)
     square_b = tl.zeros([BLOCK_N], tl.int64)
@@ -79,9 +81,10 @@ def similarity(
         a_hi, a_lo = a_hi.to(tl.int8), a_lo.to(tl.int8)
         b_hi, b_lo = tl.trans(b_hi.to(tl.int8)), tl.trans(b_lo.to(tl.int8))
         high = tl.dot(a_hi, b_hi, high, out_dtype=tl.int32)
-        mixed = tl.dot(a_hi, b_lo, mixed, out_dtype=tl.int32)
-        mixed = tl.dot(a_lo, b_hi, mixed, out_dtype=tl.int32)
+        high_low = tl.dot(a_hi, b_lo, high_low, out_dtype=tl.int32)
+        low_high = tl.dot(a_lo, b_hi, low_high, out_dtype=tl.int32)
         low = tl.dot(a_lo, b_lo, low, out_dtype=tl.int32)
+    mixed = high_low + low_high
     gram = (high.to(tl.int64) << 14) + (mixed.to(tl.int64) << 7) + low.to(tl.int64)
     r_a, r_b = _reciprocal_norm(square_a), _reciprocal_norm(square_b)
     return gram.to(tl.float32) * (r_a[:, None] * r_b[None, :])
