@@ -364,7 +364,7 @@ def _launch(
         SMALL=SMALL,
         EAGER=EAGER,
         num_warps=NUM_WARPS,
-        num_stages=2,
+        num_stages=3,
         maxnreg=255,
         enable_fp_fusion=False,
     )

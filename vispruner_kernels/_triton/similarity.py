@@ -17,7 +17,8 @@ FIXED_POINT_MAX = tl.constexpr(16256.0)
 def _fixed_point_scale(row_ptr, mask_n, C, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
     """What a token's features are multiplied with; 0 if the token has no usable magnitude."""
     magnitude = tl.zeros([BLOCK_N, BLOCK_C], tl.int32)
-    for channel in range(0, C, BLOCK_C):
+    # Without products, Triton loads ahead only where it is told to.
+    for channel in tl.range(0, C, BLOCK_C, num_stages=4):
         offs_c = channel + tl.arange(0, BLOCK_C)
         mask = mask_n[:, None] & (offs_c < C)[None, :]
         x = tl.load(row_ptr[:, None] + offs_c[None, :], mask=mask, other=0.0)
