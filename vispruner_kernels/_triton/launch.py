@@ -49,14 +49,24 @@ def _specialized(kernel: Any) -> tuple[bool, ...]:
     return tuple(name not in (kernel.do_not_specialize or ()) for name in kernel.arg_names)
 
 
-def _shape_class(arg: Any, specialized: bool) -> Any:
-    """All that Triton compiles a kernel anew for."""
-    if isinstance(arg, Tensor):
-        return arg.dtype, arg.data_ptr() % 16 == 0
-    if isinstance(arg, int):
-        narrow = -(2**31) <= arg < 2**31
-        return (narrow, arg == 1, arg % 16 == 0) if specialized else narrow
-    return type(arg)
+def _describe(kernel: Any, args: Any) -> tuple[list[Any], list[Any]]:
+    """All that Triton compiles a kernel anew for, and the arguments with addresses for tensors:
+    given a tensor, every launch asks the driver whose memory it is."""
+    classes: list[Any] = []
+    values: list[Any] = []
+    for arg, specialized in zip(args, _specialized(kernel), strict=False):
+        value = arg
+        if isinstance(arg, Tensor):
+            value = arg.data_ptr()
+            classes += arg.dtype, value % 16 == 0
+        elif not isinstance(arg, int):
+            classes.append(type(arg))
+        elif specialized:
+            classes.append((-(2**31) <= arg < 2**31, arg == 1, arg % 16 == 0))
+        else:
+            classes.append(-(2**31) <= arg < 2**31)
+        values.append(value)
+    return classes, values
 
 
 def run(kernel: Any, grid: int, like: Tensor, *args: Any, **meta: Any) -> None:
@@ -83,10 +93,12 @@ def run(kernel: Any, grid: int, like: Tensor, *args: Any, **meta: Any) -> None:
 
 
 def _run_on(device: int, kernel: Any, grid: int, args: Any, meta: dict[str, Any]) -> None:
-    key = (kernel, device, *map(_shape_class, args, _specialized(kernel)), *meta.values())
-    if key in _COMPILED:
-        compiled, constants = _COMPILED[key]
-        compiled[(grid, 1, 1)](*args, *constants)
+    classes, values = _describe(kernel, args)
+    key = (kernel, device, *classes, *meta.values())
+    found = _COMPILED.get(key)
+    if found:
+        compiled, constants = found
+        compiled[(grid, 1, 1)](*values, *constants)
         return
     _check_device(device)
     with _LOCK:
