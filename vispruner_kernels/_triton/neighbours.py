@@ -51,10 +51,11 @@ def list_neighbours(sim_ptr, ld, lists_ptr, N, token, NEIGHBOURS: tl.constexpr):
     while searching:
         middle = (below + threshold) * 0.5
         key = ordered(middle)
-        count = tl.zeros([ROWS], tl.int32)
+        reached = tl.zeros([ROWS, CHUNK], tl.int32)
         for first in range(0, N, CHUNK):
             value = _row_chunk(row_ptr, mask, first, N)
-            count += tl.sum((value >= key[:, None]).to(tl.int32), axis=1)
+            reached += (value >= key[:, None]).to(tl.int32)
+        count = tl.sum(reached, axis=1)
         fits = count <= NEIGHBOURS
         below = tl.where(fits, below, middle)
         threshold = tl.where(fits, middle, threshold)

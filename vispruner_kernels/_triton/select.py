@@ -285,14 +285,14 @@ def _rank(scores_ptr, stride_sn, N, offs_n, mask_n, BLOCK_N: tl.constexpr):
     """Positions of tokens in the order by score."""
     score = tl.load(scores_ptr + offs_n.to(tl.int64) * stride_sn, mask=mask_n, other=0.0)
     key = index_key(score_key(score), offs_n)
-    rank = tl.zeros([BLOCK_N], tl.int32)
+    larger = tl.zeros([BLOCK_N, BLOCK_N], tl.int32)
     for first in range(0, N, BLOCK_N):
         offs = first + tl.arange(0, BLOCK_N)
         mask = offs < N
         score = tl.load(scores_ptr + offs.to(tl.int64) * stride_sn, mask=mask, other=0.0)
         other = tl.where(mask, index_key(score_key(score), offs), INT64_MIN)
-        rank += tl.sum((other[:, None] > key[None, :]).to(tl.int32), axis=0)
-    return rank
+        larger += (other[:, None] > key[None, :]).to(tl.int32)
+    return tl.sum(larger, axis=0)
 
 
 @functools.lru_cache(maxsize=1024)
