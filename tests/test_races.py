@@ -69,8 +69,7 @@ SWEEP = 16
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Small inputs have several blocks, chunks, sweeps and steps of heads."""
     caches = (select._layout, cls_scores._plan, cls_attention._plan, received_scores._plan)
-    # With rows that do not begin at multiples of 16 bytes half of BLOCK_N.
-    for name, value in {"BLOCK_N": 32, "NEIGHBOURS": 8, "SMALL": 16, "EAGER": 1}.items():
+    for name, value in {"BLOCK_N": 16, "NEIGHBOURS": 8, "SMALL": 16, "EAGER": 1}.items():
         monkeypatch.setattr(select, name, value)
     for module in (select, bipartite, pairwise):
         monkeypatch.setattr(module, "SWEEP", tl.constexpr(SWEEP))

@@ -50,7 +50,7 @@ def select(
     Cost:
         Reads the features once and makes about N*N*C/2 integer multiply-adds per image. Scratch per
         image in flight: 4*N*N + 2*N*C bytes in C++, some 20*N*N + 16*N*C on the reference. On a
-        CUDA device one launch, which reads the features some N / 32 times, all but once from its
+        CUDA device one launch, which reads the features some N / 16 times, all but once from its
         cache; scratch 4*N*N + 288*N bytes per image of the batch, so 1 GiB at N=16384. There one
         block walks an image's passes: some (N - keep) / step dependent ones with "bipartite", a few
         dozen rounds with "pairwise".

@@ -30,7 +30,7 @@ from vispruner_kernels._triton.similarity import similarity
 from vispruner_kernels._triton.topk import gather_rows
 
 # Tokens of a tile's side, bytes of features per step, and the nearest neighbours that are listed.
-BLOCK_N, BLOCK_BYTES, NEIGHBOURS = 64, 128, 32
+BLOCK_N, BLOCK_BYTES, NEIGHBOURS = 32, 128, 32
 NUM_WARPS = 8
 # The most tokens whose similarities fit the registers of a program. Older compilers need more.
 SMALL = 128 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7) else 64
@@ -325,8 +325,7 @@ def _launch(
     channels, strides = features.shape[-1], features.stride()
     # Where no load is a vector, addresses fill the registers.
     aligned = (channels | strides[0] | strides[-2]) % 16 == 0 and features.data_ptr() % 16 == 0
-    block = BLOCK_N if aligned else BLOCK_N // 2
-    grid, similarities, rounded, words = _layout(images, tokens, longest, block)
+    grid, similarities, rounded, words = _layout(images, tokens, longest, BLOCK_N)
     cu_seqlens, cu_keep = offsets or (out, out)
     launch.run(
         _select_kernel,
@@ -358,7 +357,7 @@ def _launch(
         PAIRWISE=matching == "pairwise",
         VARLEN=offsets is not None,
         GATHER=kept is not None,
-        BLOCK_N=block,
+        BLOCK_N=BLOCK_N,
         BLOCK_C=BLOCK_BYTES // features.element_size() if aligned else 32,
         NEIGHBOURS=NEIGHBOURS,
         SMALL=SMALL,
