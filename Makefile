@@ -21,7 +21,7 @@ CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-11s %s\n", $$1, $$2}' Makefile
 
-demo: dev ## prune a photograph with every method; writes demo.png (DEMO_ARGS=...)
+demo: dev ## prune a picture with every method, ask about it; writes demo.png (DEMO_ARGS=...)
 	$(PY) -m vispruner_kernels.demo --out demo.png $(DEMO_ARGS)
 
 test: dev ## the quick tests, on the CPU (PYTEST_ARGS=...)

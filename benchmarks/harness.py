@@ -362,7 +362,9 @@ def report(head: dict[str, Any], tables: dict[str, Rows], file: Path | None) -> 
 
 def _write(head: dict[str, Any], tables: dict[str, Rows], file: Path | None) -> None:
     if file:
-        file.write_text(json.dumps({**head, **tables}, indent=1, default=Timing.json) + "\n")
+        file.write_text(
+            json.dumps({**head, **tables}, indent=1, default=lambda value: value.json()) + "\n"
+        )
 
 
 def _cell(name: str, value: Any) -> str:

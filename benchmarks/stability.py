@@ -2,7 +2,7 @@
 
 "changed" is the share of kept tokens that are others when the features are rounded to bfloat16;
 "coverage" the mean over all tokens of the largest cosine to a kept one. Clustered random features
-(see vispruner_kernels.testing) and the demo's photograph through its rule-made encoder.
+(see vispruner_kernels.testing) and the demo's picture through the tiny VLM's tower.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ def clustered(seed: int) -> tuple[Tensor, Tensor]:
     return features, sample_scores("softmax", 1, 576, generator)
 
 
-def photograph() -> tuple[Tensor, Tensor]:
+def pictured() -> tuple[Tensor, Tensor]:
     """Those of the demo."""
-    photo = picture.load_photo(picture.sample_photo())
-    encoded = encoder.encode(picture.to_tensor(photo, encoder.GRID * encoder.PATCH))
+    photo = picture.load_photo(picture.SAMPLE)
+    encoded = encoder.encode(picture.to_tensor(photo, encoder.SIZE))
     return encoded.features, cls_scores(encoded.q, encoded.k)
 
 
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     options = usage.parse_args(argv)
     harness.check(options, usage)
     torch.set_num_threads(options.threads)
-    sources = {"clustered": [clustered(seed) for seed in SEEDS], "photograph": [photograph()]}
+    sources = {"clustered": [clustered(seed) for seed in SEEDS], "picture": [pictured()]}
     rows: list[dict[str, Any]] = [
         {"features": name, "images": len(images), "keep": keep, "matching": matching}
         | measure(images, keep, matching)

@@ -1,14 +1,16 @@
-"""The demo: what it prints, draws and refuses, and that its encoder looks at the subject."""
+"""The demo: what it prints, answers, draws and refuses, and what its encoder looks at."""
 
 from __future__ import annotations
 
 import io
+import json
 import math
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,15 +18,14 @@ import torch
 np = pytest.importorskip("numpy")
 pytest.importorskip("matplotlib")
 Image = pytest.importorskip("PIL.Image")
+pytest.importorskip("transformers")
 
 from vispruner_kernels import cls_scores, select_topk  # noqa: E402
-from vispruner_kernels.demo import compare, encoder, main, picture  # noqa: E402
+from vispruner_kernels.demo import compare, encoder, main, picture, tiny_vlm  # noqa: E402
+from vispruner_kernels.integrations.transformers import prune_inputs  # noqa: E402
 from vispruner_kernels.methods import Random, VisPruner  # noqa: E402
 from vispruner_kernels.published import select_published  # noqa: E402
 
-# Stated by eye in pixels of the shipped photograph (512 x 600): left, top, right and bottom of the
-# hat, the face, the collar and the tie. The flag, the sky and most of the uniform are outside.
-SUBJECT = (145, 22, 378, 530)
 COMMAND = [sys.executable, "-m", "vispruner_kernels.demo"]
 # The package that this process tests, installed or not.
 ENVIRONMENT = {
@@ -34,6 +35,14 @@ ENVIRONMENT = {
     ),
 }
 NUMBER = r"\d+\.\d\d"
+SYSTEMS = ["VisPruner", "FasterVLM", "FoPru rank", "FoPru row", "Random"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As the demo itself, for the same bits and for the patience of a busy machine."""
+    with encoder.one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +51,25 @@ def photo():
 
 
 @pytest.fixture(scope="module")
-def encoded(photo):
-    return encoder.encode(picture.to_tensor(photo, 336))
+def sample():
+    return picture.load_photo(picture.SAMPLE)
+
+
+@pytest.fixture(scope="module")
+def image(sample):
+    return picture.to_tensor(sample, 192)
+
+
+@pytest.fixture(scope="module")
+def encoded(image):
+    return encoder.encode(image)
+
+
+@pytest.fixture(scope="module")
+def polls(image):
+    """The bundled questions, asked in this process."""
+    known = picture.sample_answers().items()
+    return [compare.poll(image, question, truth, 64) for question, truth in known]
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +122,10 @@ def test_default_run_prints_the_duel_first(default_run):
     )
     assert match, second
     assert match[1] == match[2]
-    assert "rule-made encoder, not CLIP" in done.stdout
-    assert "float32 features [1, 576, 1024] on the cpu, 1 thread, median of " in done.stdout
+    assert "  sample.png, cropped to the square in its middle, 24 x 24 patches, tiny VLM\n" in (
+        done.stdout
+    )
+    assert "float32 features [1, 576, 128] on the cpu, 1 thread, median of " in done.stdout
 
 
 def test_default_run_prints_a_row_per_system(default_run):
@@ -107,13 +135,13 @@ def test_default_run_prints_a_row_per_system(default_run):
         for line in done.stdout.splitlines()
         if line.endswith(" ms")
     }
-    assert list(rows) == ["VisPruner", "FasterVLM", "FoPru rank", "FoPru row", "Random"]
+    assert list(rows) == SYSTEMS
     assert [row[0] for row in rows.values()] == ["64", "64", "64", "48", "64"]
-    # Duplicate removal is what it is for: more of the picture covered, less said twice.
+    # What duplicate removal is for: more of the picture covered, less said twice.
     coverage = {name: float(row[3]) for name, row in rows.items()}
     redundancy = {name: float(row[4]) for name, row in rows.items()}
-    assert coverage["VisPruner"] > coverage["FasterVLM"] + 0.2
-    assert redundancy["VisPruner"] == min(redundancy.values())
+    assert coverage["VisPruner"] > coverage["FasterVLM"] + 0.1
+    assert redundancy["VisPruner"] < redundancy["FasterVLM"]
 
 
 def test_broken_budget_is_one_at_which_the_published_loop_raises(encoded, monkeypatch):
@@ -178,16 +206,122 @@ def test_one_token(tmp_path, capsys, monkeypatch):
     assert size_of(tmp_path / "one.PNG") == (picture.WIDTH, picture.HEIGHT)
 
 
+# What it answers
+
+
+def printed_answers(out: str) -> tuple[str, dict[str, list[str]]]:
+    """The line of the question, and the cells of the table under it by system."""
+    *_, question, _, rows = re.split(r"^(question: .*)\n(system .*)\n", out, flags=re.MULTILINE)
+    table = rows.split("\n\n")[0].splitlines()
+    return question, {row[:10].strip(): re.split(" {2,}", row[12:]) for row in table}
+
+
+def test_default_run_answers_the_first_question(default_run, polls):
+    done, _ = default_run
+    question, rows = printed_answers(done.stdout)
+    asked = polls[0]
+    assert question == f"question: {asked.question}   (true answer: {asked.truth})"
+    assert list(rows) == [compare.ALL, *SYSTEMS]
+    for name, (answer, mark, count) in rows.items():
+        assert answer == asked.answers[name]
+        assert mark == ("right" if answer == asked.truth else "wrong")
+        assert count == f"{sum(poll.answers[name] == poll.truth for poll in polls)} of 8"
+
+
+def test_answers_are_those_of_the_public_path(image, polls):
+    model, words = tiny_vlm.load(), tiny_vlm.tokenizer()
+    methods = dict(compare.systems(64, 24))
+    for poll in polls[:3]:
+        given = tiny_vlm.inputs(image, poll.question)
+        assert list(poll.answers) == [compare.ALL, *methods]
+        assert poll.answers[compare.ALL] == tiny_vlm.answer(given)
+        for name, method in methods.items():
+            pruned = prune_inputs(model, given, method)
+            # All steps of `generate`, one forward at a time, without a cache.
+            ids = []
+            embeds = pruned["inputs_embeds"]
+            while len(ids) < 4 and (not ids or ids[-1] != words.eos_token_id):
+                with torch.no_grad():
+                    logits = model(inputs_embeds=embeds).logits
+                ids.append(int(logits[0, -1].argmax()))
+                last = model.get_input_embeddings()(torch.tensor([ids[-1:]]))
+                embeds = torch.cat([embeds, last], 1)
+            want = words.decode(ids, skip_special_tokens=True) or "(nothing)"
+            # How they are spelt is the next test but one.
+            assert poll.answers[name].replace(" ", "") == want.replace(" ", "")
+
+
+def test_what_is_shown_is_what_the_answer_was_made_from(image, encoded):
+    given = tiny_vlm.inputs(image, "what is the number ?")
+    for (name, method), result in zip(
+        compare.systems(64, 24), compare.evaluate(encoded, 64), strict=True
+    ):
+        assert name == result.name
+        assert torch.equal(prune_inputs(tiny_vlm.load(), given, method).kept[0], result.kept)
+
+
+def test_answers_are_spelt_as_the_true_ones(monkeypatch):
+    words = tiny_vlm.tokenizer()
+    given = {"input_ids": torch.zeros(1, 0, dtype=torch.int64)}
+    for truth in ("4 8", "3", *picture.sample_answers().values()):
+        ids = words(truth, return_tensors="pt", add_special_tokens=False).input_ids
+        model = SimpleNamespace(generate=lambda ids=ids, **_: ids)
+        monkeypatch.setattr(tiny_vlm, "load", lambda model=model: model)
+        assert tiny_vlm.answer(given) == truth
+
+
+def test_bundled_questions_are_in_the_words_of_the_model(image):
+    known = picture.sample_answers()
+    assert len(known) == 8
+    assert next(iter(known)) == "which digit is in the green frame ?"
+    for question, answer in known.items():
+        tiny_vlm.inputs(image, f"{question} {answer}")
+
+
+def test_question_of_the_caller_about_the_bundled_picture(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "_RUNS", 1)
+    out = tmp_path / "x.png"
+    assert main(["--question", "what is the number ?", "--out", str(out)]) == 0
+    question, rows = printed_answers(capsys.readouterr().out)
+    assert question == "question: what is the number ?   (true answer: 4 8)"
+    assert all(row[1] in ("right", "wrong") for row in rows.values())
+    assert main(["--question", "what is below the star ?", "--out", str(out)]) == 0
+    question, rows = printed_answers(capsys.readouterr().out)
+    # Nobody knows; the bundled questions are counted all the same.
+    assert question == "question: what is below the star ?"
+    assert all(re.fullmatch("[0-8] of 8", row[1]) for row in rows.values())
+
+
+def test_photograph_of_the_caller(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "_RUNS", 1)
+    path, out = picture.sample_photo(), tmp_path / "x.png"
+    assert main([str(path), "--out", str(out)]) == 0
+    printed, err = capsys.readouterr()
+    assert err == ""
+    assert "grace_hopper.jpg, cropped to the square in its middle, 24 x 24 patches" in printed
+    assert "question" not in printed
+    assert size_of(out) == (picture.WIDTH, picture.HEIGHT)
+    # Also the question whose answer is known of another picture.
+    question = next(iter(picture.sample_answers()))
+    assert main([str(path), "--question", question, "--out", str(out)]) == 0
+    shown, rows = printed_answers(capsys.readouterr().out)
+    assert shown == f"question: {question}"
+    image = picture.to_tensor(picture.load_photo(path), 192)
+    want = compare.poll(image, question, None, 64).answers
+    assert {name: [answer] for name, answer in want.items()} == rows
+
+
 # What the encoder sees
 
 
-def test_important_tokens_fall_on_the_subject(encoded):
-    left, top, right, bottom = SUBJECT
-    # The square in the middle of 512 x 600 begins 44 pixels down.
-    centres = (torch.arange(24) + 0.5) * 512 / 24
-    across = (centres > left) & (centres < right)
-    down = (centres + 44 > top) & (centres + 44 < bottom)
-    subject = (down[:, None] & across).flatten()
+def test_important_tokens_fall_on_things(encoded):
+    centres = (torch.arange(24) + 0.5) * 8
+    subject = torch.zeros(24, 24, dtype=torch.bool)
+    for thing in json.loads(picture.SAMPLE.with_suffix(".json").read_text())["things"]:
+        across = (centres > thing["left"]) & (centres < thing["right"])
+        down = (centres > thing["top"]) & (centres < thing["bottom"])
+        subject |= down[:, None] & across
+    subject = subject.flatten()
     scores = VisPruner(64).attention_scores(encoded.q, encoded.k)
     important = select_topk(scores, 32)[0]
     hits = subject[important].float().mean().item()
@@ -195,34 +329,32 @@ def test_important_tokens_fall_on_the_subject(encoded):
         subject[Random(32, seed=seed).select(encoded.features, None)[0]].float().mean().item()
         for seed in range(20)
     ]
-    assert hits >= 0.7
+    assert hits >= 0.5
     assert hits > max(chance)
     assert hits > sum(chance) / len(chance) + 0.2
 
 
-@pytest.mark.parametrize("dims", [(1,), (2,), (1, 2)])
-def test_encoder_has_no_preference_for_a_place(photo, encoded, dims):
-    mirrored = encoder.encode(picture.to_tensor(photo, 336).flip(dims))
-    want = cls_scores(encoded.q, encoded.k).view(1, 24, 24)
-    got = cls_scores(mirrored.q, mirrored.k).view(1, 24, 24)
-    torch.testing.assert_close(got.flip(dims), want)
-
-
-def test_encoder_has_the_shape_of_clip_and_is_deterministic(photo, encoded):
-    assert encoded.features.shape == (1, 576, 1024)
-    assert encoded.q.shape == encoded.k.shape == (1, 577, 16, 64)
-    again = encoder.encode(picture.to_tensor(photo, 336))
+def test_encoder_is_the_layer_before_the_last_of_the_model(image, encoded):
+    tower = tiny_vlm.load().model.vision_tower
+    pixels = tiny_vlm.inputs(image, "where")["pixel_values"]
+    with torch.no_grad():
+        states = tower(pixels, output_hidden_states=True).hidden_states
+        # What goes into that layer is the state before the one that comes out of it.
+        layer = getattr(tower, "vision_model", tower).encoder.layers[-2]
+        read = layer.layer_norm1(states[-3])
+        q, k = (
+            project(read).unflatten(-1, (4, 32))
+            for project in (layer.self_attn.q_proj, layer.self_attn.k_proj)
+        )
+    assert encoded.side == 24
+    assert encoded.features.shape == (1, 576, 128)
+    assert encoded.q.shape == encoded.k.shape == (1, 577, 4, 32)
+    for got, want in ((encoded.features, states[-2][:, 1:]), (encoded.q, q), (encoded.k, k)):
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got, want)
+    again = encoder.encode(image)
     for name in ("features", "q", "k"):
-        tensor = getattr(encoded, name)
-        assert tensor.dtype == torch.float32
-        assert tensor.isfinite().all()
-        assert torch.equal(tensor, getattr(again, name))
-
-
-def test_flat_picture_has_equal_patches():
-    flat = encoder.encode(torch.full((3, 336, 336), 0.3))
-    assert compare.evaluate(flat, 8)[0].coverage == pytest.approx(1)
-    assert cls_scores(flat.q, flat.k).std() < 1e-6
+        assert torch.equal(getattr(encoded, name), getattr(again, name))
 
 
 def test_encoder_wants_its_own_size():
@@ -245,10 +377,10 @@ def patches(pixels) -> np.ndarray:
     return inside.astype(float).mean((1, 3, 4)).flatten()
 
 
-def test_pruned_patches_are_dim(photo):
+def test_pruned_patches_are_dim(sample):
     kept = torch.tensor([0, 30, 300, 575])
-    pixels = picture.panel_pixels(photo, 24, kept)
-    bright = picture.panel_pixels(photo, 24, torch.arange(576))
+    pixels = picture.panel_pixels(sample, 24, kept)
+    bright = picture.panel_pixels(sample, 24, torch.arange(576))
     assert pixels.shape == (picture.PANEL, picture.PANEL, 3)
     before, after = patches(bright), patches(pixels)
     assert (after[kept] == before[kept]).all()
@@ -296,9 +428,71 @@ def test_outlines_tell_important_from_diverse(default_run, encoded):
         assert np.abs(edge - want).sum(-1).min() < 60
 
 
-def test_file_name_is_drawn_as_it_is(photo):
+# Above a panel: left of this many pixels is the longest title.
+TITLE = 165
+
+
+def above(pixels, index) -> np.ndarray:
+    """The pixels between a panel and what is above it."""
+    left, top = picture.panel_origin(index)
+    return pixels[top - picture.CAPTION : top, left : left + picture.PANEL].astype(int)
+
+
+def answers_drawn(photo, answer, right) -> np.ndarray:
+    panel = picture.Panel("FoPru rank", "64 tokens", [], answer=answer, right=right)
+    png = picture.draw(photo, 24, ["heading"], "question", [panel] * 6)
+    return read_rgb(io.BytesIO(png))
+
+
+def test_answers_are_drawn_in_the_colour_of_their_truth(default_run, polls):
+    _, path = default_run
+    pixels = read_rgb(path)
+    asked = polls[0]
+    for index, name in enumerate(asked.answers):
+        answer = above(pixels, index)[:, TITLE:].reshape(-1, 3)
+        red, green = answer[:, 0], answer[:, 1]
+        drawn_right, drawn_wrong = (green > red + 60).any(), (red > green + 60).any()
+        assert (drawn_right, drawn_wrong) == (asked.right(name), not asked.right(name))
+
+
+def test_right_and_wrong_are_told_apart_without_colour(sample):
+    drawn = [above(answers_drawn(sample, "3", right), 1) for right in (True, False, None)]
+    inked = [(pixels.min(-1) < 200)[:, TITLE:] for pixels in drawn]
+    assert (inked[0] != inked[1]).any()
+    assert inked[0].sum() > inked[2].sum() < inked[1].sum()
+
+
+@pytest.mark.parametrize("answer", ["bottom right", " ".join(["triangle"] * 4)])
+def test_long_answers_end_in_time(sample, answer):
+    without, drawn = (answers_drawn(sample, words, False) for words in (None, answer))
+    changed = (without != drawn).any(-1)
+    height = picture.CAPTION
+    for index in range(6):
+        left, top = picture.panel_origin(index)
+        part = changed[top - height : top, left + TITLE : left + picture.PANEL]
+        rows, columns = part.any(1).nonzero()[0], part.any(0).nonzero()[0]
+        # In a line of its own height, clear of the caption under it and of the panel above.
+        assert rows.min() > 5
+        assert rows.max() < height - 30
+        assert columns.min() > 10
+        changed[top - height : top, left + TITLE : left + picture.PANEL] = False
+    # Nothing left of it, where the titles are, nothing right of it, nothing below.
+    assert not changed.any()
+
+
+def test_long_questions_end_in_time(sample):
+    def drawn(question):
+        return read_rgb(io.BytesIO(picture.draw(sample, 24, ["heading"], question, [])))
+
+    changed = (drawn("") != drawn("question: " + "what colour is the triangle ? " * 9)).any(-1)
+    columns = changed.any(0).nonzero()[0]
+    assert columns.max() < picture.WIDTH - picture.GAP
+    assert not changed[picture.HEADER :].any()
+
+
+def test_file_name_is_drawn_as_it_is(sample):
     # Not as mathematics, not as a missing letter's warning.
-    png = picture.draw(photo, 24, ["$a_b$ \u4e00", "x^2$"], [])
+    png = picture.draw(sample, 24, ["$a_b$ \u4e00", "x^2$"], "$", [])
     assert size_of(io.BytesIO(png)) == (picture.WIDTH, picture.HEIGHT)
 
 
@@ -399,16 +593,24 @@ def test_impossible_out(capsys, tmp_path, out, message):
     assert message in refused(capsys, "--out", tmp_path / out)
 
 
-@pytest.mark.parametrize("module", ["matplotlib", "PIL"])
+@pytest.mark.parametrize("module", ["matplotlib", "PIL", "tqdm", "transformers"])
 def test_missing_extra(capsys, monkeypatch, module):
     monkeypatch.setitem(sys.modules, module, None)
     assert f"needs {module}: pip install vispruner_kernels[demo]" in refused(capsys)
 
 
-def test_missing_transformers(capsys, monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    err = refused(capsys, "--model", tmp_path, "--out", tmp_path / "x.png")
-    assert "pip install vispruner_kernels[transformers]" in err
+@pytest.mark.parametrize("argv", [[], [picture.SAMPLE]])
+def test_word_that_the_model_does_not_know(capsys, tmp_path, argv):
+    out = tmp_path / "x.png"
+    err = refused(capsys, *argv, "--question", "what colour is the hat ?", "--out", out)
+    assert "--question: the model does not know 'hat'; it knows " in err
+    assert " triangle " in err
+    assert not out.exists()
+
+
+def test_question_to_a_tower(capsys, tmp_path):
+    err = refused(capsys, "--question", "where", "--model", tmp_path, "--out", tmp_path / "x.png")
+    assert "a vision tower (--model) does not answer" in err
 
 
 def test_missing_model_folder(capsys, tmp_path):
@@ -422,7 +624,8 @@ def test_missing_model_folder(capsys, tmp_path):
 @pytest.fixture
 def tower(tmp_path):
     """A CLIP vision tower of random weights, 4 x 4 patches, three layers, and its folder."""
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     torch.manual_seed(0)
     config = transformers.CLIPVisionConfig(
         hidden_size=64,
@@ -467,6 +670,7 @@ def test_model_runs_the_demo(capsys, tower, tmp_path):
     printed, err = capsys.readouterr()
     assert err == ""
     assert "4 x 4 patches, CLIP vision tower" in printed
+    assert "question" not in printed
     assert size_of(out) == (picture.WIDTH, picture.HEIGHT)
 
 

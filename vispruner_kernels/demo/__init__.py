@@ -1,33 +1,36 @@
-"""The demo: one photograph, three pruning systems and a control, one picture.
+"""The demo: one picture, one question, three pruning systems and a control, and what a VLM answers.
 
 ```
-python -m vispruner_kernels.demo [IMAGE] [--keep 64] [--out FILE.png] [--model PATH_OR_NAME]
+python -m vispruner_kernels.demo [IMAGE] [--question TEXT] [--keep 64] [--out FILE.png]
+                                 [--model PATH_OR_NAME]
 ```
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from vispruner_kernels.demo import encoder
-from vispruner_kernels.demo.compare import Duel, Result, duel, evaluate
+from vispruner_kernels.demo import encoder, tiny_vlm
+from vispruner_kernels.demo.compare import ALL, Duel, Poll, Result, duel, evaluate, poll
 from vispruner_kernels.demo.picture import (
     CHANCE,
     DIVERSE,
     IMPORTANT,
+    SAMPLE,
     InputError,
     Panel,
     draw,
     load_photo,
-    sample_photo,
+    sample_answers,
     to_tensor,
 )
 
@@ -62,14 +65,21 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="python -m vispruner_kernels.demo",
-        description="Prune the visual tokens of one photograph with VisPruner, FasterVLM, FoPru "
-        "and a random control; print a comparison and write one picture.",
+        description="Prune the visual tokens of one picture with VisPruner, FasterVLM, FoPru "
+        "and a random control; print a comparison and what a small VLM answers, and write one "
+        "picture.",
     )
     parser.add_argument(
         "image",
         nargs="?",
         type=Path,
-        help="a photograph, cropped to the square in its middle (default: one of matplotlib's)",
+        help="a photograph, cropped to the square in its middle (default: a bundled picture)",
+    )
+    parser.add_argument(
+        "--question",
+        metavar="TEXT",
+        help="what the small VLM is asked, in its words with spaces between them (default: "
+        f"'{next(iter(sample_answers()))}' about the bundled picture, nothing about another)",
     )
     parser.add_argument("--keep", type=int, default=64, help="tokens to keep (default: 64)")
     parser.add_argument(
@@ -83,27 +93,32 @@ def _parser() -> argparse.ArgumentParser:
         "--model",
         metavar="PATH_OR_NAME",
         help="a CLIP vision tower, from a folder or the Hugging Face hub, through transformers "
-        "(default: a small encoder made by rule, no download)",
+        "(default: that of a small VLM which is bundled, no download)",
     )
     return parser
 
 
 def _run(arguments: argparse.Namespace) -> None:
     _require_extras()
-    keep, out = arguments.keep, arguments.out
+    keep, out, model = arguments.keep, arguments.out, arguments.model
     _check_out(out)
-    _check_keep(keep, None if arguments.model is not None else encoder.GRID**2)
-    path = arguments.image or sample_photo()
+    _check_keep(keep, None if model is not None else tiny_vlm.SIDE**2)
+    if model is not None and arguments.question is not None:
+        raise InputError("--question: a vision tower (--model) does not answer, leave one away")
+    path = arguments.image or SAMPLE
     name = _printable(path.name)
     shown = name if len(name) <= 60 else f"{name[:40]}...{name[-17:]}"
     photo = load_photo(path)
-    if arguments.model is not None:
+    polls: list[Poll] = []
+    if model is not None:
         from vispruner_kernels.demo.clip import encode as encode_clip
 
-        encoded = encode_clip(photo, arguments.model)
+        encoded = encode_clip(photo, model)
         _check_keep(keep, encoded.side**2)
     else:
-        encoded = encoder.encode(to_tensor(photo, encoder.GRID * encoder.PATCH))
+        image = to_tensor(photo, encoder.SIZE)
+        encoded = encoder.encode(image)
+        polls = _polls(image, arguments.question, sample_answers() if path is SAMPLE else {}, keep)
 
     n, side = encoded.side**2, encoded.side
     contest = duel(encoded, keep)
@@ -119,18 +134,27 @@ def _run(arguments: argparse.Namespace) -> None:
         _say(f"  FoPru row keeps whole rows of {side}: {keep // side * side} of {keep} tokens")
     elif keep < side:
         _say(f"  FoPru row is left out: a row of the grid has {side} tokens, more than {keep}")
+    if polls:
+        _say(f"\n{_answers(polls)}")
     heading = [
         f"{n} visual tokens, {keep} kept",
         f"{shown}, patches scored by a {encoded.label}",
         "attention: share of the CLS token's attention that is kept; "
         "coverage: mean of the largest cosine to a kept token",
     ]
-    png = draw(photo, side, heading, _panels(results, keep, side))
+    asked = polls[0] if polls else None
+    png = draw(photo, side, heading, _question(asked), _panels(results, keep, side, asked))
     try:
         out.write_bytes(png)
     except OSError as error:
         raise InputError(f"cannot write {out}: {error.strerror or error}") from None
     _say(f"\npicture: {_printable(out)}")
+
+
+def _polls(image: Tensor, question: str | None, truths: dict[str, str], keep: int) -> list[Poll]:
+    """The question to show first, then the others whose answers are known."""
+    questions = dict.fromkeys([*([] if question is None else [question]), *truths])
+    return [poll(image, asked, truths.get(asked), keep) for asked in questions]
 
 
 def _say(text: str) -> None:
@@ -147,14 +171,22 @@ def _printable(path: Path | str) -> str:
 
 
 def _require_extras() -> None:
+    """Import what is optional elsewhere, and keep transformers quiet."""
     try:
         import matplotlib  # noqa: F401
         import numpy  # noqa: F401
         import PIL  # noqa: F401
+        import tqdm  # noqa: F401
+        import transformers
     except ImportError as error:
         raise InputError(
             f"the demo needs {error.name}: pip install vispruner_kernels[demo]"
         ) from None
+    # Warnings about the text half of a CLIP checkpoint and about retries say nothing to a reader
+    # of the demo; what is wrong in the end is raised. Downloads keep their progress bars.
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
 
 
 def _check_out(out: Path) -> None:
@@ -237,8 +269,33 @@ def _table(results: Sequence[Result], n: int) -> str:
     )
 
 
-def _panels(results: Sequence[Result], keep: int, side: int) -> list[Panel]:
-    panels = []
+def _question(asked: Poll | None) -> str:
+    if asked is None:
+        return ""
+    truth = "" if asked.truth is None else f"   (true answer: {asked.truth})"
+    return f"question: {asked.question}{truth}"
+
+
+def _answers(polls: Sequence[Poll]) -> str:
+    """The first question in full; of those whose answers are known, how many come out right."""
+    asked, known = polls[0], [each for each in polls if each.truth is not None]
+    lines = [_question(asked), "system      answer"]
+    if known:
+        lines[-1] += f"{'':28}right answers to the picture's {len(known)} questions"
+    for name, answer in asked.answers.items():
+        right = asked.right(name)
+        mark = "" if right is None else "right" if right else "wrong"
+        count = f"{sum(bool(each.right(name)) for each in known)} of {len(known)}" if known else ""
+        lines.append(f"{name:10}  {answer:24}  {mark:6}  {count}".rstrip())
+    return "\n".join(lines)
+
+
+def _panels(results: Sequence[Result], keep: int, side: int, asked: Poll | None) -> list[Panel]:
+    def answer(name: str) -> dict[str, Any]:
+        return {"answer": asked.answers[name], "right": asked.right(name)} if asked else {}
+
+    tokens = f"{side} x {side} patches = {side * side} visual tokens"
+    panels = [Panel("Picture", tokens, [], **answer(ALL))]
     for result in results:
         others = result.kept[~torch.isin(result.kept, result.important)]
         colour = DIVERSE if result.name == "VisPruner" else CHANCE
@@ -247,8 +304,8 @@ def _panels(results: Sequence[Result], keep: int, side: int) -> list[Panel]:
             f"coverage {result.coverage:.2f}"
         )
         groups = [(IMPORTANT, result.important), (colour, others)]
-        panels.append(Panel(result.name, caption, groups))
+        panels.append(Panel(result.name, caption, groups, **answer(result.name)))
     if keep < side:
         note = f"a row has {side} tokens,\nmore than the budget of {keep}"
-        panels.insert(3, Panel("FoPru row", "left out", [], note))
+        panels.insert(4, Panel("FoPru row", "left out", [], note))
     return panels

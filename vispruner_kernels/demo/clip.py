@@ -1,8 +1,7 @@
-"""A real CLIP vision tower, through transformers, which is imported when a model is asked for."""
+"""A real CLIP vision tower, through transformers."""
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ from urllib.request import getproxies
 import torch
 from torch import Tensor
 
-from vispruner_kernels.demo.encoder import Encoded
+from vispruner_kernels.demo.encoder import Encoded, read
 from vispruner_kernels.demo.picture import InputError, to_tensor
 
 if TYPE_CHECKING:
@@ -26,10 +25,6 @@ _STD = (0.26862954, 0.26130258, 0.27577711)
 def encode(photo: Image, name: str) -> Encoded:
     """Encode a square photograph with a CLIP vision tower, as LLaVA and VisPruner use it.
 
-    The features are `hidden_states[-2]` without CLS; the queries and keys are those of the layer
-    whose output that is. Hooks read all three, so the tower keeps its attention kernel and no
-    attention map is ever made.
-
     Args:
         photo: RGB, square; resized to the size of the model.
         name: a local folder, or a name on the Hugging Face hub.
@@ -38,18 +33,17 @@ def encode(photo: Image, name: str) -> Encoded:
         float32 features, queries and keys; the grid is that of the model.
 
     Raises:
-        InputError: transformers is missing, or there is no such model, or it is not CLIP.
+        InputError: there is no such model, or it is not CLIP.
     """
     name = os.path.expanduser(name)
     if _is_path(name) and not os.path.isdir(name):
         raise InputError(f"--model: there is no folder {name}")
-    transformers = _transformers()
     from tqdm import tqdm
 
     # Hidden unless stderr is a terminal.
     with tqdm(total=2, desc=f"loading {name}", leave=False, disable=None) as bar:
         try:
-            model, mean, std = _load(transformers, name)
+            model, mean, std = _load(name)
         except InputError:
             raise
         # A folder or a download can be broken in many ways, and every layer below has its errors.
@@ -59,28 +53,13 @@ def encode(photo: Image, name: str) -> Encoded:
         bar.update()
         bar.set_description(f"encoding with {name}")
         pixels = (to_tensor(photo, model.config.image_size) - mean) / std
-        features, q, k = _forward(model, pixels[None])
+        features, q, k = read(model, pixels[None])
         bar.update()
     side = model.config.image_size // model.config.patch_size
     if features.shape[1] != side * side:
         raise InputError(f"--model {name}: {features.shape[1]} patches are not {side} x {side}")
     shown = os.path.basename(os.path.abspath(name)) if os.path.isdir(name) else name
     return Encoded(features, q, k, side, label=f"CLIP vision tower, {shown}")
-
-
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError:
-        raise InputError(
-            "--model needs transformers: pip install vispruner_kernels[transformers]"
-        ) from None
-    # Warnings about the text half of a CLIP checkpoint and about retries say nothing to a reader
-    # of the demo; what is wrong in the end is raised. Downloads keep their progress bars.
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
-    return transformers
 
 
 def _is_path(name: str) -> bool:
@@ -100,17 +79,20 @@ def _unreachable() -> bool:
     return False
 
 
-def _load(transformers: Any, name: str) -> tuple[Any, Tensor, Tensor]:
+def _load(name: str) -> tuple[Any, Tensor, Tensor]:
     """The tower in float32, and the mean and spread `[3, 1, 1]` that its pixels are scaled by."""
+    import transformers
+
+    library: Any = transformers
     where = {"local_files_only": os.path.isdir(name) or _unreachable()}
-    config = transformers.AutoConfig.from_pretrained(name, **where)
+    config = library.AutoConfig.from_pretrained(name, **where)
     kind = getattr(config, "model_type", "")
     if kind not in ("clip", "clip_vision_model"):
         raise InputError(f"--model {name} is of the type {kind!r}, want a CLIP vision tower")
     config = getattr(config, "vision_config", config)
     if config.num_hidden_layers < 2:
         raise InputError(f"--model {name} has one layer, want at least two")
-    model, info = transformers.CLIPVisionModel.from_pretrained(
+    model, info = library.CLIPVisionModel.from_pretrained(
         name, config=config, output_loading_info=True, **where
     )
     missing = [key for key in info["missing_keys"] if not key.endswith("position_ids")]
@@ -125,29 +107,3 @@ def _load(transformers: Any, name: str) -> tuple[Any, Tensor, Tensor]:
     mean = torch.tensor(settings.get("image_mean") or _MEAN).reshape(3, 1, 1)
     std = torch.tensor(settings.get("image_std") or _STD).reshape(3, 1, 1)
     return model.float().eval(), mean, std
-
-
-@torch.no_grad()
-def _forward(model: Any, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Features `[1, N, C]`, and q and k `[1, 1 + N, H, D]`, of the layer before the last."""
-    seen: dict[str, Tensor] = {}
-
-    def keep(key: str) -> Any:
-        def hook(module: Any, inputs: Any, output: Any) -> None:
-            seen[key] = output[0] if isinstance(output, tuple) else output
-
-        return hook
-
-    # transformers 4 has one module more between the model and its encoder.
-    layer = getattr(model, "vision_model", model).encoder.layers[-2]
-    attention = layer.self_attn
-    watched = {"features": layer, "q": attention.q_proj, "k": attention.k_proj}
-    handles = [module.register_forward_hook(keep(key)) for key, module in watched.items()]
-    try:
-        model(pixel_values=pixels)
-    finally:
-        for handle in handles:
-            handle.remove()
-    heads = model.config.num_attention_heads
-    q, k = (seen[key].unflatten(-1, (heads, -1)) for key in ("q", "k"))
-    return seen["features"][:, 1:], q, k

@@ -1,12 +1,11 @@
-"""The comparison: the published loop against ours, and a table of the systems."""
+"""The comparison: the published loop against ours, the systems' tokens, and what a VLM answers."""
 
 from __future__ import annotations
 
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vispruner_kernels import cls_scores, select_topk
-from vispruner_kernels.demo.encoder import Encoded
+from vispruner_kernels.demo import tiny_vlm
+from vispruner_kernels.demo.encoder import Encoded, one_thread
+from vispruner_kernels.demo.picture import InputError
 from vispruner_kernels.methods import FasterVLM, FoPru, Random, VisPruner
 from vispruner_kernels.published import select_published
 
 RATIO = 0.5
+ALL = "all tokens"
 # Timed runs: this many, or as many as fit into so many seconds, but not fewer than the least.
 _RUNS, _PATIENCE, _LEAST_RUNS = 11, 1.5, 3
 
@@ -56,6 +58,25 @@ class Result:
     coverage: float
     redundancy: float
     ms: float
+
+
+@dataclass(frozen=True)
+class Poll:
+    """What the tiny VLM answers to a question.
+
+    Attributes:
+        question: in its words.
+        truth: the right answer, or None where nobody knows it.
+        answers: with all tokens, under `ALL`, and with those that each system keeps, by its name.
+    """
+
+    question: str
+    truth: str | None
+    answers: dict[str, str]
+
+    def right(self, name: str) -> bool | None:
+        """Whether that answer is right; None where nobody knows."""
+        return None if self.truth is None else self.answers[name] == self.truth
 
 
 @dataclass(frozen=True)
@@ -97,19 +118,7 @@ def systems(keep: int, side: int) -> list[tuple[str, Any]]:
     return [*named, ("Random", Random(keep, seed=0))]
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """One thread for all: many small products on several threads wait for each other when a
-    machine is busy, and the published loop would suffer most."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@_one_thread()
+@one_thread()
 def evaluate(encoded: Encoded, keep: int) -> list[Result]:
     """Run every system on one encoded picture, on one thread."""
     cosine = _cosines(encoded.features[0])
@@ -142,7 +151,25 @@ def evaluate(encoded: Encoded, keep: int) -> list[Result]:
     return results
 
 
-@_one_thread()
+@one_thread()
+def poll(image: Tensor, question: str, truth: str | None, keep: int) -> Poll:
+    """Ask the tiny VLM about a picture `[3, 192, 192]`, RGB between 0 and 1, on one thread.
+
+    Raises:
+        InputError: a word that it does not know.
+    """
+    try:
+        given = tiny_vlm.inputs(image, question)
+    except ValueError as error:
+        raise InputError(f"--{error}") from None
+    methods = {ALL: None} | dict(systems(keep, tiny_vlm.SIDE))
+    answers = {
+        name: tiny_vlm.answer(given, method) or "(nothing)" for name, method in methods.items()
+    }
+    return Poll(question, truth, answers)
+
+
+@one_thread()
 def duel(encoded: Encoded, keep: int) -> Duel:
     """Time the published loop and ours on one thread, compare their tokens, and find a budget at
     which the former fails."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import warnings
 from collections.abc import Sequence
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
 
+# The bundled picture, with questions and the boxes of its things beside it in a .json.
+SAMPLE = Path(__file__).parent / "tiny_vlm" / "sample.png"
+
 # Okabe and Ito's colours, told apart with any colour vision, and white for the control.
 IMPORTANT = "#E69F00"
 DIVERSE = "#56B4E9"
@@ -24,11 +28,14 @@ CHANCE = "#FFFFFF"
 
 COLUMNS, ROWS = 3, 2
 # All in pixels of the picture; 456 is 24 patches of 19 pixels.
-PANEL, GAP, HEADER, CAPTION, FOOTER = 456, 18, 124, 74, 82
+PANEL, GAP, HEADER, CAPTION, FOOTER = 456, 18, 154, 74, 82
 WIDTH = COLUMNS * PANEL + (COLUMNS + 1) * GAP
 HEIGHT = HEADER + ROWS * (CAPTION + PANEL) + FOOTER
 _DPI = 120
 _INK, _QUIET = "#1A1A1A", "#5A5A5A"
+# Before an answer that is right, wrong, or who knows; the colours are those two scholars' green and
+# red, darker for white paper.
+_SIGNS = {True: ("\u2713 ", "#007A5A"), False: ("\u2717 ", "#B84A00"), None: ("", _INK)}
 
 
 class InputError(Exception):
@@ -44,22 +51,29 @@ class Panel:
         caption: what it kept, in a few words.
         groups: outline colour and token indices, in raster order; all other tokens are pruned.
         note: words across the middle, where there is nothing to show.
+        answer: what the VLM says when it sees the tokens kept, where it was asked.
+        right: whether that is true, where that is known.
     """
 
     title: str
     caption: str
     groups: Sequence[tuple[str, Tensor]]
     note: str = ""
+    answer: str | None = None
+    right: bool | None = None
+
+
+def sample_answers() -> dict[str, str]:
+    """The questions about the bundled picture, and their answers."""
+    facts = json.loads(SAMPLE.with_suffix(".json").read_text())
+    return {asked["question"]: asked["answer"] for asked in facts["questions"]}
 
 
 def sample_photo() -> Path:
-    """The photograph that matplotlib ships."""
+    """A photograph that matplotlib ships, for a try with one."""
     from matplotlib import cbook
 
-    try:
-        return Path(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))
-    except (OSError, ValueError):
-        raise InputError("matplotlib came without its sample photograph; name an IMAGE") from None
+    return Path(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))
 
 
 def load_photo(path: Path) -> Image:
@@ -135,14 +149,17 @@ def panel_origin(index: int) -> tuple[int, int]:
     return GAP + column * (PANEL + GAP), HEADER + CAPTION + row * (CAPTION + PANEL)
 
 
-def draw(photo: Image, side: int, heading: Sequence[str], panels: Sequence[Panel]) -> bytes:
-    """Draw the photograph and up to five panels, whatever the user's matplotlib settings.
+def draw(
+    photo: Image, side: int, heading: Sequence[str], question: str, panels: Sequence[Panel]
+) -> bytes:
+    """Draw up to six panels, whatever the user's matplotlib settings.
 
     Args:
         photo: the square photograph.
         side: patches along one side.
         heading: the large line at the top, and small ones under it, three at most in all.
-        panels: one per system.
+        question: a line between those, or nothing.
+        panels: the first shows the photograph as it is, the others what the systems kept.
 
     Returns:
         A PNG of `WIDTH` x `HEIGHT` pixels.
@@ -153,10 +170,12 @@ def draw(photo: Image, side: int, heading: Sequence[str], panels: Sequence[Panel
         matplotlib.rcdefaults()
         # A file name may hold letters that the font lacks.
         warnings.simplefilter("ignore")
-        return _draw(photo, side, heading, panels)
+        return _draw(photo, side, heading, question, panels)
 
 
-def _draw(photo: Image, side: int, heading: Sequence[str], panels: Sequence[Panel]) -> bytes:
+def _draw(
+    photo: Image, side: int, heading: Sequence[str], question: str, panels: Sequence[Panel]
+) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -167,13 +186,19 @@ def _draw(photo: Image, side: int, heading: Sequence[str], panels: Sequence[Pane
         figure.text(x / WIDTH, 1 - y / HEIGHT, words, fontsize=size, parse_math=False, **style)
 
     write(GAP, 45, heading[0], 19, weight="bold", color=_INK)
+    # Long ones are written smaller, here and below, so that they end in time.
+    write(GAP, 82, question, 14 * min(1, 80 / max(len(question), 1)), color=_INK)
     for line, words in enumerate(heading[1:]):
-        write(GAP, 78 + 25 * line, words, 11.5, color=_QUIET)
-    first = Panel("Photograph", f"{side} x {side} patches = {side * side} visual tokens", [])
-    for index, panel in enumerate([first, *panels]):
+        write(GAP, (111 if question else 80) + 25 * line, words, 11.5, color=_QUIET)
+    for index, panel in enumerate(panels):
         left, top = panel_origin(index)
         write(left, top - 38, panel.title, 14, weight="bold", color=_INK)
         write(left, top - 12, panel.caption, 11.5, color=_QUIET)
+        if panel.answer is not None:
+            sign, colour = _SIGNS[panel.right]
+            words = sign + panel.answer
+            style = {"ha": "right", "weight": "bold", "color": colour}
+            write(left + PANEL, top - 38, words, 14 * min(1, 18 / len(words)), **style)
         box = (left / WIDTH, 1 - (top + PANEL) / HEIGHT, PANEL / WIDTH, PANEL / HEIGHT)
         axes = figure.add_axes(box)
         axes.set_axis_off()

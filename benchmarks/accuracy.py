@@ -1,0 +1,292 @@
+"""Answers of the tiny VLM (benchmarks/tiny_vlm) against the visual tokens that it keeps.
+
+An answer counts if it is right to the last word. Intervals are of 95 %, over pictures. The test
+pictures share no digit, photograph and layout with those of training. "another picture" is what the
+model answers to the questions when it sees the next picture: what can be had without looking.
+FastV (text-visual attention, after layer 2 of the language model) needs a forward pass of its own
+for each question and keeps tokens of each question; the others keep tokens of each picture, before
+any question. "budget" is what was asked for: FoPru row keeps whole rows of 24, as many as fit.
+
+With --quick the first pictures only, compared with the committed figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import harness
+from benchmarks.tiny_vlm import answers
+from benchmarks.tiny_vlm.scenes import ASKED, SIDE, TYPES, scene
+from vispruner_kernels.demo import tiny_vlm
+from vispruner_kernels.methods import FasterVLM, FoPru, Method, Random, VisPruner
+
+BUDGETS = (192, 128, 64, 32, 16)
+PICTURES, QUICK, BATCH = 1000, 150, 25
+SEEDS = 5
+RATIOS = (0.0, 0.25, 0.5, 0.75)
+STABLE_BUDGET = 64
+COMMITTED = harness.RESULTS / "cpu-amd-epyc-avx512" / "accuracy.json"
+PLOT = Path(__file__).parent.parent / "docs" / "accuracy.png"
+# Deviations of a figure over pictures: of the intervals, and beyond which --quick fails.
+INTERVAL, LIMIT = 1.96, 3.29
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A mean over pictures and its standard error, in per cent."""
+
+    mean: float
+    error: float
+
+    @classmethod
+    def of(cls, values: Tensor) -> Figure:
+        """Of values `[P]` from 0 to 1, one for each picture."""
+        values = 100 * values.double()
+        return cls(float(values.mean()), float(values.std() / math.sqrt(len(values))))
+
+    def json(self) -> dict[str, float]:
+        return {"%": round(self.mean, 3), "error": round(self.error, 3)}
+
+    def __str__(self) -> str:
+        return f"{self.mean:.1f} +-{INTERVAL * self.error:.1f}"
+
+
+def systems(budget: int) -> dict[str, list[Method]]:
+    """By name; the runs of one system are averaged."""
+    named: dict[str, list[Method]] = {
+        f"VisPruner {ratio} {matching}": [
+            VisPruner(budget, important_ratio=ratio, matching=matching)
+        ]
+        for matching in ("bipartite", "pairwise")
+        for ratio in RATIOS
+    }
+    named["FasterVLM"] = [FasterVLM(budget)]
+    named["FoPru rank"] = [FoPru(budget)]
+    if budget >= SIDE:
+        rows = budget // SIDE * SIDE
+        named["FoPru row"] = [FoPru(rows, strategy="row", width=SIDE)]
+    named["random"] = [Random(budget, seed=seed) for seed in range(SEEDS)]
+    return named
+
+
+# By system and budget: the tokens of each picture, and `[P, Q]`, 1 where an answer is right.
+Hits = dict[tuple[str, int], tuple[int, Tensor]]
+
+
+def evaluate(model: Any, pictures: int) -> Hits:
+    """Asks all questions of the first test pictures."""
+    parts: dict[tuple[str, int], tuple[int, list[Tensor]]] = {}
+
+    def add(system: str, budget: int, tokens: int, *runs: Tensor) -> None:
+        hits = torch.stack([run.double() for run in runs]).mean(0)
+        parts.setdefault((system, budget), (tokens, []))[1].append(hits)
+
+    starts = range(0, pictures, BATCH)
+    for start in harness.progress(starts):
+        # One more, so that each has a next one.
+        stop = min(start + BATCH, pictures)
+        batch = answers.encode(model, [scene("test", i) for i in range(start, stop + 1)])
+        other = batch._replace(features=batch.features.roll(-1, 0))
+        batch, other = (answers.Batch(*(x[:-1] for x in each)) for each in (batch, other))
+        patches = batch.features.shape[1]
+        add("all tokens", patches, patches, answers.right(model, batch, None))
+        add("another picture", patches, patches, answers.right(model, other, None))
+        for budget, hits in answers.fastv(model, batch, BUDGETS).items():
+            add("FastV", budget, budget, hits)
+        for budget in BUDGETS:
+            for name, methods in systems(budget).items():
+                kept = [answers.select(method, batch) for method in methods]
+                runs = [answers.right(model, batch, each) for each in kept]
+                add(name, budget, kept[0].shape[1], *runs)
+    return {key: (tokens, torch.cat(hits)) for key, (tokens, hits) in parts.items()}
+
+
+def rows_of(hits: Hits) -> harness.Rows:
+    """A row of each system and budget: all questions, each type, all less those of random."""
+    rows = []
+    for (system, budget), (tokens, right) in hits.items():
+        row: dict[str, Any] = {"system": system, "budget": budget, "tokens": tokens}
+        row["all"] = Figure.of(right.mean(1))
+        for name in TYPES:
+            asked = [i for i, each in enumerate(ASKED) if each == name]
+            row[name] = Figure.of(right[:, asked].mean(1))
+        chance = hits.get(("random", budget))
+        row["less random"] = Figure.of((right - chance[1]).mean(1)) if chance else None
+        rows.append(row)
+    return sorted(rows, key=lambda row: -row["budget"])
+
+
+def stability(model: Any, pictures: int) -> harness.Rows:
+    """Kept tokens and answers that change with the arithmetic of the vision tower."""
+    variants = {
+        "bfloat16": copy.deepcopy(model.model.vision_tower).bfloat16(),
+        "eager attention": copy.deepcopy(model.model.vision_tower),
+    }
+    variants["eager attention"].set_attn_implementation("eager")
+    methods: dict[str, Method | None] = {
+        name: systems(STABLE_BUDGET)[name][0]
+        for name in ("VisPruner 0.5 bipartite", "VisPruner 0.5 pairwise", "FasterVLM", "FoPru rank")
+    }
+    methods = {"all tokens": None, **methods}
+    changed: dict[tuple[str, str], list[tuple[Tensor, Tensor]]] = {}
+    tower = model.model.vision_tower
+
+    def run(batch: answers.Batch, method: Method | None) -> tuple[Tensor, Tensor]:
+        kept = None if method is None else answers.select(method, batch)
+        seen = torch.zeros(batch.features.shape[:2])
+        seen = seen + 1 if kept is None else seen.scatter(1, kept, 1.0)
+        return seen, answers.answers(model, batch, kept)
+
+    try:
+        for start in harness.progress(range(0, pictures, BATCH)):
+            scenes = [scene("test", i) for i in range(start, min(start + BATCH, pictures))]
+            model.model.vision_tower = tower
+            batch = answers.encode(model, scenes)
+            expected = {name: run(batch, method) for name, method in methods.items()}
+            for variant, other in variants.items():
+                model.model.vision_tower = other
+                batch = answers.encode(model, scenes)
+                for name, method in methods.items():
+                    seen, said = run(batch, method)
+                    tokens = ((expected[name][0] - seen).clamp_min(0).sum(1) / seen.sum(1)).double()
+                    words = (expected[name][1] != said).any(-1).double().mean(1)
+                    changed.setdefault((variant, name), []).append((tokens, words))
+    finally:
+        model.model.vision_tower = tower
+    return [
+        {
+            "features": variant,
+            "system": name,
+            "tokens": STABLE_BUDGET if methods[name] else None,
+            "other tokens": Figure.of(torch.cat([tokens for tokens, _ in parts])),
+            "other answers": Figure.of(torch.cat([words for _, words in parts])),
+        }
+        for (variant, name), parts in changed.items()
+    ]
+
+
+def compare(rows: harness.Rows, pictures: int, file: Path = COMMITTED) -> tuple[list[str], bool]:
+    """Lines on how the figures of a part of the pictures agree with the committed ones, whose
+    errors are those of so few pictures; and whether they do."""
+    committed = json.loads(file.read_text())
+    known = {(row["system"], row["budget"]): row for row in committed["accuracy"]}
+    scale = math.sqrt(committed["pictures"] / pictures)
+    deviations = {}
+    for row in rows:
+        for name in ("all", *TYPES):
+            figure = known[row["system"], row["budget"]][name]
+            # Of a figure that is always the same, as if half an answer were another.
+            error = max(scale * figure["error"], 50 / pictures)
+            key = f"{row['system']}, {row['budget']} tokens, {name}"
+            deviations[key] = (row[name].mean - figure["%"]) / error
+    inside = sum(abs(z) <= INTERVAL for z in deviations.values())
+    far = {key: z for key, z in deviations.items() if abs(z) > LIMIT}
+    lines = [
+        f"{inside} of {len(deviations)} figures within the 95 % intervals of the committed ones "
+        f"for {pictures} pictures ({inside / len(deviations):.0%}), "
+        f"{len(far)} beyond those of 99.9 %"
+    ]
+    lines += [f"  {key}: {z:+.1f} standard errors" for key, z in far.items()]
+    return lines, not far
+
+
+def draw(rows: harness.Rows, file: Path) -> None:
+    """Accuracy against tokens, a panel for all questions and for each type."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure as Picture
+
+    # Okabe and Ito's colours.
+    styles = {
+        "VisPruner 0.5 bipartite": ("#0072B2", "-", "o"),
+        "VisPruner 0.0 bipartite": ("#56B4E9", "-", "o"),
+        "VisPruner 0.5 pairwise": ("#0072B2", ":", "s"),
+        "FasterVLM": ("#E69F00", "-", "^"),
+        "FoPru rank": ("#009E73", "-", "v"),
+        "FoPru row": ("#009E73", ":", "v"),
+        "FastV": ("#CC79A7", "-", "D"),
+        "random": ("#000000", "--", "x"),
+    }
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        picture = Picture(figsize=(13, 6.6), dpi=110, layout="constrained")
+        FigureCanvasAgg(picture)
+        panels = picture.subplots(2, 4, sharex=True, sharey=True).flatten()
+        every = {row["system"]: row for row in rows if row["system"] not in styles}
+        for panel, name in zip(panels, ("all", *TYPES), strict=False):
+            panel.axhline(every["all tokens"][name].mean, color="#555555", linewidth=1)
+            panel.axhline(every["another picture"][name].mean, color="#AAAAAA", linewidth=1)
+            for system, (colour, line, marker) in styles.items():
+                points = [row for row in rows if row["system"] == system]
+                panel.errorbar(
+                    [row["tokens"] for row in points],
+                    [row[name].mean for row in points],
+                    [INTERVAL * row[name].error for row in points],
+                    color=colour,
+                    linestyle=line,
+                    marker=marker,
+                    markersize=4,
+                    linewidth=1.4,
+                    elinewidth=0.8,
+                    label=system,
+                )
+            panel.set_title("all questions" if name == "all" else name)
+            panel.set_xscale("log", base=2)
+            panel.set_xticks([16, 32, 64, 128, 192], ["16", "32", "64", "128", "192"])
+            panel.minorticks_off()
+            panel.set_ylim(0, 102)
+            panel.grid(alpha=0.25)
+        for panel in (panels[0], panels[4]):
+            panel.set_ylabel("right answers, %")
+        for panel in panels[3:7]:
+            panel.set_xlabel("visual tokens kept of 576")
+        handles, labels = panels[0].get_legend_handles_labels()
+        lines = [panels[0].lines[0], panels[0].lines[1]]
+        panels[7].legend(
+            [*lines, *handles],
+            ["all 576 tokens", "all of another picture", *labels],
+            loc="center",
+            frameon=False,
+        )
+        panels[7].set_axis_off()
+        picture.savefig(file, format="png")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command."""
+    usage = harness.parser(__doc__.splitlines()[0])
+    usage.set_defaults(threads=torch.get_num_threads())
+    usage.add_argument(
+        "--quick", action="store_true", help=f"{QUICK} of {PICTURES} pictures, and compare"
+    )
+    usage.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the figures as well")
+    options: argparse.Namespace = usage.parse_args(argv)
+    harness.check(options, usage)
+    torch.set_num_threads(options.threads)
+    pictures = QUICK if options.quick else PICTURES
+    model = tiny_vlm.load()
+    rows = rows_of(evaluate(model, pictures))
+    tables = {"accuracy": rows, "stability": stability(model, pictures)}
+    head = {**harness.header(options.threads), "pictures": pictures, "questions": list(ASKED)}
+    harness.report(head, tables, options.json)
+    if options.plot:
+        draw(rows, options.plot)
+    if not options.quick:
+        return 0
+    lines, agree = compare(rows, pictures)
+    print("", *lines, sep="\n")
+    return 0 if agree else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

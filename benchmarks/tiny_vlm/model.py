@@ -1,0 +1,212 @@
+"""The model in transformers' classes, its words, and many questions about one picture at once."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.tiny_vlm.scenes import COLOURS, PATCH, SHAPES, SIDE, SIZE, Question
+
+if TYPE_CHECKING:
+    from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
+
+PATCHES = SIDE**2
+PAD, IMAGE, START, END = SPECIAL = ("<pad>", "<image>", "<start>", "<end>")
+WORDS = (
+    *SPECIAL,
+    *map(str, range(10)),
+    *COLOURS,
+    *SHAPES,
+    *"what is the number ? which digit in frame colour where left right of above below".split(),
+    *"how many shapes are there top bottom half side on".split(),
+)
+# Of a question with its answer, without END: the longest has 8 words and 1, or 5 and 2.
+SLOT = 10
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A token for each word."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, PAD))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        pad_token=PAD,
+        bos_token=START,
+        eos_token=END,
+        additional_special_tokens=[IMAGE],
+        padding_side="left",
+    )
+
+
+def make() -> LlavaForConditionalGeneration:
+    """The model, not trained: 24 x 24 patches and CLS, features of the last layer but one."""
+    from transformers import (
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+    )
+
+    vision = CLIPVisionConfig(
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        image_size=SIZE,
+        patch_size=PATCH,
+        hidden_act="gelu",
+        initializer_range=0.02,
+    )
+    text = LlamaConfig(
+        vocab_size=len(WORDS),
+        hidden_size=128,
+        intermediate_size=352,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=WORDS.index(START),
+        eos_token_id=WORDS.index(END),
+        pad_token_id=WORDS.index(PAD),
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=WORDS.index(IMAGE),
+        image_seq_length=PATCHES,
+        tie_word_embeddings=True,
+        pad_token_id=WORDS.index(PAD),
+    )
+    return LlavaForConditionalGeneration(config)
+
+
+def save(model: Any, folder: Path) -> None:
+    """With its words and a processor's settings; float16, by the names of published checkpoints,
+    which every version of transformers and vLLM reads."""
+    from safetensors.torch import save_file
+    from transformers import CLIPImageProcessorPil, LlavaProcessor
+
+    names = {
+        "model.vision_tower.vision_model.": "vision_tower.vision_model.",
+        "model.vision_tower.": "vision_tower.vision_model.",
+        "model.language_model.": "language_model.model.",
+        "model.multi_modal_projector.": "multi_modal_projector.",
+    }
+    weights = {}
+    for name, weight in model.state_dict().items():
+        # Tied to the embeddings.
+        if name != "lm_head.weight":
+            prefix = next(prefix for prefix in names if name.startswith(prefix))
+            published = names[prefix] + name.removeprefix(prefix)
+            weights[published] = weight.detach().half().contiguous()
+    file = folder / "model.safetensors"
+    save_file(weights, file, metadata={"format": "pt"})
+    file.chmod(0o644)
+    copy.deepcopy(model.config).save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+
+    size = {"height": SIZE, "width": SIZE}
+    half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    images = CLIPImageProcessorPil(size=size, do_center_crop=False, **half)
+    words = tokenizer()
+    words.save_pretrained(folder)
+    LlavaProcessor(
+        images,
+        words,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        image_token=IMAGE,
+        num_additional_image_tokens=1,
+    ).save_pretrained(folder)
+
+
+def pixel_values(pixels: Tensor) -> Tensor:
+    """`[B, 192, 192, 3]` uint8 to `[B, 3, 192, 192]` float32 from -1 to 1."""
+    return pixels.movedim(-1, 1).float() / 127.5 - 1
+
+
+class Packed(NamedTuple):
+    """All questions about one picture, each in a slot, answers in place.
+
+    Attributes:
+        ids: `[Q * SLOT]` int64.
+        labels: `[Q * SLOT]` int64, what comes next where an answer or END does, -100 elsewhere.
+    """
+
+    ids: Tensor
+    labels: Tensor
+
+
+def pack(questions: list[Question], slots: int) -> Packed:
+    ids = torch.full((slots, SLOT), WORDS.index(PAD))
+    labels = torch.full((slots, SLOT), -100)
+    for row, question in enumerate(questions):
+        asked = [WORDS.index(word) for word in question.text.split()]
+        answer = [WORDS.index(word) for word in question.answer.split()]
+        both = asked + answer
+        ids[row, : len(both)] = torch.tensor(both)
+        labels[row, len(asked) - 1 : len(both)] = torch.tensor([*answer, WORDS.index(END)])
+    return Packed(ids.flatten(), labels.flatten())
+
+
+def mask_and_positions(
+    visual: int, questions: int, device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
+    """For START, so many visual tokens and the slots: a question sees the picture and itself.
+
+    Returns:
+        `[1, 1, S, S]` bool, True where a token sees another, and `[1, S]` int64: each question
+        begins where the picture ends, as if it were the only one.
+    """
+    slot = torch.arange(questions, device=device).repeat_interleave(SLOT)
+    owner = torch.cat([torch.full((1 + visual,), -1, device=device), slot])
+    order = torch.arange(len(owner), device=device)
+    sees = (owner[None] == -1) | (owner[None] == owner[:, None])
+    sees = sees & (order[None] <= order[:, None])
+    # Rows begin at multiples of 8, as fused attention wants them.
+    sees = torch.nn.functional.pad(sees, (0, -len(owner) % 8))[:, : len(owner)]
+    inside = torch.arange(SLOT, device=device).repeat(questions)
+    positions = torch.cat([torch.arange(1 + visual, device=device), 1 + visual + inside])
+    return sees[None, None], positions[None]
+
+
+def packed(
+    model: Any, visual: Tensor, ids: Tensor, positions: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs of the language model: embeddings `[B, S, D]`, `mask_and_positions`."""
+    mask, contiguous = mask_and_positions(visual.shape[1], ids.shape[1] // SLOT, visual.device)
+    embed = model.get_input_embeddings()
+    text = embed(ids)
+    start = embed.weight[WORDS.index(START)].expand(len(ids), 1, -1)
+    embeddings = torch.cat([start.to(text.dtype), visual.to(text.dtype), text], 1)
+    return embeddings, mask, contiguous if positions is None else positions
+
+
+def logits(model: Any, visual: Tensor, ids: Tensor, positions: Tensor | None = None) -> Tensor:
+    """Of the slots.
+
+    Args:
+        model: a LlavaForConditionalGeneration.
+        visual: `[B, T, D]`, projected features.
+        ids: `[B, Q * SLOT]`.
+        positions: `[B or 1, 1 + T + Q * SLOT]`, if other than contiguous.
+
+    Returns:
+        `[B, Q * SLOT, words]`.
+    """
+    embeddings, mask, positions = packed(model, visual, ids, positions)
+    out = model.model.language_model(
+        inputs_embeds=embeddings,
+        attention_mask=mask.expand(len(ids), -1, -1, -1),
+        position_ids=positions,
+        use_cache=False,
+    )
+    return model.lm_head(out.last_hidden_state[:, -ids.shape[1] :])
