@@ -64,6 +64,12 @@ def select(method: Method, batch: Batch) -> Tensor:
     return method.select(batch.features, scores)
 
 
+def project(model: Any, batch: Batch, kept: Tensor | None = None) -> Tensor:
+    """The visual tokens for the language model."""
+    projector = model.model.multi_modal_projector
+    return projector(gather(batch.features, kept).to(projector.linear_1.weight.dtype))
+
+
 def gather(features: Tensor, kept: Tensor | None) -> Tensor:
     if kept is None:
         return features
@@ -76,7 +82,7 @@ def right(model: Any, batch: Batch, kept: Tensor | None) -> Tensor:
 
     That is so if each token is the most likely after the true ones before it.
     """
-    visual = model.model.multi_modal_projector(gather(batch.features, kept).to(model.dtype))
+    visual = project(model, batch, kept)
     return _right(tiny.logits(model, visual, batch.ids), batch.labels)
 
 
@@ -84,7 +90,7 @@ def right(model: Any, batch: Batch, kept: Tensor | None) -> Tensor:
 def answers(model: Any, batch: Batch, kept: Tensor | None) -> Tensor:
     """`[B, Q, L]` int64: the first tokens of greedy decoding, as many as the answer with END has;
     -1 after them. Those of answers with two tokens take the first from decoding."""
-    visual = model.model.multi_modal_projector(gather(batch.features, kept).to(model.dtype))
+    visual = project(model, batch, kept)
     ids = batch.ids.clone()
     wanted = batch.labels >= 0
     # A decoded token is the next one's input, where an answer has a next one.
@@ -103,7 +109,7 @@ def fastv(model: Any, batch: Batch, keeps: list[int]) -> dict[int, Tensor]:
     attention in the last of the former, mean over heads (FastV, arXiv 2403.06764). Positions stay.
     """
     llama = model.model.language_model
-    visual = model.model.multi_modal_projector(batch.features.to(model.dtype))
+    visual = project(model, batch)
     hidden, mask, positions = tiny.packed(model, visual, batch.ids)
     rope = llama.rotary_emb(hidden, positions)
     first, count, questions = 1, visual.shape[1], len(ASKED)
