@@ -252,6 +252,7 @@ def draw(rows: harness.Rows, file: Path) -> None:
             panel.set_ylabel("right answers, %")
         for panel in panels[3:7]:
             panel.set_xlabel("visual tokens kept of 576")
+            panel.tick_params(labelbottom=True)
         handles, labels = panels[0].get_legend_handles_labels()
         lines = [panels[0].lines[0], panels[0].lines[1]]
         panels[7].legend(

@@ -222,7 +222,7 @@ def test_all_tokens_answer_nine_in_ten(committed):
     assert figure(committed, "all tokens", 576) >= 90
 
 
-# Percent; the interval of 75 pictures is as wide.
+# Percent: some three standard errors for 75 pictures, one seed of random instead of five.
 MARGIN = 4.0
 
 
