@@ -1,11 +1,12 @@
 """Answers of the tiny VLM (benchmarks/tiny_vlm) against the visual tokens that it keeps.
 
 An answer counts if it is right to the last word. Intervals are of 95 %, over pictures. The test
-pictures share no digit, photograph and layout with those of training. "another picture" is what the
-model answers to the questions when it sees the next picture: what can be had without looking.
+pictures share no digit, photograph and layout with those of training, and were not looked at before
+the model was done. "another picture" is what it answers to the questions when it sees the next one.
 FastV (text-visual attention, after layer 2 of the language model) needs a forward pass of its own
 for each question and keeps tokens of each question; the others keep tokens of each picture, before
 any question. "budget" is what was asked for: FoPru row keeps whole rows of 24, as many as fit.
+Random is the mean of 5 sets of tokens, others for each picture.
 
 With --quick the first pictures only, compared with the committed figures.
 """
@@ -32,6 +33,8 @@ from vispruner_kernels.methods import FasterVLM, FoPru, Method, Random, VisPrune
 
 BUDGETS = (192, 128, 64, 32, 16)
 PICTURES, QUICK, BATCH = 600, 150, 25
+# Of the test pictures. Those of 0 were looked at while the model was made.
+SET = 1
 # Fewer are enough to see what rounding changes.
 STABLE_PICTURES = 150
 SEEDS = 5
@@ -63,22 +66,28 @@ class Figure:
         return f"{self.mean:.1f} +-{INTERVAL * self.error:.1f}"
 
 
-def systems(budget: int) -> dict[str, list[Method]]:
-    """By name; the runs of one system are averaged."""
-    named: dict[str, list[Method]] = {
-        f"VisPruner {ratio} {matching}": [
-            VisPruner(budget, important_ratio=ratio, matching=matching)
-        ]
+def systems(budget: int) -> dict[str, Method]:
+    """By name."""
+    named: dict[str, Method] = {
+        f"VisPruner {ratio} {matching}": VisPruner(budget, important_ratio=ratio, matching=matching)
         for matching in ("bipartite", "pairwise")
         for ratio in RATIOS
     }
-    named["FasterVLM"] = [FasterVLM(budget)]
-    named["FoPru rank"] = [FoPru(budget)]
+    named["FasterVLM"] = FasterVLM(budget)
+    named["FoPru rank"] = FoPru(budget)
     if budget >= SIDE:
         rows = budget // SIDE * SIDE
-        named["FoPru row"] = [FoPru(rows, strategy="row", width=SIDE)]
-    named["random"] = [Random(budget, seed=seed) for seed in range(SEEDS)]
+        named["FoPru row"] = FoPru(rows, strategy="row", width=SIDE)
     return named
+
+
+def chance(batch: answers.Batch, budget: int, first: int, run: int) -> Tensor:
+    """`[B, budget]`: random tokens, others of each picture; `first` is the number of the first."""
+    one = [
+        Random(budget, seed=SEEDS * (first + i) + run).select(batch.features[i : i + 1], None)
+        for i in range(len(batch.features))
+    ]
+    return torch.cat(one)
 
 
 # By system and budget: the tokens of each picture, and `[P, Q]`, 1 where an answer is right.
@@ -97,7 +106,7 @@ def evaluate(model: Any, pictures: int) -> Hits:
     for start in harness.progress(starts):
         # One more, so that each has a next one.
         stop = min(start + BATCH, pictures)
-        batch = answers.encode(model, [scene("test", i) for i in range(start, stop + 1)])
+        batch = answers.encode(model, [scene("test", i, SET) for i in range(start, stop + 1)])
         other = batch._replace(features=batch.features.roll(-1, 0))
         batch, other = (answers.Batch(*(x[:-1] for x in each)) for each in (batch, other))
         patches = batch.features.shape[1]
@@ -106,10 +115,11 @@ def evaluate(model: Any, pictures: int) -> Hits:
         for budget, hits in answers.fastv(model, batch, BUDGETS).items():
             add("FastV", budget, budget, hits)
         for budget in BUDGETS:
-            for name, methods in systems(budget).items():
-                kept = [answers.select(method, batch) for method in methods]
-                runs = [answers.right(model, batch, each) for each in kept]
-                add(name, budget, kept[0].shape[1], *runs)
+            for name, method in systems(budget).items():
+                kept = answers.select(method, batch)
+                add(name, budget, kept.shape[1], answers.right(model, batch, kept))
+            sets = [chance(batch, budget, start, run) for run in range(SEEDS)]
+            add("random", budget, budget, *(answers.right(model, batch, kept) for kept in sets))
     return {key: (tokens, torch.cat(hits)) for key, (tokens, hits) in parts.items()}
 
 
@@ -136,7 +146,7 @@ def stability(model: Any, pictures: int) -> harness.Rows:
     }
     variants["eager attention"].set_attn_implementation("eager")
     methods: dict[str, Method | None] = {
-        name: systems(STABLE_BUDGET)[name][0]
+        name: systems(STABLE_BUDGET)[name]
         for name in ("VisPruner 0.5 bipartite", "VisPruner 0.5 pairwise", "FasterVLM", "FoPru rank")
     }
     methods = {"all tokens": None, **methods}
@@ -151,7 +161,7 @@ def stability(model: Any, pictures: int) -> harness.Rows:
 
     try:
         for start in harness.progress(range(0, pictures, BATCH)):
-            scenes = [scene("test", i) for i in range(start, min(start + BATCH, pictures))]
+            scenes = [scene("test", i, SET) for i in range(start, min(start + BATCH, pictures))]
             model.model.vision_tower = tower
             batch = answers.encode(model, scenes)
             expected = {name: run(batch, method) for name, method in methods.items()}
@@ -177,12 +187,11 @@ def stability(model: Any, pictures: int) -> harness.Rows:
     ]
 
 
-def compare(rows: harness.Rows, pictures: int, file: Path = COMMITTED) -> tuple[list[str], bool]:
-    """Lines on how the figures of a part of the pictures agree with the committed ones, whose
-    errors are those of so few pictures; and whether they do."""
-    committed = json.loads(file.read_text())
+def compare(rows: harness.Rows, pictures: int, committed: dict[str, Any]) -> tuple[list[str], bool]:
+    """Lines on how the figures of a part of the pictures agree with the committed ones of all; and
+    whether they do. The errors are those of the difference between a part and all."""
     known = {(row["system"], row["budget"]): row for row in committed["accuracy"]}
-    scale = math.sqrt(committed["pictures"] / pictures)
+    scale = math.sqrt(committed["pictures"] / pictures - 1)
     deviations = {}
     for row in rows:
         for name in ("all", *TYPES):
@@ -195,7 +204,7 @@ def compare(rows: harness.Rows, pictures: int, file: Path = COMMITTED) -> tuple[
     far = {key: z for key, z in deviations.items() if abs(z) > LIMIT}
     lines = [
         f"{inside} of {len(deviations)} figures within the 95 % intervals of the committed ones "
-        f"for {pictures} pictures ({inside / len(deviations):.0%}), "
+        f"for the first {pictures} pictures ({inside / len(deviations):.0%}), "
         f"{len(far)} beyond those of 99.9 %"
     ]
     lines += [f"  {key}: {z:+.1f} standard errors" for key, z in far.items()]
@@ -275,6 +284,11 @@ def main(argv: list[str] | None = None) -> int:
     usage.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the figures as well")
     options: argparse.Namespace = usage.parse_args(argv)
     harness.check(options, usage)
+    if options.plot and not options.plot.resolve().parent.is_dir():
+        usage.error(f"--plot: the folder of {options.plot} does not exist")
+    committed = json.loads(COMMITTED.read_text()) if options.quick else {}
+    if options.quick and options.json and options.json.resolve() == COMMITTED.resolve():
+        usage.error("--quick --json: that file has the figures of all pictures; name another")
     torch.set_num_threads(options.threads)
     pictures = QUICK if options.quick else PICTURES
     model = tiny_vlm.load()
@@ -286,7 +300,7 @@ def main(argv: list[str] | None = None) -> int:
         draw(rows, options.plot)
     if not options.quick:
         return 0
-    lines, agree = compare(rows, pictures)
+    lines, agree = compare(rows, pictures, committed)
     print("", *lines, sep="\n")
     return 0 if agree else 1
 

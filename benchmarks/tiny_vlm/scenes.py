@@ -65,7 +65,7 @@ PHOTOGRAPHS = {
         ),
     },
 }
-# The first so many digits of scikit-learn's are for training; others wrote the last.
+# The first so many digits of scikit-learn's are for training.
 TRAIN_DIGITS = 1297
 
 

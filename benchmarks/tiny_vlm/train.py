@@ -1,7 +1,7 @@
 """Train the tiny VLM: python -m benchmarks.tiny_vlm.train --out FOLDER
 
-Five stages. After each the weights are in FOLDER/stage-N.pt, where a run that was
-broken off goes on with --from; after the last the model is in FOLDER as transformers loads it.
+Five stages. After each the weights are in FOLDER/stage-N.pt, where a run that was broken off goes
+on with --from; after the last the model is in FOLDER as transformers loads it.
 """
 
 from __future__ import annotations
@@ -385,6 +385,8 @@ def main(argv: list[str] | None = None) -> int:
     usage.add_argument("--from", type=Path, dest="state", metavar="FILE", help="a stage-N.pt")
     usage.add_argument("--shrink", type=int, default=1, help="so many times fewer steps, for a try")
     options = usage.parse_args(argv)
+    if options.shrink < 1:
+        usage.error(f"--shrink is {options.shrink}, expected at least 1")
     options.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(options.seed)
     model = tiny.make().to(options.device).train()

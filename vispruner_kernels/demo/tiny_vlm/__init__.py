@@ -45,16 +45,17 @@ def inputs(image: Tensor, question: str) -> dict[str, Tensor]:
     """What the model takes: of a picture `[3, 192, 192]`, 0 to 1, and a question of its words.
 
     Raises:
-        ValueError: the question has a word that the model does not know.
+        ValueError: the question is empty, or has a word that the model does not know.
     """
     words = tokenizer()
     known = set(words.get_vocab()) - set(words.all_special_tokens)
     unknown = [word for word in question.split() if word not in known]
-    if unknown or not question.strip():
+    if unknown:
         raise ValueError(
-            f"question: the model does not know {unknown[0] if unknown else 'an empty one'!r}; "
-            f"it knows {' '.join(sorted(known))}"
+            f"question: the model does not know {unknown[0]!r}; it knows {' '.join(sorted(known))}"
         )
+    if not question.strip():
+        raise ValueError("question: it is empty")
     image_token = load().config.image_token_id
     asked = words(question, return_tensors="pt", add_special_tokens=False).input_ids[0]
     visual = torch.full((SIDE * SIDE,), image_token)
