@@ -140,8 +140,8 @@ def test_default_run_prints_a_row_per_system(default_run):
     # What duplicate removal is for: more of the picture covered, less said twice.
     coverage = {name: float(row[3]) for name, row in rows.items()}
     redundancy = {name: float(row[4]) for name, row in rows.items()}
-    assert coverage["VisPruner"] > coverage["FasterVLM"] + 0.1
-    assert redundancy["VisPruner"] < redundancy["FasterVLM"]
+    assert coverage["VisPruner"] > coverage["FasterVLM"] + 0.2
+    assert redundancy["VisPruner"] == min(redundancy.values())
 
 
 def test_broken_budget_is_one_at_which_the_published_loop_raises(encoded, monkeypatch):

@@ -11,6 +11,7 @@ from torch.nn.functional import softmax
 
 from benchmarks.tiny_vlm import model as tiny
 from benchmarks.tiny_vlm.scenes import ASKED, Scene
+from vispruner_kernels.demo import encoder
 from vispruner_kernels.methods import Method
 
 # FastV drops tokens after this layer, counted from 1, by the attention in it.
@@ -33,29 +34,13 @@ class Batch(NamedTuple):
     labels: Tensor
 
 
-@torch.no_grad()
 def encode(model: Any, scenes: list[Scene]) -> Batch:
     tower = model.model.vision_tower
-    layer = getattr(tower, "vision_model", tower).encoder.layers[-2].self_attn
-    seen: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Any:
-        def hook(module: Any, inputs: Any, output: Tensor) -> None:
-            seen[name] = output.unflatten(-1, (layer.num_heads, -1))
-
-        return hook
-
-    hooks = [getattr(layer, f"{x}_proj").register_forward_hook(keep(x)) for x in "qk"]
-    try:
-        pixels = torch.from_numpy(np.stack([scene.pixels for scene in scenes]))
-        pixels = tiny.pixel_values(pixels).to(tower.device, tower.dtype)
-        features = tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
-    finally:
-        for hook in hooks:
-            hook.remove()
+    pixels = torch.from_numpy(np.stack([scene.pixels for scene in scenes]))
+    features, q, k = encoder.read(tower, tiny.pixel_values(pixels).to(tower.device, tower.dtype))
     packed = [tiny.pack(scene.questions, len(ASKED)) for scene in scenes]
     ids, labels = (torch.stack(x).to(tower.device) for x in zip(*packed, strict=True))
-    return Batch(features, seen["q"], seen["k"], ids, labels)
+    return Batch(features, q, k, ids, labels)
 
 
 def select(method: Method, batch: Batch) -> Tensor:

@@ -89,8 +89,8 @@ def make() -> LlavaForConditionalGeneration:
 
 
 def save(model: Any, folder: Path) -> None:
-    """With its words and a processor's settings; float16, by the names of published checkpoints,
-    which every version of transformers and vLLM reads."""
+    """With its words and a processor's settings; float16, by the names of published checkpoints:
+    what transformers 5.23 would write, 5.3 does not read."""
     from safetensors.torch import save_file
     from transformers import CLIPImageProcessorPil, LlavaProcessor
 

@@ -73,10 +73,10 @@ def read(tower: Any, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Args:
         tower: CLIPVisionModel.
-        pixels: `[1, 3, h, w]`, scaled as the tower wants them.
+        pixels: `[B, 3, h, w]`, scaled as the tower wants them.
 
     Returns:
-        Features `[1, N, C]`: `hidden_states[-2]` without CLS; q and k `[1, 1 + N, H, D]`: those of
+        Features `[B, N, C]`: `hidden_states[-2]` without CLS; q and k `[B, 1 + N, H, D]`: those of
         the layer whose output that is.
     """
     seen: dict[str, Tensor] = {}
