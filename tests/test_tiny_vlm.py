@@ -296,7 +296,7 @@ def test_figures_by_hand():
 
 def test_training_runs_and_is_reproducible(tmp_path, monkeypatch):
     small = [
-        replace(stage, steps=2, batch=2, cached=stage.cached and 4, fewest=16, most=32)
+        replace(stage, steps=2, batch=2, scenes=stage.scenes and 4, fewest=16, most=32)
         for stage in train.STAGES
     ]
     monkeypatch.setattr(train, "STAGES", small)
@@ -322,15 +322,84 @@ def test_training_runs_and_is_reproducible(tmp_path, monkeypatch):
         assert weights.dtype == torch.float16
 
 
-def test_supervision_says_what_is_in_the_picture():
-    scene = scenes.scene("train", 5)
+def test_heads_start_out_looking_at_a_neighbour_each():
+    torch.manual_seed(0)
+    tower = tiny.make().model.vision_tower
+    train.look_around(tower)
+    positions = tower.embeddings.position_embedding.weight.detach()
+    found = []
+    for layer in tower.encoder.layers:
+        block = layer.self_attn
+        x = torch.nn.functional.layer_norm(positions, positions.shape[-1:])
+        q, k = (f(x).unflatten(-1, (-1, block.head_dim)) for f in (block.q_proj, block.k_proj))
+        # Of a patch in the middle, row 10 and column 12.
+        here = 1 + 10 * scenes.SIDE + 12
+        for seen in torch.einsum("hd,nhd->hn", q[here], k).argmax(-1).tolist():
+            found.append((seen - here, (seen - 1) % scenes.SIDE - 12))
+    expected = {(24 * down + right, right) for down in (-1, 0, 1) for right in (-1, 0, 1)} - {
+        (0, 0)
+    }
+    assert expected < set(found)
+    assert len(set(found)) == 12
+    assert all(abs(right) <= 2 and abs(step - right) <= 48 for step, right in found)
+
+
+def test_parts_of_the_tokens():
+    torch.manual_seed(0)
+    features = torch.randn(3, 576, 8)
+    first = torch.rand(3, 576) < 0.2
+    for kept in (train.part(features, 200), train.part(features, 200, first)):
+        assert kept.shape == (3, 200)
+        assert (kept.diff() > 0).all()
+    assert first.sum(1).max() < 200
+    assert torch.equal(first.gather(1, kept).sum(1), first.sum(1))
+    assert not torch.equal(kept, train.part(features, 200, first))
+
+
+def test_attention_of_the_training_is_that_of_torch():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 4, 37, 32, dtype=torch.float64)
+    mask = torch.rand(2, 1, 37, 37) < 0.5
+    mask |= torch.eye(37, dtype=torch.bool)
+    for seen in (None, mask):
+        y, _ = train.attention(None, q, k, v, seen, scaling=0.25)
+        right = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, scale=0.25)
+        torch.testing.assert_close(y, right.transpose(1, 2))
+
+
+def test_sheets_are_training_material():
+    first, again = (scenes.sheet(3) for _ in range(2))
+    assert (first.pixels == again.pixels).all()
+    assert first.things == again.things
+    assert not first.questions
+    assert (scenes.sheet(3, seed=1).pixels != first.pixels).any()
+    sheets = [scenes.sheet(i) for i in range(150)]
+    layouts = {frozenset(thing.place for thing in s.things) for s in sheets}
+    asked = {frozenset(thing.place for thing in scenes.scene("test", i).things) for i in range(150)}
+    assert not layouts & asked
+    assert all(sum(1 << (4 * row + column) for row, column in places) % 5 for places in layouts)
+    things = [thing for s in sheets for thing in s.things]
+    assert {thing.kind for thing in things} == set(scenes.KINDS)
+    written = [digit for thing in things for digit in thing.digits]
+    assert set(written) == set(range(10))
+    assert len(written) > 3 * len(sheets)
+
+
+@pytest.mark.parametrize("made", [scenes.scene("train", 5), scenes.sheet(5)])
+def test_supervision_says_what_is_in_the_picture(made):
+    scene = made
     sample = train.sample_of(scene)
     grid = sample.things.view(scenes.SIDE, scenes.SIDE)
-    kinds = sample.patches.view(scenes.SIDE, scenes.SIDE, 7)
+    kinds = sample.patches.view(scenes.SIDE, scenes.SIDE, 8)
     for i, thing in enumerate(scene.things):
         row, column = ((thing.top + thing.bottom) // 16, (thing.left + thing.right) // 16)
         assert grid[row, column] == i
         assert scenes.KINDS[kinds[row, column, 0] - 1] == thing.kind
+        assert kinds[grid == i][:, -1].sum() == kinds[row, column, -1] == 1
+        for part, digit in enumerate(thing.digits):
+            share = (2 * part + 1) / (2 * len(thing.digits))
+            column = int(thing.left + share * (thing.right - thing.left)) // 8
+            assert kinds[row, column, 2] == 1 + digit
         left = [x for x in scene.things if x.place == (thing.place[0], thing.place[1] - 1)]
         assert kinds[row, column, 3] == (scenes.KINDS.index(left[0].kind) + 1 if left else 0)
     assert (grid == train.NOTHING).float().mean() > 0.5

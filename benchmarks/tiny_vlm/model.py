@@ -58,7 +58,7 @@ def make() -> LlavaForConditionalGeneration:
         hidden_size=128,
         intermediate_size=512,
         num_hidden_layers=6,
-        num_attention_heads=4,
+        num_attention_heads=2,
         image_size=SIZE,
         patch_size=PATCH,
         hidden_act="gelu",

@@ -29,6 +29,8 @@ COLOURS = {
     "white": (245, 245, 245),
 }
 KINDS = (*SHAPES, "frame", "number")
+# How often each is on a sheet.
+SHEET = (0.08, 0.08, 0.08, 0.08, 0.08, 0.27, 0.33)
 TYPES = ("number", "frame", "colour", "place", "relation", "count")
 # Of one picture, in this order; and at most of one in training.
 ASKED = ("number", "frame", "colour", "place", "relation", "relation", "count", "count")
@@ -121,12 +123,40 @@ def scene(split: str, index: int, seed: int = 0) -> Scene:
             break
     asked = [name for name in TYPES for _ in range(TRAINED[name])] if split == "train" else ASKED
     questions = [_pick(every[name], random) for name in asked if every[name]]
-    pixels = _background(random, split)
-    things = [_draw(pixels, thing, random, split) for thing in wanted]
-    return Scene(pixels.round().clip(0, 255).astype(np.uint8), things, questions)
+    return _drawn(wanted, questions, random, split)
+
+
+def sheet(index: int, seed: int = 0) -> Scene:
+    """A training picture to learn to see from: on 4 to 16 places something, much of it digits, and
+    nothing is asked.
+
+    Args:
+        index: from 0; numbers are endless, and sheets have layouts that scenes of the split
+            "train" could have.
+        seed: another one is another endless set.
+    """
+    random = np.random.default_rng([seed, len(PHOTOGRAPHS), index])
+    names = list(COLOURS)
+    while True:
+        taken = np.flatnonzero(random.random(PLACES**2) < random.uniform(0.4, 1))
+        if len(taken) >= PLACES and not _for_test(taken):
+            break
+    things = []
+    for cell in taken:
+        kind = KINDS[random.choice(len(KINDS), p=SHEET)]
+        written = {"frame": 1, "number": 2}.get(kind, 0)
+        colour = "" if kind == "number" else names[random.integers(len(names))]
+        digits = tuple(random.integers(0, 10, written).tolist())
+        things.append(Thing(kind, colour, digits, 0, 0, 0, 0, divmod(int(cell), PLACES)))
+    return _drawn(things, [], random, "train")
 
 
 # What is in a picture, and what is asked.
+
+
+def _for_test(cells: np.ndarray) -> bool:
+    """A rule on the set of occupied places, so that no set of them is in both splits."""
+    return sum(1 << int(cell) for cell in cells) % 5 == 0
 
 
 def _plan(random: np.random.Generator, split: str) -> list[Thing]:
@@ -135,8 +165,7 @@ def _plan(random: np.random.Generator, split: str) -> list[Thing]:
     while True:
         shapes = int(random.integers(5, 8))
         cells = random.choice(PLACES**2, size=shapes + 3, replace=False)
-        # A rule on the set of occupied places, so that no set of them is in both splits.
-        if (sum(1 << int(cell) for cell in cells) % 5 == 0) == (split == "test"):
+        if _for_test(cells) == (split == "test"):
             break
     digits = iter(random.integers(0, 10, 4).tolist())
     frames = random.choice(len(names), 2, replace=False)
@@ -207,6 +236,14 @@ def _pick(questions: list[Question], random: np.random.Generator) -> Question:
 
 
 # Drawing.
+
+
+def _drawn(
+    wanted: list[Thing], questions: list[Question], random: np.random.Generator, split: str
+) -> Scene:
+    pixels = _background(random, split)
+    things = [_draw(pixels, thing, random, split) for thing in wanted]
+    return Scene(pixels.round().clip(0, 255).astype(np.uint8), things, questions)
 
 
 @functools.cache
@@ -312,10 +349,17 @@ def _mask(kind: str, size: int, turn: int) -> np.ndarray:
 
 
 def _ink(digit: int, size: int, random: np.random.Generator, split: str) -> np.ndarray:
-    """`[size, size]` from 0, paper, to 1."""
+    """`[size, size]` from 0, paper, to 1; for training stretched and slanted a little."""
     candidates = _digits_of(split, digit)
     small = Image.fromarray((candidates[random.integers(len(candidates))] / 16).astype(np.float32))
-    return np.asarray(small.resize((size, size), Image.Resampling.BICUBIC)).clip(0, 1)
+    ink = small.resize((size, size), Image.Resampling.BICUBIC)
+    if split == "train":
+        a, b, c, d = (np.eye(2) + random.uniform(-0.15, 0.15, (2, 2))).flatten().tolist()
+        middle = size / 2
+        moved = (a, b, middle - (a + b) * middle, c, d, middle - (c + d) * middle)
+        affine, bicubic = Image.Transform.AFFINE, Image.Resampling.BICUBIC
+        ink = ink.transform(ink.size, affine, moved, bicubic)
+    return np.asarray(ink).clip(0, 1)
 
 
 def _written(ink: np.ndarray, margin: int, random: np.random.Generator) -> np.ndarray:

@@ -1,15 +1,18 @@
 """Train the tiny VLM: python -m benchmarks.tiny_vlm.train --out FOLDER
 
-Five stages. After each the weights are in FOLDER/stage-N.pt, where a run that was broken off goes
-on with --from; after the last the model is in FOLDER as transformers loads it.
+First the vision tower learns, from what there is to see; then the projector and the language model,
+from its features. After each of the stages the weights are in FOLDER/stage-N.pt, where a run that
+was broken off goes on with --from; after the last the model is in FOLDER as transformers loads it.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,53 +31,57 @@ from benchmarks.tiny_vlm.scenes import (
     COLOURS,
     KINDS,
     PATCH,
+    PLACES,
     SHAPES,
     SIDE,
     TRAINED,
     TYPES,
     Scene,
     scene,
+    sheet,
 )
 
 NAMES = [*COLOURS]
 SLOTS = sum(TRAINED.values())
 # More than there are in a picture, and the number of no thing.
-NOTHING = 10
+NOTHING = PLACES**2
 # Colours by kind (of shapes, and frames), kinds of shapes, digits.
 TAGS = len(COLOURS) * (len(SHAPES) + 1) + len(SHAPES) + 10
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Part of the training.
+    """Part of the training: of the vision tower, from sheets, or of the projector and the language
+    model, from the tower's features of scenes.
 
     Attributes:
         steps, batch: optimiser steps, and pictures of each.
-        rate: the learning rate, which falls to 0 on a cosine.
-        whole: the whole model learns, or the language model and the projector alone; these see the
-            features of `cached` pictures, made once.
-        parts: share of steps in which the language model sees a part of the visual tokens.
-        fewest, most: bounds of such a part.
+        rate: the learning rate of matrices in layers (Muon's); that of all else (AdamW's) is
+            `ADAM` of it. Both fall to 0 on a cosine.
+        scenes: the number of scenes, whose features are made once; 0: the tower learns.
+        parts, full: shares of steps in which the language model sees a part of the visual tokens,
+            and one that has all that show something; in the rest it sees all.
+        fewest, most: bounds of such a part; one of the other kind has `FULL` tokens.
         pointing: weight of the loss that says where to look.
     """
 
     steps: int
     batch: int
     rate: float
-    whole: bool = True
-    cached: int = 0
+    scenes: int = 0
     parts: float = 0.0
+    full: float = 0.0
     fewest: int = 32
-    most: int = tiny.PATCHES
+    most: int = 192
     pointing: float = 0.0
 
 
+ADAM, FULL = 0.15, 200
 STAGES = (
-    Stage(6700, 64, 2e-3),
-    Stage(600, 24, 1.5e-3, whole=False, cached=2000, parts=1.0, fewest=64, most=160, pointing=0.6),
-    Stage(500, 16, 1.5e-3, whole=False, cached=2000, parts=0.7, fewest=32, most=192, pointing=0.3),
-    Stage(400, 16, 1.5e-3, whole=False, cached=2000, parts=0.4, fewest=32, most=192, pointing=0.1),
-    Stage(330, 16, 1.2e-3, whole=False, cached=2000, parts=0.3, fewest=32, most=192, pointing=0.1),
+    Stage(1800, 16, 15e-3),
+    Stage(1300, 16, 15e-3, scenes=3000, parts=0.5, full=0.5, fewest=64, most=160, pointing=0.6),
+    Stage(900, 16, 8e-3, scenes=3000, parts=0.5, full=0.3, fewest=32, most=256, pointing=0.2),
+    Stage(800, 16, 12e-3, scenes=3000, parts=0.35, full=0.45, fewest=32, most=256, pointing=0.8),
 )
 
 
@@ -85,8 +92,8 @@ class Sample(NamedTuple):
         pixels: `[192, 192, 3]` uint8.
         ids, labels: `[Q * SLOT]`, of `tiny.pack`.
         types: `[Q]`, of the questions.
-        patches: `[N, 7]`, kind, colour and digit of what a patch shows, and the kinds of what is
-            left, right, above and below of that; each from 1, or 0.
+        patches: `[N, 8]`, kind, colour and digit of what a patch shows, and the kinds of what is
+            left, right, above and below of that, each from 1, or 0; 1 where its middle is.
         things: `[N]`, which of the scene's things that is, or NOTHING.
         tags: `[TAGS]`, what a caption of the picture could name.
         seen, then: `[Q, NOTHING + 1]` bool, things that a question names, and its answer's.
@@ -104,8 +111,8 @@ class Sample(NamedTuple):
 
 
 def sample_of(s: Scene) -> Sample:
-    patches = torch.zeros(SIDE, SIDE, 7, dtype=torch.long)
-    things = torch.full((SIDE, SIDE), NOTHING)
+    patches = np.zeros((SIDE, SIDE, 8), dtype=np.int64)
+    things = np.full((SIDE, SIDE), NOTHING)
     tags = torch.zeros(TAGS)
     centres = np.arange(SIDE) * PATCH + PATCH / 2
     by_colour = len(SHAPES) + 1
@@ -113,16 +120,21 @@ def sample_of(s: Scene) -> Sample:
     for i, thing in enumerate(s.things):
         rows = np.flatnonzero((centres > thing.top) & (centres < thing.bottom))
         columns = np.flatnonzero((centres > thing.left) & (centres < thing.right))
+        here = np.ix_(rows, columns)
         kind = KINDS.index(thing.kind)
         colour = NAMES.index(thing.colour) if thing.colour else -1
-        things[np.ix_(rows, columns)] = i
+        things[here] = i
         row, column = thing.place
         near = [(row, column - 1), (row, column + 1), (row - 1, column), (row + 1, column)]
         kinds = [at.get(place, -1) for place in near]
-        for column in columns:
-            right = len(thing.digits) > 1 and centres[column] > (thing.left + thing.right) / 2
-            digit = thing.digits[int(right)] if thing.digits else -1
-            patches[rows, column] = 1 + torch.tensor([kind, colour, digit, *kinds])
+        patches[here] = [1 + x for x in (kind, colour, -1, *kinds, -1)]
+        middle = (thing.top + thing.bottom) // 2 // PATCH, (thing.left + thing.right) // 2 // PATCH
+        patches[middle][-1] = 1
+        for part, digit in enumerate(thing.digits):
+            width = (thing.right - thing.left) / len(thing.digits)
+            left = thing.left + part * width
+            inside = columns[(centres[columns] > left) & (centres[columns] <= left + width)]
+            patches[rows[:, None], inside, 2] = 1 + digit
         if thing.colour:
             tags[colour * by_colour + min(kind, len(SHAPES))] = 1
         if thing.kind in SHAPES:
@@ -137,25 +149,25 @@ def sample_of(s: Scene) -> Sample:
         torch.from_numpy(s.pixels),
         *tiny.pack(s.questions, SLOTS),
         torch.tensor(types + [0] * (SLOTS - len(types))),
-        patches.flatten(0, 1),
-        things.flatten(),
+        torch.from_numpy(patches).flatten(0, 1),
+        torch.from_numpy(things).flatten(),
         tags,
         seen,
         then,
     )
 
 
-class Scenes(Dataset[Sample]):
-    """So many training pictures from that number on."""
+class Pictures(Dataset[Sample]):
+    """So many sheets or training scenes from that number on."""
 
-    def __init__(self, first: int, count: int, seed: int) -> None:
-        self.first, self.count, self.seed = first, count, seed
+    def __init__(self, make: Callable[[int], Scene], first: int, count: int) -> None:
+        self.make, self.first, self.count = make, first, count
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> Sample:
-        return sample_of(scene("train", self.first + index, self.seed))
+        return sample_of(self.make(self.first + index))
 
 
 class Heads(nn.Module):
@@ -164,7 +176,7 @@ class Heads(nn.Module):
 
     def __init__(self, width: int, projected: int) -> None:
         super().__init__()
-        self.sizes = [len(KINDS) + 1, len(COLOURS), 10, SIDE, SIDE, *4 * [len(KINDS) + 1]]
+        self.sizes = [len(KINDS) + 1, len(COLOURS), 10, SIDE, SIDE, *4 * [len(KINDS) + 1], 2]
         self.feature = nn.Linear(width, sum(self.sizes))
         self.visual = nn.Linear(projected, sum(self.sizes))
         self.cls = nn.Linear(width, TAGS)
@@ -174,7 +186,7 @@ class Heads(nn.Module):
 
     def patches(self, read: Tensor, s: Sample) -> Tensor:
         words = read.float().flatten(0, 1).split(self.sizes, -1)
-        kind, colour, digit, *near = s.patches.flatten(0, 1).unbind(-1)
+        kind, colour, digit, *near, middle = s.patches.flatten(0, 1).unbind(-1)
         at = torch.arange(SIDE, device=kind.device)
         row, column = at.repeat_interleave(SIDE), at.repeat(SIDE)
         # Most patches show nothing.
@@ -182,7 +194,7 @@ class Heads(nn.Module):
         weight[0] = 0.2
         sides = [
             F.cross_entropy(said, torch.where(kind > 0, side, -1), ignore_index=-1)
-            for said, side in zip(words[5:], near, strict=True)
+            for said, side in zip(words[5:-1], near, strict=True)
         ]
         return (
             F.cross_entropy(words[0], kind, weight)
@@ -191,15 +203,69 @@ class Heads(nn.Module):
             + 0.2 * F.cross_entropy(words[3], row.repeat(len(read)))
             + 0.2 * F.cross_entropy(words[4], column.repeat(len(read)))
             + 0.5 * torch.stack(sides).mean()
+            + F.cross_entropy(words[-1], torch.where(kind > 0, middle, -1), ignore_index=-1)
         )
 
 
-def part(features: Tensor, count: int) -> Tensor:
-    """`[B, count]`: a random part of the tokens, of random composition: along a random direction of
-    the features, more of one end, and by a random amount."""
-    x = torch.einsum("bnc,bc->bn", features, torch.randn_like(features[:, 0]))
-    x = (x - x.mean(1, keepdim=True)) / (x.std(1, keepdim=True) + 1e-6)
-    x = 3 * torch.rand_like(x[:, :1]) * x - torch.empty_like(x).exponential_().log()
+def look_around(tower: Any) -> None:
+    """Positions start as waves, and heads looking at a neighbour each, from which the layers learn
+    as convolutions would: Zheng et al. (arXiv:2404.01139), who fit q and k to such attention; with
+    waves these can be written down."""
+    width, heads = tower.config.hidden_size, tower.config.num_attention_heads
+    waves = math.pi / 40 * torch.arange(1, width // 4 + 1)
+
+    def shift(by: int) -> Tensor:
+        """Of sines and cosines of a place, those of the place so much further on."""
+        cos, sin = (waves * by).cos().diag(), (waves * by).sin().diag()
+        return torch.cat([torch.cat([cos, sin], 1), torch.cat([-sin, cos], 1)])
+
+    angles = torch.arange(SIDE)[:, None] * waves
+    axis = torch.cat([angles.sin(), angles.cos()], 1)
+    rows, columns = axis[:, None].expand(-1, SIDE, -1), axis[None].expand(SIDE, -1, -1)
+    neighbours = [(0, 1), (0, -1), (1, 0), (-1, 0), (1, 1), (-1, -1), (1, -1), (-1, 1)]
+    neighbours += [(0, 2), (0, -2), (2, 0), (-2, 0)]
+    with torch.no_grad():
+        positions = tower.embeddings.position_embedding.weight
+        positions[1:] = 0.3 * torch.cat([rows, columns], 2).flatten(0, 1)
+        every = itertools.product(tower.encoder.layers, range(heads))
+        for (layer, head), (down, right) in zip(every, neighbours, strict=True):
+            # Each head has a share of the waves.
+            waves_of = slice(head, None, heads)
+            block = layer.self_attn
+            mine = slice(head * block.head_dim, (head + 1) * block.head_dim)
+            moved = torch.block_diag(shift(down), shift(right))
+            block.q_proj.weight[mine] += 2 * moved[waves_of]
+            block.k_proj.weight[mine] += 2 * torch.eye(width)[waves_of]
+
+
+def attention(
+    module: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    **unused: Any,
+) -> tuple[Tensor, None]:
+    """As transformers calls it. Forward and backward in bfloat16 on a CPU it takes half the time of
+    PyTorch's fused one, for this tower (35 and 67 ms a layer of 16 pictures)."""
+    logits = (q * scaling) @ k.mT
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -torch.inf)
+    return (logits.softmax(-1, dtype=v.dtype) @ v).transpose(1, 2), None
+
+
+def part(features: Tensor, count: int, first: Tensor | None = None) -> Tensor:
+    """`[B, count]`: a random part of the tokens; those where `first` `[B, N]` is 1 before others,
+    or of random composition: along a random direction of the features, more of one end, and by a
+    random amount."""
+    if first is None:
+        x = torch.einsum("bnc,bc->bn", features, torch.randn_like(features[:, 0]))
+        x = (x - x.mean(1, keepdim=True)) / (x.std(1, keepdim=True) + 1e-6)
+        x = 3 * torch.rand_like(x[:, :1]) * x
+    else:
+        x = 100 * first.float()
+    x = x - torch.empty_like(x).exponential_().log()
     return x.topk(count).indices.sort(1).values
 
 
@@ -228,9 +294,9 @@ class Watch:
 
         return hook
 
-    def surprise(self, layer: int, rows: Tensor, wanted: Tensor) -> Tensor:
-        """`[B, Q]`: minus the log of the share of its attention to START and the picture that the
-        first head of a layer, at `rows` `[B, Q]`, gives to the tokens `wanted` `[B, Q, T]`."""
+    def logs(self, layer: int, rows: Tensor, visual: int) -> Tensor:
+        """`[B, Q, 1 + visual]`: logs of the attention of a layer's first head at `rows` `[B, Q]`,
+        to START and the picture only."""
         from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
         block, (hidden, rope) = self.llama.layers[layer], self.seen[layer]
@@ -242,31 +308,54 @@ class Watch:
         )
         q, k = (x[:, 0].float() for x in apply_rotary_pos_emb(q, k, *rope))
         q = q.gather(1, rows[..., None].expand(-1, -1, size))
-        logits = q @ k[:, : 1 + wanted.shape[-1]].mT * size**-0.5
-        return -logits.log_softmax(-1)[..., 1:].masked_fill(~wanted, -1e9).logsumexp(-1)
+        return (q @ k[:, : 1 + visual].mT * size**-0.5).log_softmax(-1)
 
 
-def pointing(watch: Watch, s: Sample, things: Tensor) -> Tensor:
+def pointing(watch: Watch, s: Sample, things: Tensor, middle: Tensor | None) -> Tensor:
     """At the end of a question, and at the last word before END, the second layer looks at what is
-    asked about; at the end of a question about a relation the third at what is there."""
+    asked about; at the end of a question about a relation the third at what is there. To count, the
+    second looks at START and the middles of what is asked about, each alike, so that the share of
+    START tells how many there are.
+
+    Args:
+        things, middle: `[B, T]`, of the visual tokens; no middle where some may be missing.
+    """
     count = things.shape[1]
     spoken = (s.labels >= 0).unflatten(-1, (SLOTS, -1))
     begin = spoken.int().argmax(-1)
+    last = (begin + spoken.sum(-1) - 2).clamp_min(0)
     slots = 1 + count + torch.arange(SLOTS, device=begin.device) * tiny.SLOT
     which = things[:, None].expand(-1, SLOTS, -1)
     seen, then = s.seen.gather(2, which), s.then.gather(2, which)
-    last = (begin + spoken.sum(-1) - 2).clamp_min(0)
+    counts = s.types == TYPES.index("count")
+    asked = seen & ~counts[..., None]
+    second = watch.logs(1, slots + begin, count)
+    looks = (
+        (second, asked),
+        (watch.logs(1, slots + last, count), asked),
+        (watch.logs(2, slots + begin, count), then),
+    )
     losses = [
-        watch.surprise(layer, slots + place, wanted)[wanted.any(-1)].mean()
-        for layer, place, wanted in ((1, begin, seen), (1, last, seen), (2, begin, then))
+        -logs[..., 1:].masked_fill(~wanted, -1e9).logsumexp(-1)[wanted.any(-1)].mean()
+        for logs, wanted in looks
     ]
+    if middle is not None:
+        alike = F.pad(seen & middle[:, None], (1, 0), value=True).float()
+        alike = alike / alike.sum(-1, keepdim=True)
+        losses.append((alike * (alike.clamp_min(1e-9).log() - second)).sum(-1)[counts].mean())
     return torch.stack(losses).nan_to_num().sum()
 
 
 def language_loss(
-    model: Any, visual: Tensor, s: Sample, kept: Tensor | None, watch: Watch | None
+    model: Any,
+    visual: Tensor,
+    s: Sample,
+    kept: Tensor | None,
+    whole: bool,
+    watch: Watch | None,
 ) -> tuple[Tensor, Tensor]:
-    """The loss of answers by type, and of where to look."""
+    """The loss of answers by type, and of where to look; `whole` if all that shows something is
+    kept."""
     visual = answers.gather(visual, kept)
     count = visual.shape[1]
     _, positions = tiny.mask_and_positions(count, SLOTS, visual.device)
@@ -278,19 +367,22 @@ def language_loss(
     losses = torch.stack([words[of].mean() for of in types]).nan_to_num()
     if watch is None:
         return losses, losses.new_zeros(())
-    return losses, pointing(watch, s, s.things if kept is None else s.things.gather(1, kept))
+    things, middle = s.things, s.patches[..., -1] > 0
+    if kept is not None:
+        things, middle = things.gather(1, kept), middle.gather(1, kept)
+    return losses, pointing(watch, s, things, middle if whole else None)
 
 
 def batches(
     stage: Stage, first: int, model: Any, options: argparse.Namespace
 ) -> Iterator[tuple[Sample, Tensor | None]]:
-    """Samples on the device, and their features where they are cached."""
+    """Samples on the device; those of scenes with their features."""
     device = torch.device(options.device)
-    count = stage.cached or stage.steps * stage.batch
-    loader = DataLoader(
-        Scenes(first, count, options.seed), stage.batch, num_workers=options.workers
-    )
-    if not stage.cached:
+    scenes = functools.partial(scene, "train", seed=options.seed)
+    make = scenes if stage.scenes else functools.partial(sheet, seed=options.seed)
+    pictures = Pictures(make, first, stage.scenes or stage.steps * stage.batch)
+    loader = DataLoader(pictures, stage.batch, num_workers=options.workers)
+    if not stage.scenes:
         for s in loader:
             yield Sample(*(x.to(device, non_blocking=True) for x in s)), None
         return
@@ -313,50 +405,74 @@ def see(model: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
     return tower.hidden_states[-2][:, 1:], tower.pooler_output
 
 
+def optimisers(modules: list[nn.Module], rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of layers, AdamW for all else."""
+    named = [item for module in modules for item in module.named_parameters()]
+    matrices = [x for name, x in named if "layers." in name and x.ndim == 2]
+    rest = [x for name, x in named if "layers." not in name or x.ndim != 2]
+    groups = [
+        {"params": [x for x in rest if x.ndim > 1], "weight_decay": 0.05},
+        {"params": [x for x in rest if x.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [
+        torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(groups, lr=ADAM * rate, betas=(0.9, 0.98)),
+    ]
+
+
 def run(stage: Stage, number: int, model: Any, heads: Heads, options: argparse.Namespace) -> None:
     device = torch.device(options.device)
-    language = [model.model.language_model, model.model.multi_modal_projector]
-    modules = [model, heads] if stage.whole else [*language, heads.visual]
+    modules = (
+        [model.model.language_model, model.model.multi_modal_projector, heads.visual]
+        if stage.scenes
+        else [model.model.vision_tower, heads.feature, heads.cls]
+    )
     parameters = [x for module in modules for x in module.parameters()]
-    groups = [
-        {"params": [x for x in parameters if x.ndim > 1], "weight_decay": 0.05},
-        {"params": [x for x in parameters if x.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimiser = torch.optim.AdamW(groups, lr=stage.rate, betas=(0.9, 0.98))
-    warm = max(1, min(300, stage.steps // 10))
+    warm = max(1, min(100, stage.steps // 10))
 
     def rate(step: int) -> float:
         return min((step + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * step / stage.steps))
 
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, rate)
+    steppers: list[Any] = [*optimisers(modules, stage.rate)]
+    steppers += [torch.optim.lr_scheduler.LambdaLR(x, rate) for x in steppers]
     watch = Watch(model.model.language_model, (1, 2)) if stage.pointing else None
     # Stages have pictures of their own.
     data = batches(stage, number * 1_000_000, model, options)
     bar = tqdm(data, desc=f"stage {number}", total=stage.steps, unit="step", smoothing=0.05)
-    mean = torch.zeros(len(TYPES))
+    mean = None
     # As often as they are asked.
     share = torch.tensor([ASKED.count(name) / len(ASKED) for name in TYPES], device=device)
     for step, (s, features) in enumerate(bar):
-        count = tiny.PATCHES
-        if int((step + 1) * stage.parts) > int(step * stage.parts):
-            count = int(stage.fewest * (stage.most / stage.fewest) ** torch.rand(()).item())
         with torch.autocast(device.type, torch.bfloat16):
-            told = torch.zeros((), device=device)
             if features is None:
                 features, cls = see(model, s.pixels)
-                told = heads.patches(heads.feature(features), s) + 3 * heads.tags(cls, s)
-            kept = part(features.detach().float(), count) if count < tiny.PATCHES else None
-            visual = model.model.multi_modal_projector(features)
-            told = told + heads.patches(heads.visual(visual), s)
-            losses, looks = language_loss(model, visual, s, kept, watch)
-        optimiser.zero_grad(set_to_none=True)
-        (losses @ share + told + stage.pointing * looks).backward()
+                told = {"patches": heads.patches(heads.feature(features), s)}
+                told["tags"] = heads.tags(cls, s)
+                loss = told["patches"] + 3 * told["tags"]
+            else:
+                kind, size = torch.rand(2).tolist()
+                kept = None
+                if kind < stage.parts:
+                    count = int(stage.fewest * (stage.most / stage.fewest) ** size)
+                    kept = part(features, count)
+                elif kind < stage.parts + stage.full:
+                    kept = part(features, FULL, s.patches[..., 0] > 0)
+                visual = model.model.multi_modal_projector(features)
+                read = heads.patches(heads.visual(visual), s)
+                whole = kind >= stage.parts
+                losses, looks = language_loss(model, visual, s, kept, whole, watch)
+                told = dict(zip(TYPES, losses, strict=True))
+                loss = losses @ share + read + stage.pointing * looks
+        for parameter in parameters:
+            parameter.grad = None
+        loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
-        schedule.step()
+        for stepper in steppers:
+            stepper.step()
         if step % 20 == 0:
-            mean += (0.2 if step else 1.0) * (losses.detach().cpu() - mean)
-            shown = {name: f"{x:.2f}" for name, x in zip(TYPES, mean.tolist(), strict=True)}
+            now = torch.stack([*told.values()]).detach().cpu()
+            mean = now if mean is None else mean + 0.2 * (now - mean)
+            shown = {name: f"{x:.2f}" for name, x in zip(told, mean.tolist(), strict=True)}
             bar.set_postfix(shown, refresh=False)
     if watch:
         for hook in watch.hooks:
@@ -381,15 +497,22 @@ def main(argv: list[str] | None = None) -> int:
     usage.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     usage.add_argument("--seed", type=int, default=0)
     usage.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    usage.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) - 2))
+    usage.add_argument("--workers", type=int, default=max(0, (os.cpu_count() or 1) - 2))
     usage.add_argument("--from", type=Path, dest="state", metavar="FILE", help="a stage-N.pt")
     usage.add_argument("--shrink", type=int, default=1, help="so many times fewer steps, for a try")
     options = usage.parse_args(argv)
     if options.shrink < 1:
         usage.error(f"--shrink is {options.shrink}, expected at least 1")
+    from transformers import AttentionInterface
+
     options.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(options.seed)
-    model = tiny.make().to(options.device).train()
+    model = tiny.make()
+    look_around(model.model.vision_tower)
+    if options.device == "cpu":
+        AttentionInterface.register("in the open", attention)
+        model.set_attn_implementation("in the open")
+    model = model.to(options.device).train()
     widths = (x.hidden_size for x in (model.config.vision_config, model.config.text_config))
     heads = Heads(*widths).to(options.device)
     done = 0
@@ -403,12 +526,13 @@ def main(argv: list[str] | None = None) -> int:
             continue
         torch.manual_seed(options.seed + number)
         if options.shrink > 1:
-            cached = stage.cached and max(stage.batch, stage.cached // options.shrink)
-            stage = replace(stage, steps=max(1, stage.steps // options.shrink), cached=cached)
+            scenes = stage.scenes and max(stage.batch, stage.scenes // options.shrink)
+            stage = replace(stage, steps=max(1, stage.steps // options.shrink), scenes=scenes)
         run(stage, number, model, heads, options)
         state = {"model": model.state_dict(), "heads": heads.state_dict(), "stage": number}
         torch.save(state, options.out / f"stage-{number}.pt")
-        print(f"stage {number}: {score(model)}", flush=True)
+        if stage.scenes:
+            print(f"stage {number}: {score(model)}", flush=True)
     tiny.save(model.cpu(), options.out)
     return 0
 
