@@ -294,6 +294,7 @@ def test_figures_by_hand():
 # Training
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="Muon came with PyTorch 2.9")
 def test_training_runs_and_is_reproducible(tmp_path, monkeypatch):
     small = [
         replace(stage, steps=2, batch=2, scenes=stage.scenes and 4, fewest=16, most=32)

@@ -501,6 +501,8 @@ def main(argv: list[str] | None = None) -> int:
     usage.add_argument("--from", type=Path, dest="state", metavar="FILE", help="a stage-N.pt")
     usage.add_argument("--shrink", type=int, default=1, help="so many times fewer steps, for a try")
     options = usage.parse_args(argv)
+    if not hasattr(torch.optim, "Muon"):
+        usage.error(f"training needs PyTorch 2.9 or later, with Muon; this is {torch.__version__}")
     if options.shrink < 1:
         usage.error(f"--shrink is {options.shrink}, expected at least 1")
     from transformers import AttentionInterface
