@@ -334,15 +334,98 @@ def test_heads_start_out_looking_at_a_neighbour_each():
         x = torch.nn.functional.layer_norm(positions, positions.shape[-1:])
         q, k = (f(x).unflatten(-1, (-1, block.head_dim)) for f in (block.q_proj, block.k_proj))
         # Of a patch in the middle, row 10 and column 12.
-        here = 1 + 10 * scenes.SIDE + 12
-        for seen in torch.einsum("hd,nhd->hn", q[here], k).argmax(-1).tolist():
-            found.append((seen - here, (seen - 1) % scenes.SIDE - 12))
-    expected = {(24 * down + right, right) for down in (-1, 0, 1) for right in (-1, 0, 1)} - {
-        (0, 0)
-    }
-    assert expected < set(found)
-    assert len(set(found)) == 12
-    assert all(abs(right) <= 2 and abs(step - right) <= 48 for step, right in found)
+        here = 10 * scenes.SIDE + 12
+        seen = torch.einsum("hd,nhd->hn", q[1 + here], k[1:]).argmax(-1)
+        found += [divmod(place, scenes.SIDE) for place in seen.tolist()]
+    steps = [(row - 10, column - 12) for row, column in found]
+    # Right, left, below, above, the diagonals, and two steps away.
+    assert steps[:4] == [(0, 1), (0, -1), (1, 0), (-1, 0)]
+    assert set(steps[4:8]) == {(-1, -1), (-1, 1), (1, -1), (1, 1)}
+    assert set(steps[8:]) == {(-2, 0), (2, 0), (0, -2), (0, 2)}
+
+
+def test_watched_attention_is_that_of_the_model(model, batch):
+    """Of the first head, to START and the picture; the question's own words are left out."""
+    llama = model.model.language_model
+    embeddings, mask, positions = tiny.packed(model, answers.project(model, batch), batch.ids)
+    rows = 577 + torch.tensor([3, 40, 75]).expand(len(batch.ids), -1)
+    before = llama.config._attn_implementation
+    watch = train.Watch(llama, (1, 2))
+    try:
+        model.set_attn_implementation("eager")
+        with torch.no_grad():
+            out = llama(
+                inputs_embeds=embeddings,
+                attention_mask=torch.where(mask, 0.0, -torch.inf).expand(len(rows), -1, -1, -1),
+                position_ids=positions,
+                use_cache=False,
+                output_attentions=True,
+            )
+            for layer in (1, 2):
+                wanted = out.attentions[layer][:, 0].gather(
+                    1, rows[..., None].expand(-1, -1, mask.shape[-1])
+                )[..., :577]
+                wanted = wanted / wanted.sum(-1, keepdim=True)
+                torch.testing.assert_close(watch.logs(layer, rows, 576).exp(), wanted)
+    finally:
+        model.set_attn_implementation(before)
+        for hook in watch.hooks:
+            hook.remove()
+
+
+class Table:
+    """In place of a Watch: what layers 1 and 2 see, `[1, S, 1 + visual]` each."""
+
+    def __init__(self, visual):
+        self.seen = torch.zeros(3, 1, 1 + visual + train.SLOTS * tiny.SLOT, 1 + visual)
+        self.seen[..., 0] = 1
+
+    def look(self, layer, row, where):
+        self.seen[layer, 0, row] = where / where.sum()
+
+    def logs(self, layer, rows, visual):
+        logs = self.seen[layer].clamp_min(1e-9).log()
+        return logs.gather(1, rows[..., None].expand(-1, -1, 1 + visual))
+
+
+def test_pointing_wants_looks_at_what_is_asked_about():
+    scene = scenes.scene("train", 5)
+    sample = train.Sample(*(x[None] for x in train.sample_of(scene)))
+    things, middle = sample.things, sample.patches[..., -1] > 0
+    visual = things.shape[1]
+    table = Table(visual)
+    looks = []
+    for slot, question in enumerate(scene.questions):
+        row = 1 + visual + slot * tiny.SLOT + len(question.text.split()) - 1
+        on = torch.zeros(1 + visual)
+        for thing in question.seen:
+            on[1:] += things[0] == thing
+        if question.type == "count":
+            on[1:] *= middle[0]
+            on[0] = 1
+            assert on.sum() == 1 + int(question.answer)
+        looks.append((question.type, 1, row, on))
+        if question.type == "number":
+            looks.append(("second digit", 1, row + 1, on))
+        if question.type == "relation":
+            there = torch.zeros(1 + visual)
+            there[1:] = things[0] == question.then
+            looks.append(("what is there", 2, row, there))
+    assert {name for name, *_ in looks} == {*scenes.TYPES, "second digit", "what is there"}
+    for _, layer, row, where in looks:
+        table.look(layer, row, where)
+    assert train.pointing(table, sample, things, middle) < 1e-4
+    for name, layer, row, where in looks:
+        table.look(layer, row, 1.0 * (where == 0))
+        assert train.pointing(table, sample, things, middle) > 0.2, name
+        # Where things may be missing, nothing is said of counts.
+        assert (train.pointing(table, sample, things, None) < 1e-4) == (name == "count"), name
+        table.look(layer, row, where)
+    # START has its share in a count.
+    _, layer, row, where = next(x for x in looks if x[0] == "count" and x[-1].sum() > 1)
+    where[0] = 0
+    table.look(layer, row, where)
+    assert train.pointing(table, sample, things, middle) > 0.2
 
 
 def test_parts_of_the_tokens():

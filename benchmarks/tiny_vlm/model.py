@@ -178,31 +178,27 @@ def mask_and_positions(
     return sees[None, None], positions[None]
 
 
-def packed(
-    model: Any, visual: Tensor, ids: Tensor, positions: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+def packed(model: Any, visual: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Inputs of the language model: embeddings `[B, S, D]`, `mask_and_positions`."""
-    mask, contiguous = mask_and_positions(visual.shape[1], ids.shape[1] // SLOT, visual.device)
     embed = model.get_input_embeddings()
     text = embed(ids)
     start = embed.weight[WORDS.index(START)].expand(len(ids), 1, -1)
     embeddings = torch.cat([start.to(text.dtype), visual.to(text.dtype), text], 1)
-    return embeddings, mask, contiguous if positions is None else positions
+    return embeddings, *mask_and_positions(visual.shape[1], ids.shape[1] // SLOT, visual.device)
 
 
-def logits(model: Any, visual: Tensor, ids: Tensor, positions: Tensor | None = None) -> Tensor:
+def logits(model: Any, visual: Tensor, ids: Tensor) -> Tensor:
     """Of the slots.
 
     Args:
         model: a LlavaForConditionalGeneration.
         visual: `[B, T, D]`, projected features.
         ids: `[B, Q * SLOT]`.
-        positions: `[B or 1, 1 + T + Q * SLOT]`, if other than contiguous.
 
     Returns:
         `[B, Q * SLOT, words]`.
     """
-    embeddings, mask, positions = packed(model, visual, ids, positions)
+    embeddings, mask, positions = packed(model, visual, ids)
     out = model.model.language_model(
         inputs_embeds=embeddings,
         attention_mask=mask.expand(len(ids), -1, -1, -1),

@@ -78,10 +78,9 @@ class Stage:
 
 ADAM, FULL = 0.15, 200
 STAGES = (
-    Stage(1800, 16, 15e-3),
+    Stage(2200, 16, 15e-3),
     Stage(1300, 16, 15e-3, scenes=3000, parts=0.5, full=0.5, fewest=64, most=160, pointing=0.6),
-    Stage(900, 16, 8e-3, scenes=3000, parts=0.5, full=0.3, fewest=32, most=256, pointing=0.2),
-    Stage(800, 16, 12e-3, scenes=3000, parts=0.35, full=0.45, fewest=32, most=256, pointing=0.8),
+    Stage(2400, 16, 12e-3, scenes=4000, parts=0.25, full=0.4, fewest=32, most=256, pointing=0.8),
 )
 
 
@@ -269,14 +268,6 @@ def part(features: Tensor, count: int, first: Tensor | None = None) -> Tensor:
     return x.topk(count).indices.sort(1).values
 
 
-def strides(positions: Tensor, visual: int, batch: int) -> Tensor:
-    """`[B, S]`: visual tokens closer together, 1 to 12 at a position, as if there were fewer."""
-    stride = 0.08 ** torch.rand(batch, 1, device=positions.device)
-    picture = (positions[:, : 1 + visual] * stride).ceil()
-    text = positions[:, 1 + visual :] - visual + (visual * stride).ceil()
-    return torch.cat([picture, text], 1).long()
-
-
 class Watch:
     """Attention of a language model's layers: what they saw in the last forward pass."""
 
@@ -352,21 +343,17 @@ def language_loss(
     s: Sample,
     kept: Tensor | None,
     whole: bool,
-    watch: Watch | None,
+    watch: Watch,
 ) -> tuple[Tensor, Tensor]:
     """The loss of answers by type, and of where to look; `whole` if all that shows something is
     kept."""
     visual = answers.gather(visual, kept)
-    count = visual.shape[1]
-    _, positions = tiny.mask_and_positions(count, SLOTS, visual.device)
-    logits = tiny.logits(model, visual, s.ids, strides(positions, count, len(visual)))
+    logits = tiny.logits(model, visual, s.ids)
     words = F.cross_entropy(logits.float().mT, s.labels, ignore_index=-100, reduction="none")
     spoken = (s.labels >= 0).unflatten(-1, (SLOTS, -1))
     words = words.unflatten(-1, (SLOTS, -1))
     types = [spoken & (s.types == i)[..., None] for i in range(len(TYPES))]
     losses = torch.stack([words[of].mean() for of in types]).nan_to_num()
-    if watch is None:
-        return losses, losses.new_zeros(())
     things, middle = s.things, s.patches[..., -1] > 0
     if kept is not None:
         things, middle = things.gather(1, kept), middle.gather(1, kept)
@@ -435,7 +422,7 @@ def run(stage: Stage, number: int, model: Any, heads: Heads, options: argparse.N
 
     steppers: list[Any] = [*optimisers(modules, stage.rate)]
     steppers += [torch.optim.lr_scheduler.LambdaLR(x, rate) for x in steppers]
-    watch = Watch(model.model.language_model, (1, 2)) if stage.pointing else None
+    watch = Watch(model.model.language_model, (1, 2))
     # Stages have pictures of their own.
     data = batches(stage, number * 1_000_000, model, options)
     bar = tqdm(data, desc=f"stage {number}", total=stage.steps, unit="step", smoothing=0.05)
@@ -474,9 +461,8 @@ def run(stage: Stage, number: int, model: Any, heads: Heads, options: argparse.N
             mean = now if mean is None else mean + 0.2 * (now - mean)
             shown = {name: f"{x:.2f}" for name, x in zip(told, mean.tolist(), strict=True)}
             bar.set_postfix(shown, refresh=False)
-    if watch:
-        for hook in watch.hooks:
-            hook.remove()
+    for hook in watch.hooks:
+        hook.remove()
 
 
 @torch.no_grad()
