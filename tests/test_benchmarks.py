@@ -431,7 +431,7 @@ def test_stability_is_as_the_readme_says(tmp_path):
     for bipartite, pairwise in zip(rows[::2], rows[1::2], strict=True):
         assert 27 <= round(bipartite["changed %"]) <= 44
         assert pairwise["changed %"] <= 1
-        assert abs(bipartite["coverage"] - pairwise["coverage"]) <= 0.03
+        assert abs(bipartite["coverage"] - pairwise["coverage"]) <= 0.04
 
 
 def test_interleaved_takes_turns():

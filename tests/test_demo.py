@@ -273,7 +273,7 @@ def test_answers_are_spelt_as_the_true_ones(monkeypatch):
 def test_bundled_questions_are_in_the_words_of_the_model(image):
     known = picture.sample_answers()
     assert len(known) == 8
-    assert next(iter(known)) == "which digit is in the green frame ?"
+    assert next(iter(known)) == "what is the number ?"
     for question, answer in known.items():
         tiny_vlm.inputs(image, f"{question} {answer}")
 
@@ -283,7 +283,7 @@ def test_question_of_the_caller_about_the_bundled_picture(capsys, tmp_path, monk
     out = tmp_path / "x.png"
     assert main(["--question", "what is the number ?", "--out", str(out)]) == 0
     question, rows = printed_answers(capsys.readouterr().out)
-    assert question == "question: what is the number ?   (true answer: 4 8)"
+    assert question == "question: what is the number ?   (true answer: 4 3)"
     assert all(row[1] in ("right", "wrong") for row in rows.values())
     assert main(["--question", "what is below the star ?", "--out", str(out)]) == 0
     question, rows = printed_answers(capsys.readouterr().out)
@@ -343,12 +343,12 @@ def test_encoder_is_the_layer_before_the_last_of_the_model(image, encoded):
         layer = getattr(tower, "vision_model", tower).encoder.layers[-2]
         read = layer.layer_norm1(states[-3])
         q, k = (
-            project(read).unflatten(-1, (4, 32))
+            project(read).unflatten(-1, (2, 64))
             for project in (layer.self_attn.q_proj, layer.self_attn.k_proj)
         )
     assert encoded.side == 24
     assert encoded.features.shape == (1, 576, 128)
-    assert encoded.q.shape == encoded.k.shape == (1, 577, 4, 32)
+    assert encoded.q.shape == encoded.k.shape == (1, 577, 2, 64)
     for got, want in ((encoded.features, states[-2][:, 1:]), (encoded.q, q), (encoded.k, k)):
         assert got.dtype == torch.float32
         torch.testing.assert_close(got, want)

@@ -11,12 +11,15 @@ from benchmarks.tiny_vlm.scenes import TYPES, scene
 from vispruner_kernels.demo.tiny_vlm import FOLDER
 
 
-def main(number: int = 24) -> None:
-    """Writes that test picture, what is in it and its questions, a small detail first."""
+def main(number: int = 6) -> None:
+    """Writes that test picture, what is in it and its questions, small details first.
+
+    The default is one of those near the mean of each method: 8, 7, 6 and 7 right answers with all
+    tokens, VisPruner, FasterVLM and random ones.
+    """
     s = scene("test", number)
     Image.fromarray(s.pixels).save(FOLDER / "sample.png", optimize=True)
-    order = ("frame", *TYPES)
-    questions = sorted(s.questions, key=lambda question: order.index(question.type))
+    questions = sorted(s.questions, key=lambda question: TYPES.index(question.type))
     sides = ("kind", "left", "top", "right", "bottom")
     rows = {
         "questions": [{"question": x.text, "answer": x.answer} for x in questions],

@@ -54,7 +54,7 @@ def encode(image: Tensor) -> Encoded:
         image: `[3, 192, 192]`, RGB between 0 and 1.
 
     Returns:
-        Features `[1, 576, 128]`, queries and keys `[1, 577, 4, 32]`.
+        Features `[1, 576, 128]`, queries and keys `[1, 577, 2, 64]`.
 
     Raises:
         ValueError: an image of another shape.
