@@ -297,7 +297,7 @@ def test_figures_by_hand():
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="Muon came with PyTorch 2.9")
 def test_training_runs_and_is_reproducible(tmp_path, monkeypatch):
     small = [
-        replace(stage, steps=2, batch=2, scenes=stage.scenes and 4, fewest=16, most=32)
+        replace(stage, steps=2, batch=2, scenes=stage.scenes and 4, sizes=(16, 32))
         for stage in train.STAGES
     ]
     monkeypatch.setattr(train, "STAGES", small)
@@ -431,7 +431,7 @@ def test_pointing_wants_looks_at_what_is_asked_about():
 def test_parts_of_the_tokens():
     torch.manual_seed(0)
     features = torch.randn(3, 576, 8)
-    first = torch.rand(3, 576) < 0.2
+    first = (torch.rand(3, 576) < 0.2).float()
     for kept in (train.part(features, 200), train.part(features, 200, first)):
         assert kept.shape == (3, 200)
         assert (kept.diff() > 0).all()

@@ -60,8 +60,8 @@ class Stage:
             `ADAM` of it. Both fall to 0 on a cosine.
         scenes: the number of scenes, whose features are made once; 0: the tower learns.
         parts, full: shares of steps in which the language model sees a part of the visual tokens,
-            and one that has all that show something; in the rest it sees all.
-        fewest, most: bounds of such a part; one of the other kind has `FULL` tokens.
+            and one that has the middle of every thing; in the rest it sees all.
+        sizes, full_sizes: bounds of such parts.
         pointing: weight of the loss that says where to look.
     """
 
@@ -71,16 +71,29 @@ class Stage:
     scenes: int = 0
     parts: float = 0.0
     full: float = 0.0
-    fewest: int = 32
-    most: int = 192
+    sizes: tuple[int, int] = (64, 160)
+    full_sizes: tuple[int, int] = (200, 200)
     pointing: float = 0.0
 
 
-ADAM, FULL = 0.15, 200
+ADAM = 0.15
+LAST = Stage(
+    2400,
+    16,
+    12e-3,
+    scenes=4000,
+    parts=0.25,
+    full=0.4,
+    sizes=(32, 256),
+    full_sizes=(32, 400),
+    pointing=0.8,
+)
 STAGES = (
     Stage(2200, 16, 15e-3),
-    Stage(1300, 16, 15e-3, scenes=3000, parts=0.5, full=0.5, fewest=64, most=160, pointing=0.6),
-    Stage(2400, 16, 12e-3, scenes=4000, parts=0.25, full=0.4, fewest=32, most=256, pointing=0.8),
+    Stage(1300, 16, 15e-3, scenes=3000, parts=0.5, full=0.5, pointing=0.6),
+    LAST,
+    # More of all tokens, slowly.
+    replace(LAST, steps=450, rate=5e-3, scenes=3000, parts=0.15, full=0.3),
 )
 
 
@@ -254,8 +267,13 @@ def attention(
     return (logits.softmax(-1, dtype=v.dtype) @ v).transpose(1, 2), None
 
 
+def between(bounds: tuple[int, int], share: float) -> int:
+    fewest, most = bounds
+    return int(fewest * (most / fewest) ** share)
+
+
 def part(features: Tensor, count: int, first: Tensor | None = None) -> Tensor:
-    """`[B, count]`: a random part of the tokens; those where `first` `[B, N]` is 1 before others,
+    """`[B, count]`: a random part of the tokens; those with more in `first` `[B, N]` before others,
     or of random composition: along a random direction of the features, more of one end, and by a
     random amount."""
     if first is None:
@@ -263,7 +281,7 @@ def part(features: Tensor, count: int, first: Tensor | None = None) -> Tensor:
         x = (x - x.mean(1, keepdim=True)) / (x.std(1, keepdim=True) + 1e-6)
         x = 3 * torch.rand_like(x[:, :1]) * x
     else:
-        x = 100 * first.float()
+        x = 100 * first
     x = x - torch.empty_like(x).exponential_().log()
     return x.topk(count).indices.sort(1).values
 
@@ -345,8 +363,7 @@ def language_loss(
     whole: bool,
     watch: Watch,
 ) -> tuple[Tensor, Tensor]:
-    """The loss of answers by type, and of where to look; `whole` if all that shows something is
-    kept."""
+    """The loss of answers by type, and of where to look; `whole` if all middles are kept."""
     visual = answers.gather(visual, kept)
     logits = tiny.logits(model, visual, s.ids)
     words = F.cross_entropy(logits.float().mT, s.labels, ignore_index=-100, reduction="none")
@@ -440,10 +457,11 @@ def run(stage: Stage, number: int, model: Any, heads: Heads, options: argparse.N
                 kind, size = torch.rand(2).tolist()
                 kept = None
                 if kind < stage.parts:
-                    count = int(stage.fewest * (stage.most / stage.fewest) ** size)
-                    kept = part(features, count)
+                    kept = part(features, between(stage.sizes, size))
                 elif kind < stage.parts + stage.full:
-                    kept = part(features, FULL, s.patches[..., 0] > 0)
+                    # The middles before all else that shows something.
+                    first = (s.patches[..., 0] > 0).float() + s.patches[..., -1]
+                    kept = part(features, between(stage.full_sizes, size), first)
                 visual = model.model.multi_modal_projector(features)
                 read = heads.patches(heads.visual(visual), s)
                 whole = kind >= stage.parts
