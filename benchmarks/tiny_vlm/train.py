@@ -394,7 +394,8 @@ def batches(
     for s in tqdm(loader, desc="features", unit="batch"):
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
             features, _ = see(model, s.pixels.to(device))
-        s = s._replace(pixels=s.pixels[:, :0])
+        # Copies: of what workers shared a file would stay open each. No pixels.
+        s = Sample(features.new_empty(len(features), 0).cpu(), *(x.clone() for x in s[1:]))
         made += zip(zip(*s, strict=True), features.half().cpu(), strict=True)
     for _ in range(stage.steps):
         chosen = [made[i] for i in torch.randint(len(made), (stage.batch,))]
@@ -485,7 +486,7 @@ def run(stage: Stage, number: int, model: Any, heads: Heads, options: argparse.N
 
 @torch.no_grad()
 def score(model: Any, pictures: int = 200) -> str:
-    """Share of right answers about the first test pictures, by type."""
+    """Share of right answers about the first test pictures, by question."""
     hits = []
     for start in range(0, pictures, 25):
         batch = answers.encode(model, [scene("test", i) for i in range(start, start + 25)])
@@ -503,13 +504,16 @@ def main(argv: list[str] | None = None) -> int:
     usage.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     usage.add_argument("--workers", type=int, default=max(0, (os.cpu_count() or 1) - 2))
     usage.add_argument("--from", type=Path, dest="state", metavar="FILE", help="a stage-N.pt")
-    usage.add_argument("--shrink", type=int, default=1, help="so many times fewer steps, for a try")
+    usage.add_argument("--shrink", type=int, default=1, help="so many times fewer steps and scenes")
     options = usage.parse_args(argv)
     if not hasattr(torch.optim, "Muon"):
         usage.error(f"training needs PyTorch 2.9 or later, with Muon; this is {torch.__version__}")
     if options.shrink < 1:
         usage.error(f"--shrink is {options.shrink}, expected at least 1")
-    from transformers import AttentionInterface
+    try:
+        from transformers import AttentionInterface, CLIPImageProcessorPil  # noqa: F401
+    except ImportError as error:
+        usage.error(f"training needs transformers 5.6 or later: {error}")
 
     options.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(options.seed)
