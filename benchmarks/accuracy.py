@@ -20,7 +20,6 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -43,9 +42,8 @@ RATIOS = (0.0, 0.25, 0.5, 0.75)
 STABLE_BUDGET = 64
 COMMITTED = harness.RESULTS / "cpu-amd-epyc-avx512" / "accuracy.json"
 PLOT = Path(__file__).parent.parent / "docs" / "accuracy.png"
-# Deviations of a figure over pictures: of the intervals. And the chance that --quick fails because
-# of the pictures it has: one of its figures being further off than such many are together.
-INTERVAL, CHANCE = 1.96, 0.01
+# Deviations of a figure over pictures: of the intervals, and beyond which --quick fails.
+INTERVAL, LIMIT = 1.96, 3.29
 
 
 @dataclass(frozen=True)
@@ -203,12 +201,11 @@ def compare(rows: harness.Rows, pictures: int, committed: dict[str, Any]) -> tup
             key = f"{row['system']}, {row['budget']} tokens, {name}"
             deviations[key] = (row[name].mean - figure["%"]) / error
     inside = sum(abs(z) <= INTERVAL for z in deviations.values())
-    limit = NormalDist().inv_cdf(1 - CHANCE / 2 / len(deviations))
-    far = {key: z for key, z in deviations.items() if abs(z) > limit}
+    far = {key: z for key, z in deviations.items() if abs(z) > LIMIT}
     lines = [
         f"{inside} of {len(deviations)} figures within the 95 % intervals of the committed ones "
         f"for the first {pictures} pictures ({inside / len(deviations):.0%}), "
-        f"{len(far)} beyond {limit:.1f} standard errors, farther than chance takes one of so many"
+        f"{len(far)} beyond those of 99.9 %"
     ]
     lines += [f"  {key}: {z:+.1f} standard errors" for key, z in far.items()]
     return lines, not far
