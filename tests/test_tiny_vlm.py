@@ -228,7 +228,7 @@ def figure(committed, system, budget):
 
 
 def test_all_tokens_answer_nine_in_ten(committed):
-    assert committed["pictures"] == accuracy.PICTURES
+    assert {row["pictures"] for row in committed["accuracy"]} == {accuracy.PICTURES}
     assert figure(committed, "all tokens", 576) >= 90
 
 
@@ -259,21 +259,67 @@ def test_accuracy_at_64_tokens(model, committed):
         assert abs(share - figure(committed, name, budget)) <= MARGIN, name
 
 
-def test_comparison_with_the_committed_figures():
-    types = {name: {"%": 80.0, "error": 1.0} for name in ("all", *scenes.TYPES)}
-    known = {"system": "random", "budget": 64, **types}
-    committed = {"pictures": 1000, "accuracy": [known]}
+def test_committed_figures_of_the_first_pictures(committed):
+    def cases(name):
+        return [(row["system"], row["budget"], row["tokens"]) for row in committed[name]]
 
-    def rows(mean):
-        figures = dict.fromkeys(types, accuracy.Figure(80.0, 1.0))
-        return [{**known, **figures, "all": accuracy.Figure(mean, 1.0)}]
+    assert cases("quick") == cases("accuracy")
+    assert {row["pictures"] for row in committed["quick"]} == {accuracy.QUICK}
 
-    # A part of 200 pictures is off by twice the error of all 1000.
-    for mean, inside, agree in ((80.0, 7, True), (84.5, 6, True), (73.0, 6, False)):
-        lines, right = accuracy.compare(rows(mean), 200, committed)
-        assert lines[0].startswith(f"{inside} of 7 figures")
-        assert right == agree
-        assert (len(lines) == 1) == agree
+
+def compared(**changes):
+    """What is said of three systems with 80 +- 2 % each, `changes` added to the first's."""
+    names = ("all", *scenes.TYPES)
+    cases = [
+        {"system": system, "budget": 64, "pictures": 150}
+        for system in ("FastV", "FoPru row", "random")
+    ]
+    old = [{**case, **{name: {"%": 80.0, "error": 2.0} for name in names}} for case in cases]
+    new = [{**case, **{name: accuracy.Figure(80.0, 2.0) for name in names}} for case in cases]
+    new[0] |= {name: accuracy.Figure(80 + change, 2.0) for name, change in changes.items()}
+    return old, new
+
+
+@pytest.mark.parametrize(
+    ("changes", "said", "agree"),
+    [
+        ({}, "21 as committed, 100.0% within", True),
+        ({"all": 3.9, "count": -3.9}, "19 as committed, 100.0% within", True),
+        ({"all": 4.1}, "20 as committed, 95.2% within", True),
+        ({"all": 4.1, "count": -4.1}, "19 as committed, 90.5% within", False),
+        ({"all": 6.5}, "95.2% within the 95 % intervals, 0 beyond", True),
+        ({"all": -6.7}, "95.2% within the 95 % intervals, 1 beyond", False),
+    ],
+)
+def test_comparison_with_the_committed_figures(changes, said, agree):
+    old, new = compared(**changes)
+    lines, right = accuracy.compare(new, old)
+    assert lines[0].startswith("21 figures of the first 150 pictures: ")
+    assert said in lines[0]
+    assert right == agree
+    assert len(lines) == 1 + (" 1 beyond" in said)
+
+
+def test_comparison_misses_no_figure():
+    old, new = compared()
+    lines, right = accuracy.compare(new[1:], old)
+    assert lines[1:] == ["  not computed: FastV, 64 tokens"]
+    assert not right
+    with pytest.raises(KeyError):
+        accuracy.compare(new, old[1:])
+
+
+def test_comparison_of_a_figure_without_spread():
+    old, new = compared()
+    old[0]["all"] = {"%": 100.0, "error": 0.0}
+    for wrong, agree in ((1, True), (2, False)):
+        new[0]["all"] = accuracy.Figure(100 - 100 * wrong / 150, 0.5)
+        assert accuracy.compare(new, old)[1] == agree
+
+
+def test_hits_of_the_first_pictures():
+    hits = {("FastV", 64): (64, torch.eye(8))}
+    assert torch.equal(accuracy.first(hits, 3)["FastV", 64][1], torch.eye(8)[:3])
 
 
 def test_figures_by_hand():
