@@ -130,8 +130,12 @@ def rows_of(hits: Hits) -> harness.Rows:
     """A row of each system and budget: all questions, each type, all less those of random."""
     rows = []
     for (system, budget), (tokens, right) in hits.items():
-        row: dict[str, Any] = {"pictures": len(right)}
-        row |= {"system": system, "budget": budget, "tokens": tokens}
+        row: dict[str, Any] = {
+            "pictures": len(right),
+            "system": system,
+            "budget": budget,
+            "tokens": tokens,
+        }
         row["all"] = Figure.of(right.mean(1))
         for name in TYPES:
             asked = [i for i, each in enumerate(ASKED) if each == name]

@@ -268,7 +268,7 @@ def test_committed_figures_of_the_first_pictures(committed):
 
 
 def compared(**changes):
-    """What is said of three systems with 80 +- 2 % each, `changes` added to the first's."""
+    """Committed and new rows of three systems, 80 +- 2 % each; `changes` added to the first."""
     names = ("all", *scenes.TYPES)
     cases = [
         {"system": system, "budget": 64, "pictures": 150}
