@@ -42,7 +42,7 @@ from benchmarks.llava_costs import (
     flops,
 )
 from vispruner_kernels import reference
-from vispruner_kernels.integrations import _prompt, _vision
+from vispruner_kernels.integrations import _vision, _visual
 from vispruner_kernels.integrations.transformers import prune_inputs
 from vispruner_kernels.methods import FasterVLM, VisPruner
 from vispruner_kernels.published import select_published
@@ -200,7 +200,7 @@ class Bench:
     def ours(self) -> Way:
         read = _vision.reader(self.model)
 
-        def tower() -> _vision.Visual:
+        def tower() -> _visual.Visual:
             return read(self.model, self.inputs, self.method)[0]
 
         def total() -> Tensor:
@@ -224,14 +224,14 @@ class Bench:
 
         seen = tower()
         tokens = seen.source.shape[1]
-        rows, _ = _prompt.select(seen, self.method, per_grid=True)
+        rows, _ = _visual.select(seen, self.method, per_grid=True)
         kept = rows.view(self.case.grids, -1) % tokens - seen.first
         cls = torch.arange(self.case.grids * seen.first, device=rows.device) * tokens
         rows = torch.cat([rows, cls])
         visual = seen.embed(rows)
         stages = {
             "tower": tower,
-            "selection": lambda: _prompt.select(seen, self.method, per_grid=True),
+            "selection": lambda: _visual.select(seen, self.method, per_grid=True),
             "projector": lambda: seen.embed(rows),
             "language model": lambda: self.language_model(visual),
         }

@@ -100,7 +100,7 @@ def test_command(name, keep, tokens, tmp_path, capsys):
 @pytest.mark.parametrize("what", ["selection", "prompt"])
 def test_a_wrong_answer_gets_no_time(what, bench, monkeypatch, capsys):
     if what == "selection":
-        select = llava._prompt.select
+        select = llava._visual.select
 
         def other(*args, **kwargs):
             rows, counts = select(*args, **kwargs)
@@ -108,7 +108,7 @@ def test_a_wrong_answer_gets_no_time(what, bench, monkeypatch, capsys):
             rows[0] += 1 if rows[1] > rows[0] + 1 else -1
             return rows, counts
 
-        monkeypatch.setattr(llava._prompt, "select", other)
+        monkeypatch.setattr(llava._visual, "select", other)
     else:
         prune = llava.prune_inputs
 

@@ -36,7 +36,7 @@ VISION = dict(
 )
 
 
-def _config(family: str, side: int) -> Any:
+def _config(family: str, side: int, text_changes: dict[str, int]) -> Any:
     import transformers as tf
 
     if family != "qwen2.5-vl":
@@ -46,7 +46,7 @@ def _config(family: str, side: int) -> Any:
             tower = tf.SiglipVisionConfig(**vision, vision_use_head=False)
         else:
             tower = tf.CLIPVisionConfig(**vision)
-        text = tf.Qwen2Config if family == "llava-onevision" else tf.LlamaConfig
+        text_config = tf.Qwen2Config if family == "llava-onevision" else tf.LlamaConfig
         rest: dict[str, Any] = dict(image_token_id=IMAGE)
         if family in ("video-llava", "llava-onevision"):
             rest["video_token_id"] = VIDEO
@@ -58,7 +58,7 @@ def _config(family: str, side: int) -> Any:
         if family == "llava-siglip":
             rest |= dict(vision_feature_select_strategy="full", vision_feature_layer=-1)
         config = getattr(tf, CLASSES[family].replace("ForConditionalGeneration", "Config"))
-        return config(vision_config=tower, text_config=text(**TEXT), **rest)
+        return config(vision_config=tower, text_config=text_config(**TEXT | text_changes), **rest)
     rope = dict(rope_type="default", rope_theta=10000.0, mrope_section=[2, 3, 3])
     return tf.Qwen2_5_VLConfig(
         vision_config=dict(
@@ -95,11 +95,13 @@ FAMILIES = [*CLASSES]
 CLS_FAMILIES = ["llava", "llava-next", "video-llava"]
 
 
-def make(family: str, side: int = SIDE, seed: int = 0, **changes: Any) -> Any:
+def make(
+    family: str, side: int = SIDE, seed: int = 0, text: dict[str, int] | None = None, **changes: Any
+) -> Any:
     """A new model in float32. Weights are large enough that scores and cosines differ well."""
     import transformers
 
-    config = _config(family, side)
+    config = _config(family, side, text or {})
     for name, value in changes.items():
         *parts, last = name.split("__")
         target = config

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import accumulate, groupby
 from numbers import Integral
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -270,3 +270,24 @@ class Random(Method):
         order = torch.randperm(n, generator=generator, device="cpu")
         kept = order[: self.retained_tokens(n)].sort().values
         return kept.to(features.device, non_blocking=True).expand(batch, -1).contiguous()
+
+
+METHODS: dict[str, type[Method]] = {
+    "vispruner": VisPruner,
+    "fastervlm": FasterVLM,
+    "fopru": FoPru,
+    "random": Random,
+}
+
+
+def by_name(method: str, **options: Any) -> Method:
+    """The method of that name, with its fields as options: by_name("vispruner", keep=64)."""
+    if method not in METHODS:
+        raise ValueError(f"method is {method!r}, expected one of {', '.join(METHODS)}")
+    names = [field.name for field in fields(METHODS[method])]
+    for name in options:
+        if name not in names:
+            raise ValueError(f"{name} is no option of {method}, expected one of {', '.join(names)}")
+    if "keep" not in options:
+        raise ValueError("keep is missing: how many tokens of an image, or which fraction of them")
+    return METHODS[method](**options)

@@ -1,142 +1,22 @@
-"""From visual tokens to a shorter prompt: what to keep, and where each token goes.
+"""A shorter prompt: where each token goes that is left.
 
-Sizes are known on the host before any data is, so the device is waited for only to learn where the
-caller's placeholders and padding are.
+The device is waited for only to learn where the caller's placeholders and padding are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vispruner_kernels.integrations._vision import (
-    NEWLINE,
-    Visual,
-    given_pixels,
-    needed,
-    send,
-)
-from vispruner_kernels.methods import FoPru, Method
+from vispruner_kernels.integrations._vision import given_pixels, needed
+from vispruner_kernels.integrations._visual import Kept, send
 
 
 def given(inputs: Mapping[str, Any], *names: str) -> list[Any]:
     return [inputs.get(name) for name in names]
-
-
-# ---- what to keep ----
-
-
-def _units(visual: Visual, image: int, per_grid: bool) -> list[Tensor]:
-    """The rows among which an image has its budgets: all its patches, or those of each grid."""
-    layout = visual.layouts[image]
-    rows = layout[(layout != NEWLINE) & (layout % visual.source.shape[1] >= visual.first)]
-    rows = rows.sort().values
-    if not per_grid:
-        return [rows]
-    counts = visual.grid[rows].unique_consecutive(return_counts=True)[1]
-    return list(rows.split(counts.tolist()))
-
-
-def _width(visual: Visual, rows: Tensor) -> int | None:
-    """Tokens in a row of the grids, where all are as long."""
-    column, grid = visual.column[rows], visual.grid[rows]
-    starts = (column.diff() <= 0) | (grid.diff() != 0)
-    ends = torch.cat([starts.nonzero()[:, 0] + 1, torch.tensor([len(rows)])])
-    widths = ends.diff(prepend=torch.tensor([0])).unique()
-    return int(widths) if len(widths) == 1 and column[0] >= 0 else None
-
-
-def select(visual: Visual, method: Method, per_grid: bool) -> tuple[Tensor, list[int]]:
-    """Rows kept, and how many of each image."""
-    units, widths, counts = [], [], [0] * len(visual.layouts)
-    for image in range(len(visual.layouts)):
-        for rows in _units(visual, image, per_grid):
-            width = _width(visual, rows)
-            try:
-                if isinstance(method, FoPru) and not (method.strategy == "rank" or width):
-                    raise ValueError("its rows have no common width; use strategy='rank'")
-                counts[image] += method.on_grid(width).retained_tokens(len(rows))
-            except ValueError as error:
-                where = f"{visual.kind} {visual.numbers[image]}"
-                where += f", grid {int(visual.grid[rows[0]])}" if per_grid else ""
-                raise ValueError(f"{where} of the batch: {error}") from None
-            units.append(rows)
-            widths.append(width)
-
-    source, scores, first = visual.source, visual.scores, visual.first
-    order, lengths = torch.cat(units), [len(rows) for rows in units]
-    placed = send(order, source.device)
-    grids, tokens = source.shape[:2]
-    row = torch.arange(grids * tokens)
-    patches = row[row % tokens >= first]
-    if lengths == [tokens - first] * grids and torch.equal(order, patches):
-        # Every patch of every grid: they are read where the tower wrote them.
-        kept = method.on_grid(widths[0]).select(source[:, first:], scores)
-        starts = torch.arange(0, len(order), tokens - first, device=source.device)
-        chosen = (kept + starts[:, None]).flatten()
-    else:
-        if scores is not None:
-            scores = scores.flatten()[placed - (placed // tokens + 1) * first]
-        features = source[placed // tokens, placed % tokens]
-        chosen = method.select_varlen(features, scores, lengths, widths)
-    return placed[chosen], counts
-
-
-@dataclass
-class Kept:
-    """The tokens kept of all images, or of all videos."""
-
-    # int64 [K], ascending: their places among the placeholders.
-    places: Tensor
-    # [K, D]
-    embeds: Tensor
-    # By image: how many there are of how many.
-    counts: list[int]
-    lengths: list[int]
-
-
-def lengths_of(visuals: list[Visual]) -> list[int]:
-    """Tokens by image, of visuals of one kind."""
-    images = {n: len(x) for v in visuals for n, x in zip(v.numbers, v.layouts, strict=True)}
-    return [images[n] for n in range(len(images))]
-
-
-def keep(visuals: list[Visual], method: Method, per_grid: bool, newlines: bool) -> Kept:
-    """Of the visuals of one kind, each with images of its own."""
-    lengths = lengths_of(visuals)
-    starts = [0, *accumulate(lengths)]
-    counts = [0] * len(lengths)
-    places, embeds = [], []
-    for visual in visuals:
-        rows, chosen = select(visual, method, per_grid)
-        layout, device = torch.cat(visual.layouts), rows.device
-        is_newline = layout == NEWLINE
-        is_prefix = ~is_newline & (layout % visual.source.shape[1] < visual.first)
-        at = torch.cat([torch.arange(starts[n], starts[n + 1]) for n in visual.numbers])
-        place_of = torch.empty(int(layout.max()) + 1, dtype=torch.int64)
-        place_of[layout[~is_newline]] = at[~is_newline]
-        places += [send(place_of, device)[rows], send(at[is_prefix], device)]
-        embeds.append(visual.embed(torch.cat([rows, send(layout[is_prefix], device)])))
-        always = is_prefix
-        if newlines and visual.newline is not None:
-            places.append(send(at[is_newline], device))
-            newline = visual.newline.to(embeds[-1])
-            embeds.append(newline.expand(int(is_newline.sum()), -1))
-            always = is_prefix | is_newline
-        extra = always.split([len(x) for x in visual.layouts])
-        for n, count, others in zip(visual.numbers, chosen, extra, strict=True):
-            counts[n] = count + int(others.sum())
-    every = torch.cat(embeds)
-    ordered = torch.cat(places).to(every.device).sort()
-    return Kept(ordered.values, every[ordered.indices], counts, lengths)
-
-
-# ---- the prompt ----
 
 
 def placeholders(model: Any, inputs: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -3,8 +3,6 @@
 A reader runs the vision tower once per kind of input (images, videos), with the scores of the layer
 whose output is the feature, and says where the tokens stand in the prompt. `READERS` has one for
 each class of models.
-
-A visual token is named by its row in `Visual.source`, the features as the tower made them, flat.
 """
 
 from __future__ import annotations
@@ -12,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -20,45 +17,12 @@ from torch import Tensor
 
 from vispruner_kernels._schemas import MAX_TOKENS
 from vispruner_kernels.integrations._attention import Reading, reading, standing_in, watching
+from vispruner_kernels.integrations._visual import NEWLINE, Visual, grids_of, send
 from vispruner_kernels.methods import Method
 
 PIXELS = ("pixel_values", "pixel_values_images", "pixel_values_videos")
-# In `Visual.layouts`: a token that separates rows of an image and has no feature.
-NEWLINE = -1
 # Prefix tokens ([CLS]) of the vision towers.
 TOWERS = {"CLIPVisionModel": 1, "SiglipVisionModel": 0}
-
-
-def send(x: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on the device, without waiting for what the device does."""
-    return x.to(device, non_blocking=True)
-
-
-@dataclass
-class Visual:
-    """The visual tokens of all images, or of all videos, of a call."""
-
-    # "image" or "video"
-    kind: str
-    # [G, S, C]: G grids (tiles, frames) of S tokens.
-    source: Tensor
-    # [G, S - first]; none for a method that needs none.
-    scores: Tensor | None
-    # Leading tokens of a grid that are no patches: always kept.
-    first: int
-    # By image, int64 on the host: the row of each of its tokens in prompt order, or NEWLINE.
-    layouts: list[Tensor]
-    # Which of all images of the call these are.
-    numbers: list[int]
-    # By row, int64 on the host: its grid, and its column there; -1 where rows make no grid.
-    grid: Tensor
-    column: Tensor
-    # Rows -> embeddings [K, D] for the language model.
-    embed: Callable[[Tensor], Tensor]
-    # [D]
-    newline: Tensor | None = None
-    # Whether a grid is a part of an image that can have a budget of its own.
-    tiles: bool = True
 
 
 # ---- CLIP and SigLIP towers ----
@@ -141,13 +105,6 @@ def _tower(
     return hidden[:, dropped:], scores, max(prefix - dropped, 0)
 
 
-def _grids(count: int, tokens: int, first: int, width: int) -> tuple[Tensor, Tensor]:
-    """Grid and column of every row of a source [count, tokens, C]."""
-    row = torch.arange(count * tokens)
-    column = (row % tokens - first) % width if width else torch.full_like(row, -1)
-    return row // tokens, column
-
-
 def _whole(
     model: Any,
     read: tuple[Tensor, Tensor | None, int],
@@ -158,7 +115,7 @@ def _whole(
     source, scores, first = read
     count, tokens = source.shape[:2]
     side = math.isqrt(tokens - first)
-    grid, column = _grids(count, tokens, first, side if side * side == tokens - first else 0)
+    grid, column = grids_of(count, tokens, first, side if side * side == tokens - first else 0)
     layouts = list(torch.arange(count * tokens).split(grids_each * tokens))
     project = model.model.multi_modal_projector
     return Visual(

@@ -30,12 +30,11 @@ from vispruner_kernels.integrations._prompt import (
     Prompt,
     check_placeholders,
     given,
-    keep,
-    lengths_of,
     placeholders,
     positions_before,
 )
-from vispruner_kernels.integrations._vision import PIXELS, has_pixels, reader, send
+from vispruner_kernels.integrations._vision import PIXELS, has_pixels, reader
+from vispruner_kernels.integrations._visual import keep, lengths_of, send
 from vispruner_kernels.methods import Method
 
 __all__ = ["Handle", "PrunedInputs", "attach", "prune_inputs"]

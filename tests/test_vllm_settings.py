@@ -1,0 +1,251 @@
+"""What pruning in vLLM is told, and the counts that follow; needs no vLLM."""
+
+from __future__ import annotations
+
+import re
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+import vlms
+from vlms import TILE, picture, prompts
+
+from vispruner_kernels import methods
+from vispruner_kernels.integrations import _vllm_settings, vllm
+from vispruner_kernels.integrations._visual import NEWLINE
+from vispruner_kernels.integrations._vllm_settings import Settings
+from vispruner_kernels.integrations.transformers import prune_inputs
+from vispruner_kernels.methods import FasterVLM, FoPru, Random, VisPruner
+
+# Height and width: of each shape of tiles, cut by unpadding or not, and the thinnest.
+SIZES = [(100, 80), (80, 100), (56, 56), (112, 112), (300, 200), (200, 301), (31, 500), (1, 300)]
+
+
+def config(family: str = "llava", **given):
+    """A model's configuration with what hf_overrides gave."""
+    found = vlms.make(family).config
+    found.vispruner = dict(method="vispruner", keep=4) | given
+    return found
+
+
+@pytest.mark.parametrize(
+    ("given", "method"),
+    [
+        (dict(method="vispruner", keep=4), VisPruner(4)),
+        (
+            dict(
+                method="vispruner", keep=0.5, important_ratio=0.25, step=4, matching="pairwise",
+                scores="received",
+            ),
+            VisPruner(0.5, 0.25, 4, "pairwise", "received"),
+        ),
+        (dict(method="fastervlm", keep=4, scores="received"), FasterVLM(4, "received")),
+        (dict(method="fopru", keep=8, strategy="row", width=4), FoPru(8, "row", 4)),
+        (dict(method="random", keep=3, seed=5), Random(3, 5)),
+    ],
+)  # fmt: skip
+def test_methods(given, method):
+    settings = Settings.of(config(**given))
+    assert settings.method == method
+    assert (settings.budget, settings.newlines) == ("image", "keep")
+    assert len({settings.identity(m) for m in (method, VisPruner(5))}) == 2
+
+
+def test_every_method_has_a_name():
+    found = {cls for cls in vars(methods).values() if isinstance(cls, type)}
+    known = {cls for cls in found if issubclass(cls, methods.Method)} - {methods.Method}
+    assert set(methods.METHODS.values()) == known
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_layout_is_the_packing_of_the_model(size):
+    model = vlms.shared("llava-next")
+    settings = Settings.of(config("llava-next"))
+    tiles = settings.tiles(size)
+    rows = torch.arange(tiles * 16, dtype=torch.float64).view(tiles, 16, 1)
+    packed, _ = model.model.pack_image_features(
+        [rows], [list(size)], "default", image_newline=torch.tensor([float(NEWLINE)]).double()
+    )
+    assert torch.equal(settings.layout(size), packed[0][:, 0].long())
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    "given",
+    [
+        dict(keep=9),
+        dict(keep=0.3),
+        dict(keep=0.3, budget="tile"),
+        dict(method="fastervlm", keep=3, newlines="drop"),
+        dict(method="fopru", keep=0.5, strategy="row", budget="tile"),
+    ],
+    ids=str,
+)
+def test_counts_are_those_of_the_integration_in_transformers(size, given):
+    settings = Settings.of(config("llava-next", **given))
+    inputs = prompts("llava-next", [3, picture("llava-next", 1, size), 5])
+    options = dict(budget=settings.budget, newlines=settings.newlines)
+
+    def prompt() -> int:
+        model = vlms.shared("llava-next")
+        with torch.no_grad():
+            pruned = prune_inputs(model, inputs, settings.method, **options)
+        return pruned["inputs_embeds"].shape[1]
+
+    counted, error = None, ""
+    try:
+        counted = settings.count(size)
+    except ValueError as caught:
+        error = str(caught)
+    if counted is not None:
+        assert prompt() == 1 + 3 + counted + 5
+        return
+    words = f"an image of {size[0]} x {size[1]} pixels"
+    assert error.startswith(words)
+    rest = re.escape(error.removeprefix(words)).replace(":", "( of the batch)?:")
+    with pytest.raises(ValueError, match="^image 0" + rest):
+        prompt()
+
+
+def test_the_largest_image_is_not_the_one_with_the_most_placeholders():
+    settings = Settings.of(config("llava-next", keep=5))
+    assert settings.largest == (2 * TILE, 2 * TILE)
+    assert settings.count(settings.largest) == 5 + 8
+    # Three tiles upon each other have more rows, which end in newlines.
+    assert settings.most == settings.count((3 * TILE, TILE)) == 5 + 12
+    assert max(settings.count(size) for size in SIZES) <= settings.most
+    dropped = Settings.of(config("llava-next", keep=5, newlines="drop"))
+    assert dropped.most == 5
+
+
+def test_a_keep_that_only_large_images_have():
+    settings = Settings.of(config("llava-next", keep=70))
+    settings.check()
+    assert settings.most == 70 + 8
+    with pytest.raises(ValueError, match=r"an image of 56 x 56 pixels: keep is 70, expected 1 <="):
+        settings.count((56, 56))
+    assert settings.requested(20, (56, 56)) == VisPruner(20)
+
+
+def test_llava():
+    settings = Settings.of(config())
+    assert (settings.tokens, settings.tower_tokens, settings.tiles((7, 9))) == (16, 17, 1)
+    assert settings.count((7, 9)) == settings.most == 4
+    assert settings.count((7, 9), VisPruner(0.5)) == 8
+    siglip = Settings.of(config("llava-siglip", scores="received"))
+    assert (siglip.tokens, siglip.tower_tokens) == (16, 16)
+
+
+@pytest.mark.parametrize("keep", [4, 1, 0.25, 0.01])
+def test_the_budget_of_a_request(keep):
+    settings = Settings.of(config())
+    assert settings.requested(keep, (9, 9)) == VisPruner(keep)
+    assert settings.requested(None, (9, 9)) is settings.method
+
+
+@pytest.mark.parametrize(
+    ("keep", "words"),
+    [
+        (5, "vispruner_keep is 5, expected at most the server's keep, 4"),
+        (0.5, "vispruner_keep is 0.5, expected at most the server's keep, 4"),
+        (0, "vispruner_keep: keep is 0, expected at least 1"),
+        (17, "vispruner_keep: an image of 9 x 9 pixels: keep is 17, expected 1 <= keep <= 16"),
+        (1.5, "vispruner_keep: keep is 1.5, expected a fraction"),
+        ("4", "vispruner_keep: keep is '4', expected an int or a float"),
+        (True, "vispruner_keep: keep is True, expected an int or a float"),
+        ([4], "vispruner_keep: keep is [4], expected an int or a float"),
+    ],
+)
+def test_a_bad_budget_of_a_request(keep, words):
+    with pytest.raises(ValueError, match="^" + re.escape(words)):
+        Settings.of(config()).requested(keep, (9, 9))
+
+
+BAD = [
+    (dict(method="prumerge"), "method is 'prumerge', expected one of vispruner, fastervlm, fopru"),
+    (dict(kep=3), "kep is no option of vispruner, expected one of keep, important_ratio, step"),
+    (dict(matching="greedy"), "VisPruner: matching is 'greedy', expected"),
+    (dict(keep=17), "an image of 56 x 56 pixels: keep is 17, expected 1 <= keep <= 16"),
+    (dict(keep=0), "keep is 0, expected at least 1"),
+    (dict(keep="64"), "keep is '64', expected an int or a float"),
+    (
+        dict(method="fopru", strategy="row", keep=6),
+        "an image of 56 x 56 pixels: keep is 6, expected a multiple of the grid",
+    ),
+    (dict(budget="crop"), "budget is 'crop', expected 'image' or 'tile'"),
+    (dict(newlines="no"), "newlines is 'no', expected 'keep' or 'drop'"),
+]
+
+
+@pytest.mark.parametrize(("given", "words"), BAD, ids=[str(given) for given, _ in BAD])
+def test_bad_settings(given, words):
+    with pytest.raises((TypeError, ValueError)) as caught:
+        Settings.of(config(**given)).check()
+    assert str(caught.value).startswith(words), str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+MODELS = [
+    ("llava-siglip", {}, "vispruner needs the attention of a [CLS] token, which a siglip"),
+    ("llava", dict(vision_feature_layer=[-2, -1]), "vision_feature_layer is [-2, -1], expected"),
+    ("llava", dict(vision_feature_layer=0), "vision_feature_layer is 0, expected one layer"),
+    ("llava", dict(vision_feature_layer=-4), "vision_feature_layer is -4, expected one layer"),
+    ("llava", dict(vision_feature_select_strategy="full"), "vision_feature_select_strategy is 'f"),
+    ("llava", dict(vision_feature_select_strategy="cls"), "vision_feature_select_strategy is 'c"),
+    ("llava", dict(vision_config__model_type="pixtral"), "the vision tower is a pixtral, expected"),
+]
+
+
+@pytest.mark.parametrize(("family", "changes", "words"), MODELS)
+def test_models_that_are_not_supported(family, changes, words):
+    found = config(family)
+    for name, value in changes.items():
+        *parts, last = name.split("__")
+        target = found
+        for part in parts:
+            target = getattr(target, part)
+        # Past what transformers checks by itself.
+        vars(target)[last] = value
+    with pytest.raises(ValueError, match="^" + re.escape(words)):
+        Settings.of(found)
+
+
+def test_a_keep_is_missing():
+    found = config()
+    del found.vispruner["keep"]
+    with pytest.raises(ValueError, match="keep is missing"):
+        Settings.of(found)
+    for nothing in ({}, None, "vispruner", {"keep": 4}):
+        found.vispruner = nothing
+        with pytest.raises(ValueError, match=r'expected in hf_overrides: "vispruner": \{"method"'):
+            Settings.of(found)
+    del found.vispruner
+    with pytest.raises(ValueError, match="vispruner is None, expected in hf_overrides"):
+        Settings.of(found)
+
+
+def test_more_patches_than_an_operator_takes(monkeypatch):
+    monkeypatch.setattr(_vllm_settings, "MAX_TOKENS", 79)
+    with pytest.raises(ValueError, match="an image has up to 80 patches, expected at most 79"):
+        Settings.of(config("llava-next")).check()
+    Settings.of(config("llava-next", budget="tile")).check()
+    Settings.of(config("llava-next", method="random")).check()
+
+
+@pytest.mark.parametrize("version", ["0.31.4", "0.33.0rc1", "1.0.0", "0.3.2", "0.1.dev1+g0"])
+def test_versions_that_are_not_supported(version, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(__version__=version))
+    with pytest.raises(
+        ImportError, match=re.escape(f"vLLM is {version}, expected 0.32: pip install")
+    ):
+        vllm.check_version()
+
+
+@pytest.mark.parametrize("version", ["0.32.0", "0.32.1rc2.dev3+g0"])
+def test_versions_that_are(version, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(__version__=version))
+    vllm.check_version()

@@ -1,0 +1,183 @@
+"""The models of vLLM with pruning between vision tower and projector.
+
+Scores are computed beside the attention of the last layer that vLLM builds, which is the layer
+whose output is the feature; its attention backend is whatever vLLM chose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_gather,
+    tensor_model_parallel_all_reduce,
+)
+from vllm.model_executor.models.llava import LlavaDummyInputsBuilder, LlavaForConditionalGeneration
+from vllm.model_executor.models.llava_next import LlavaNextForConditionalGeneration
+from vllm.multimodal import MULTIMODAL_REGISTRY
+
+from vispruner_kernels.integrations._visual import keep
+from vispruner_kernels.integrations._vllm_processing import (
+    KEEP,
+    PrunedLlavaInfo,
+    PrunedLlavaNextInfo,
+    PrunedLlavaNextProcessor,
+    PrunedLlavaProcessor,
+    from_field,
+)
+from vispruner_kernels.integrations._vllm_settings import Settings, Size
+from vispruner_kernels.integrations.vllm import check_version
+
+# Of classes of vLLM, whose attributes mypy does not know.
+_Mixin: Any = object
+
+
+class _Pruned(_Mixin):
+    # The mapping of LoRA counts the tokens of one call of the tower; we make several.
+    supports_tower_connector_lora = False
+    supports_encoder_tp_data = True
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        check_version()
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self.settings = Settings.of(vllm_config.model_config.hf_config)
+        # The scheduler counts kept tokens, so it lets many more images in: the tower takes them in
+        # parts of as many tokens as it had without pruning.
+        self.tower_budget = vllm_config.scheduler_config.max_num_encoder_input_tokens
+
+    def embed_multimodal(self, **kwargs: Any) -> Any:
+        budgets = kwargs.pop(KEEP, None)
+        inputs = self._parse_and_validate_image_input(**kwargs)
+        if inputs is None:
+            return []
+        if inputs["type"] == "image_embeds":
+            return inputs["data"]
+        settings, sizes = self.settings, self._sizes(inputs)
+        images = [
+            # Images of one request are padded to the same number of tiles.
+            pixels.reshape(-1, *pixels.shape[-3:])[: settings.tiles(size)]
+            for pixels, size in zip(inputs["pixel_values"], sizes, strict=True)
+        ]
+        keeps = budgets.flatten().tolist()
+        embeds: list[Tensor] = []
+        for part in self._parts(images):
+            embeds += self._prune(images[part], sizes[part], keeps[part])
+        return embeds
+
+    def _sizes(self, inputs: Any) -> list[Size]:
+        return [self.settings.largest] * len(inputs["pixel_values"])
+
+    def _parts(self, images: Sequence[Tensor]) -> Iterator[slice]:
+        """Runs of images whose tokens in the tower are within its budget, of one image at least."""
+        start, tokens = 0, 0
+        for number, image in enumerate(images):
+            own = len(image) * self.settings.tower_tokens
+            if number > start and tokens + own > self.tower_budget:
+                yield slice(start, number)
+                start, tokens = number, 0
+            tokens += own
+        yield slice(start, len(images))
+
+    def _prune(
+        self, images: Sequence[Tensor], sizes: Sequence[Size], keeps: Sequence[float]
+    ) -> list[Tensor]:
+        """The embeddings that are left of each image."""
+        settings, project = self.settings, self.multi_modal_projector
+        tokens = settings.tokens
+        features, scores = self._encode(torch.cat([*images]))
+        tiles = torch.arange(len(features)).split([len(image) for image in images])
+        embeds: list[Any] = [None] * len(images)
+        for budget in dict.fromkeys(keeps):
+            numbers = [i for i, other in enumerate(keeps) if other == budget]
+            source, of_source = features, scores
+            if len(numbers) < len(images):
+                chosen = torch.cat([tiles[i] for i in numbers]).to(features.device)
+                source = features[chosen]
+                of_source = None if scores is None else scores[chosen]
+            visual = settings.visual(
+                [sizes[i] for i in numbers],
+                source,
+                of_source,
+                # The default binds the source of this budget.
+                embed=lambda rows, source=source: project(  # type: ignore[misc]
+                    source[rows // tokens, rows % tokens]
+                ),
+                newline=getattr(self, "image_newline", None),
+            )
+            method = replace(settings.method, keep=from_field(budget))
+            kept = keep([visual], method, settings.budget == "tile", settings.newlines == "keep")
+            for i, own in zip(numbers, kept.embeds.split(kept.counts), strict=True):
+                embeds[i] = own
+        return embeds
+
+    def _encode(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Features [G, tokens, C] as the projector would get them, and scores [G, tokens]; the same
+        on every rank."""
+        attention = self.vision_tower.vision_model.encoder.layers[-1].self_attn
+        ranks, count = get_tensor_model_parallel_world_size(), len(pixels)
+        # With mm_encoder_tp_mode="data" each rank has the whole tower.
+        shared = ranks > attention.tp_size
+        if shared:
+            each = -(-count // ranks)
+            spare = pixels.new_zeros(each * ranks - count, *pixels.shape[1:])
+            rank = get_tensor_model_parallel_rank()
+            pixels = torch.cat([pixels, spare])[rank * each : (rank + 1) * each]
+        with self._reading(attention.attn) as read:
+            features = self._image_pixels_to_features(self.vision_tower, pixels)
+        scores = read[0] if read else None
+        if shared:
+            gather = tensor_model_parallel_all_gather
+            features = gather(features.contiguous(), dim=0)[:count]
+            scores = None if scores is None else gather(scores.contiguous(), dim=0)[:count]
+        elif ranks > 1 and scores is not None:
+            # Each rank has as many heads, and the mean of its own.
+            scores = tensor_model_parallel_all_reduce(scores) / ranks
+        if features.stride(-1) != 1:
+            features = features.contiguous()
+        return features, scores
+
+    @contextmanager
+    def _reading(self, attention: Any) -> Iterator[list[Tensor]]:
+        """Scores [G, tokens] of what this attention computes meanwhile, none if none are needed."""
+        settings = self.settings
+        read: list[Tensor] = []
+
+        def note(module: Any, args: tuple[Tensor, ...]) -> None:
+            # Parts of one qkv, [G, S, H * D].
+            q, k = (x.unflatten(-1, (module.num_heads, module.head_size)) for x in args[:2])
+            scores = settings.method.attention_scores(q, k, module.scale, settings.prefix)
+            assert scores is not None
+            read.append(scores[:, settings.dropped - settings.prefix :])
+
+        if settings.method.needs is None:
+            yield read
+            return
+        hook = attention.register_forward_pre_hook(note)
+        try:
+            yield read
+        finally:
+            hook.remove()
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    PrunedLlavaProcessor, info=PrunedLlavaInfo, dummy_inputs=LlavaDummyInputsBuilder
+)
+class VisPrunerLlavaForConditionalGeneration(_Pruned, LlavaForConditionalGeneration):
+    """LLaVA-1.5 and other models of vLLM's class, with a CLIP or SigLIP tower."""
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    PrunedLlavaNextProcessor, info=PrunedLlavaNextInfo, dummy_inputs=LlavaDummyInputsBuilder
+)
+class VisPrunerLlavaNextForConditionalGeneration(_Pruned, LlavaNextForConditionalGeneration):
+    """LLaVA-NeXT."""
+
+    def _sizes(self, inputs: Any) -> list[Size]:
+        return [(int(height), int(width)) for height, width in inputs["image_sizes"].tolist()]

@@ -1,0 +1,267 @@
+"""What pruning in vLLM is told, and the tokens that follow from it before any image is encoded.
+
+The counts come from the same `Visual` and `budgets` that choose the tokens later, without data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vispruner_kernels._schemas import MAX_TOKENS
+from vispruner_kernels.integrations._visual import (
+    NEWLINE,
+    Visual,
+    budgets,
+    grids_of,
+)
+from vispruner_kernels.methods import Method, by_name
+
+# Prefix tokens ([CLS]) of the vision towers, by `model_type`.
+TOWERS = {"clip_vision_model": 1, "siglip_vision_model": 0}
+# Of a request, in `mm_processor_kwargs`.
+KEEP = "vispruner_keep"
+
+# Height, width.
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of a server, from `hf_overrides` and the configuration of the model."""
+
+    method: Method
+    # As `prune_inputs` of the integration in transformers has them.
+    budget: str
+    newlines: str
+    # Tokens of the tower before the patches, and leading tokens that the model drops.
+    prefix: int
+    dropped: int
+    # Of a tile: patches in a row, and pixels.
+    side: int
+    pixels: int
+    # Sizes that an image may be cut into tiles of; none: an image is one tile.
+    pinpoints: tuple[Size, ...]
+
+    @staticmethod
+    def of(config: Any) -> Settings:
+        """From a model's configuration, `hf_overrides` included."""
+        given = getattr(config, "vispruner", None)
+        if not isinstance(given, dict) or "method" not in given:
+            raise ValueError(
+                f"vispruner is {given!r}, expected in hf_overrides: "
+                '"vispruner": {"method": "vispruner", "keep": 64}'
+            )
+        options = dict(given)
+        budget, newlines = options.pop("budget", "image"), options.pop("newlines", "keep")
+        if budget not in ("image", "tile"):
+            raise ValueError(f"budget is {budget!r}, expected 'image' or 'tile'")
+        if newlines not in ("keep", "drop"):
+            raise ValueError(f"newlines is {newlines!r}, expected 'keep' or 'drop'")
+        method = by_name(**options)
+
+        vision = config.vision_config
+        if vision.model_type not in TOWERS:
+            raise ValueError(
+                f"the vision tower is a {vision.model_type}, expected one of {', '.join(TOWERS)}"
+            )
+        prefix = TOWERS[vision.model_type]
+        if method.needs == "cls" and not prefix:
+            name = given["method"]
+            raise ValueError(
+                f"{name} needs the attention of a [CLS] token, which a {vision.model_type} does "
+                'not have: add "scores": "received", or use fopru'
+            )
+        layer, layers = config.vision_feature_layer, vision.num_hidden_layers
+        if not isinstance(layer, int) or not (1 <= layer <= layers or -layers <= layer <= -1):
+            raise ValueError(
+                f"vision_feature_layer is {layer}, expected one layer of the vision tower: "
+                f"1 to {layers}, or -{layers} to -1"
+            )
+        strategy = config.vision_feature_select_strategy
+        if strategy not in ("default", "full"):
+            raise ValueError(
+                f"vision_feature_select_strategy is {strategy!r}, expected 'default' or 'full'"
+            )
+        dropped = 1 if strategy == "default" else 0
+        if dropped < prefix:
+            raise ValueError(
+                "vision_feature_select_strategy is 'full', expected 'default': it keeps the [CLS] "
+                "token, which has no score"
+            )
+        pinpoints = tuple(
+            (int(height), int(width))
+            for height, width in getattr(config, "image_grid_pinpoints", None) or ()
+        )
+        if pinpoints and dropped != prefix:
+            raise ValueError(
+                "vision_feature_select_strategy is 'default', expected 'full': it drops a patch "
+                "of each tile"
+            )
+        return Settings(
+            method=method,
+            budget=budget,
+            newlines=newlines,
+            prefix=prefix,
+            dropped=dropped,
+            side=vision.image_size // vision.patch_size,
+            pixels=vision.image_size,
+            pinpoints=pinpoints,
+        )
+
+    def check(self) -> None:
+        """ValueError where no image could be pruned like this."""
+        patches = self.tokens if self.budget == "tile" else self.tokens * self.tiles(self.largest)
+        if patches > MAX_TOKENS and self.method.needs:
+            raise ValueError(
+                f"an image has up to {patches} patches, expected at most {MAX_TOKENS}: "
+                'use "budget": "tile"'
+            )
+        self.count(self.largest)
+
+    # ---- geometry ----
+
+    @property
+    def tokens(self) -> int:
+        """Of a tile, as the model gets them."""
+        return self.prefix + self.side * self.side - self.dropped
+
+    @property
+    def tower_tokens(self) -> int:
+        """Of a tile, in the tower."""
+        return self.prefix + self.side * self.side
+
+    @cached_property
+    def sizes(self) -> tuple[Size, ...]:
+        """Of images that fill their tiles."""
+        return self.pinpoints or ((self.pixels, self.pixels),)
+
+    @cached_property
+    def largest(self) -> Size:
+        """The size that has the most tokens before pruning."""
+        return max(self.sizes, key=lambda size: len(self.layout(size)))
+
+    def tiles(self, size: Size) -> int:
+        """Tiles of an image of that size."""
+        if not self.pinpoints:
+            return 1
+        rows, columns = _shape(self, size)
+        return 1 + rows * columns
+
+    def layout(self, size: Size) -> Tensor:
+        """int64 [tokens]: the row of each of its tokens, tile after tile, or NEWLINE."""
+        return _layout(self, size)
+
+    def visual(
+        self,
+        sizes: Sequence[Size],
+        source: Tensor,
+        scores: Tensor | None = None,
+        embed: Callable[[Tensor], Tensor] = lambda rows: rows,
+        newline: Tensor | None = None,
+    ) -> Visual:
+        """Images of these sizes, of features [G, tokens, C] and scores [G, tokens]."""
+        layouts, start = [], 0
+        for size in sizes:
+            layout = self.layout(size)
+            layouts.append(torch.where(layout == NEWLINE, layout, layout + start))
+            start += self.tiles(size) * self.tokens
+        square = self.tokens == self.side * self.side
+        grid, column = grids_of(len(source), self.tokens, 0, self.side if square else 0)
+        return Visual(
+            kind="image",
+            source=source,
+            scores=scores,
+            first=0,
+            layouts=layouts,
+            numbers=[*range(len(layouts))],
+            grid=grid,
+            column=column,
+            embed=embed,
+            newline=newline,
+        )
+
+    # ---- counts ----
+
+    def count(self, size: Size, method: Method | None = None) -> int:
+        """Placeholders of an image of that size, pruned by this method or the server's."""
+        return _count(self, size, method or self.method)
+
+    @property
+    def most(self) -> int:
+        """The most placeholders that an image can have. Newlines are in no budget, so it may not be
+        the largest image that has them."""
+        counts = []
+        for size in self.sizes:
+            try:
+                counts.append(self.count(size))
+            except ValueError:
+                # Images of this size are refused, one by one.
+                continue
+        return max(counts)
+
+    def requested(self, keep: Any, size: Size) -> Method:
+        """The method with the budget of a request, if there is one."""
+        if keep is None:
+            return self.method
+        try:
+            method = replace(self.method, keep=keep)
+            count = self.count(size, method)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{KEEP}: {error}") from None
+        try:
+            most = self.count(size)
+        except ValueError:
+            # More than the image has.
+            return method
+        if count > most:
+            raise ValueError(
+                f"{KEEP} is {keep}, expected at most the server's keep, {self.method.keep}"
+            )
+        return method
+
+    def identity(self, method: Method) -> str:
+        """All that decides which tokens of an image are kept."""
+        return f"{method} {self.budget} {self.newlines}"
+
+
+def _shape(settings: Settings, size: Size) -> tuple[int, int]:
+    from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
+
+    return get_anyres_image_grid_shape(size, [*map(list, settings.pinpoints)], settings.pixels)
+
+
+# An image is asked about several times, by its processor and by its model.
+@lru_cache(1024)
+def _layout(settings: Settings, size: Size) -> Tensor:
+    base = torch.arange(settings.tokens)
+    if not settings.pinpoints:
+        return base
+    from transformers.models.llava_next.modeling_llava_next import unpad_image
+
+    rows, columns = _shape(settings, size)
+    side = settings.side
+    grid = torch.arange(rows * columns * side * side) + len(base)
+    grid = grid.view(rows, columns, side, side).transpose(1, 2).reshape(rows * side, -1)
+    grid = unpad_image(grid[None], size)[0]
+    newline = torch.full_like(grid[:, :1], NEWLINE)
+    return torch.cat([base, torch.cat([grid, newline], 1).flatten()])
+
+
+@lru_cache(4096)
+def _count(settings: Settings, size: Size, method: Method) -> int:
+    source = torch.empty(settings.tiles(size), settings.tokens, 0)
+    visual = settings.visual([size], source)
+    try:
+        count = budgets(visual, method, settings.budget == "tile")[2][0]
+    except ValueError as error:
+        height, width = size
+        words = str(error).replace("image 0", f"an image of {height} x {width} pixels", 1)
+        raise ValueError(words.replace(" of the batch", "", 1)) from None
+    newlines = int((visual.layouts[0] == NEWLINE).sum())
+    return count + (newlines if settings.newlines == "keep" else 0)
