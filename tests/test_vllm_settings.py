@@ -128,7 +128,9 @@ def test_a_keep_that_only_large_images_have():
     assert settings.most == 70 + 8
     with pytest.raises(ValueError, match=r"an image of 56 x 56 pixels: keep is 70, expected 1 <="):
         settings.count((56, 56))
-    assert settings.requested(20, (56, 56)) == VisPruner(20)
+    assert settings.requested(20, (56, 56)) == 20 + 4
+    with pytest.raises(ValueError, match="vispruner_keep: an image of 56 x 56 pixels: keep is 71"):
+        settings.requested(71, (56, 56))
 
 
 def test_llava():
@@ -140,11 +142,11 @@ def test_llava():
     assert (siglip.tokens, siglip.tower_tokens) == (16, 16)
 
 
-@pytest.mark.parametrize("keep", [4, 1, 0.25, 0.01])
-def test_the_budget_of_a_request(keep):
+@pytest.mark.parametrize(("keep", "count"), [(4, 4), (1, 1), (0.25, 4), (0.01, 1), (None, 4)])
+def test_the_budget_of_a_request(keep, count):
     settings = Settings.of(config())
-    assert settings.requested(keep, (9, 9)) == VisPruner(keep)
-    assert settings.requested(None, (9, 9)) is settings.method
+    assert settings.requested(keep, (9, 9)) == count
+    assert settings.asked(keep) == VisPruner(4 if keep is None else keep)
 
 
 @pytest.mark.parametrize(

@@ -88,9 +88,7 @@ class _Processor(_Mixin):
                     raise ValueError(f"{KEEP}: image_embeds are not pruned; leave it out")
                 return [token] * images.get_feature_size(item)
             size = images.get_image_size(item)
-            size = size.height, size.width
-            method = self.info.settings.requested(keep, size)
-            return [token] * self.info.settings.count(size, method)
+            return [token] * self.info.settings.requested(keep, (size.height, size.width))
 
         return [PromptReplacement("image", target=[token], replacement=replacement)]
 
@@ -106,10 +104,9 @@ class _Processor(_Mixin):
             mm_inputs, hf_processor_mm_kwargs, processed_data
         )
         if "pixel_values" in processed:
-            keep = _keep(hf_processor_mm_kwargs)
-            keep = self.info.settings.method.keep if keep is None else keep
+            method = self.info.settings.asked(_keep(hf_processor_mm_kwargs))
             count = len(processed["pixel_values"])
-            processed[KEEP] = torch.full((count,), to_field(keep), dtype=torch.float64)
+            processed[KEEP] = torch.full((count,), to_field(method.keep), dtype=torch.float64)
         return processed
 
     def _get_mm_fields_config(
@@ -126,10 +123,9 @@ class _Processor(_Mixin):
         images = inputs.mm_data_items.get("image")
         if images is None or isinstance(images, ImageEmbeddingItems):
             return hashes
-        settings, keep = self.info.settings, _keep(kwargs)
-        method = settings.method if keep is None else replace(settings.method, keep=keep)
+        settings = self.info.settings
+        identity = settings.identity(settings.asked(_keep(kwargs)))
         algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
-        identity = settings.identity(method)
         images = [
             MultiModalHasher.hash_kwargs(algorithm, image=image, vispruner=identity)
             for image in hashes["image"]

@@ -205,25 +205,34 @@ class Settings:
                 continue
         return max(counts)
 
-    def requested(self, keep: Any, size: Size) -> Method:
-        """The method with the budget of a request, if there is one."""
+    def asked(self, keep: Any) -> Method:
+        """The method with the budget of a request, if it has one."""
         if keep is None:
             return self.method
         try:
-            method = replace(self.method, keep=keep)
-            count = self.count(size, method)
+            return replace(self.method, keep=keep)
         except (TypeError, ValueError) as error:
+            raise ValueError(f"{KEEP}: {error}") from None
+
+    def requested(self, keep: Any, size: Size) -> int:
+        """Placeholders of an image of that size in a request with this budget."""
+        method = self.asked(keep)
+        if keep is None:
+            return self.count(size)
+        try:
+            count = self.count(size, method)
+        except ValueError as error:
             raise ValueError(f"{KEEP}: {error}") from None
         try:
             most = self.count(size)
         except ValueError:
             # More than the image has.
-            return method
+            return count
         if count > most:
             raise ValueError(
                 f"{KEEP} is {keep}, expected at most the server's keep, {self.method.keep}"
             )
-        return method
+        return count
 
     def identity(self, method: Method) -> str:
         """All that decides which tokens of an image are kept."""

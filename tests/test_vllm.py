@@ -1,0 +1,344 @@
+"""The plugin in real engines of vLLM, offline, on tiny models with saved weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import vllm_models
+import vlm_oracle
+import vlms
+from torch import Tensor
+from vllm_engine import ask, engine, model_of, prompt, watching
+from vllm_models import picture, words
+
+from vispruner_kernels import reference
+from vispruner_kernels.methods import FasterVLM, FoPru, Method, VisPruner, by_name
+
+pytestmark = pytest.mark.filterwarnings("default")
+
+SIDE = 8
+TILE = SIDE * vlms.PATCH
+N = SIDE * SIDE
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llava": {},
+    "llava-siglip": {},
+    "llava-next": dict(
+        image_grid_pinpoints=[[TILE, 2 * TILE], [2 * TILE, TILE], [2 * TILE, 2 * TILE]]
+    ),
+}
+TEXT = f"{words(5, 6)} <image> {words(7, 8, 9)}"
+
+
+@dataclass
+class Saved:
+    folder: Any
+    model: Any
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """By family, a folder and the model of transformers that was saved there."""
+    made: dict[str, Saved] = {}
+
+    def get(family: str) -> Saved:
+        if family not in made:
+            folder = tmp_path_factory.mktemp("models") / family
+            made[family] = Saved(folder, vllm_models.save(family, folder, SIDE, **FAMILIES[family]))
+        return made[family]
+
+    return get
+
+
+def scores_of(method: Method, q: Tensor, k: Tensor, prefix: int) -> Tensor | None:
+    """Means over heads (and queries) of the attention, in float64, of the bits that we choose by
+    rounded: the operator itself is tested elsewhere."""
+    scores = method.attention_scores(q, k, num_prefix=prefix)
+    if scores is None:
+        return None
+    q, k = q.double().transpose(1, 2), k.double().transpose(1, 2)
+    attention = torch.softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, -1)
+    rows = attention[:, :, :1] if method.needs == "cls" else attention
+    right = rows.mean((1, 2))[:, prefix:]
+    assert (scores - right).abs().max() < 1e-6
+    return scores
+
+
+def chosen(method: Method, features: Tensor, scores: Tensor | None) -> Tensor:
+    """The rule of a method once more, by the reference; features [n, C] of rows of a tile."""
+    method = method.on_grid(SIDE)
+    keep = method.retained_tokens(len(features))
+    if isinstance(method, VisPruner):
+        rule = method.important_ratio, method.step, method.matching
+        return reference.select(features[None], scores[None], keep, *rule)[0]
+    if isinstance(method, FasterVLM) or getattr(method, "strategy", "") == "rank":
+        return reference.select_topk(scores[None], keep)[0]
+    if isinstance(method, FoPru):
+        return reference.select_rows(scores[None], SIDE, keep // SIDE)[0]
+    return method.select(features[None])[0]
+
+
+METHODS = [
+    ("llava", dict(method="vispruner", keep=20)),
+    ("llava", dict(method="vispruner", keep=0.25, important_ratio=0.25, step=4)),
+    ("llava", dict(method="vispruner", keep=13, matching="pairwise")),
+    ("llava", dict(method="vispruner", keep=20, scores="received")),
+    ("llava", dict(method="fastervlm", keep=9)),
+    ("llava", dict(method="fopru", keep=11)),
+    ("llava", dict(method="fopru", keep=24, strategy="row")),
+    ("llava", dict(method="random", keep=7)),
+    ("llava", dict(method="vispruner", keep=1.0)),
+    ("llava-siglip", dict(method="vispruner", keep=20, scores="received")),
+]
+
+
+@pytest.mark.parametrize(("family", "given"), METHODS, ids=str)
+def test_methods(family, given, saved):
+    """Prompt, selection, projector and answer."""
+    folder, model = saved(family).folder, saved(family).model
+    image, method = picture(1), by_name(**given)
+    keep = method.retained_tokens(N)
+    with engine(folder, given) as llm:
+        with watching(model_of(llm)) as seen:
+            (answer,) = ask(llm, prompt(TEXT, image))
+    assert answer.length == 2 + keep + 3
+
+    # The tokens are those of the rule, on what the tower of vLLM made.
+    prefix = 0 if family == "llava-siglip" else 1
+    (features,), (q,), (k,), (rows,) = seen.features, seen.q, seen.k, seen.rows
+    assert features.shape[:2] == (1, N)
+    scores = scores_of(method, q, k, prefix)
+    indices = chosen(method, features[0], None if scores is None else scores[0])
+    assert len(indices) == keep
+    assert torch.equal(rows, features[0, indices])
+
+    # They answer as in transformers.
+    inputs = vllm_models.inputs(folder, TEXT, image)
+    embeds = vlm_oracle.embeddings(model, inputs)["image"][0][indices]
+    assert torch.allclose(seen.embeds[0], embeds, rtol=1e-4, atol=1e-4)
+    (expected,) = vlm_oracle.logits(model, inputs, [indices], new=len(answer.tokens))
+    assert answer.tokens == expected.tolist()
+
+
+def test_the_integration_in_transformers_with_the_same_indices(saved):
+    from vispruner_kernels.integrations.transformers import prune_inputs
+
+    folder, model = saved("llava").folder, saved("llava").model
+    image, given = picture(2), dict(method="vispruner", keep=20)
+    with engine(folder, given) as llm:
+        with watching(model_of(llm)) as seen:
+            (answer,) = ask(llm, prompt(TEXT, image))
+    features, rows = seen.features[0][0], seen.rows[0]
+    indices = (features[:, None] == rows).all(-1).nonzero()[:, 0]
+    assert len(indices) == 20
+
+    class Given(Method):
+        def select(self, features, scores):
+            return indices[None]
+
+    with torch.no_grad():
+        pruned = prune_inputs(model, vllm_models.inputs(folder, TEXT, image), Given(20))
+        out = model.generate(
+            **pruned,
+            max_new_tokens=len(answer.tokens),
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    assert out.sequences[0].tolist() == answer.tokens
+    logprobs = [
+        step[0].log_softmax(-1)[token].item()
+        for step, token in zip(out.logits, answer.tokens, strict=True)
+    ]
+    assert logprobs == pytest.approx(answer.logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llava", "llava-next"])
+def test_all_tokens_are_vllm_without_the_plugin(family, saved):
+    folder = saved(family).folder
+    prompts = [
+        prompt(TEXT, picture(1)),
+        prompt(f"<image> {words(9)} <image>", picture(2, 100, 60), picture(3, 50, 90)),
+        prompt(words(3, 4, 5)),
+    ]
+    with engine(folder, None) as llm:
+        before = ask(llm, *prompts)
+    with engine(folder, dict(method="vispruner", keep=1.0)) as llm:
+        after = ask(llm, *prompts)
+    for a, b in zip(before, after, strict=True):
+        assert (a.length, a.tokens) == (b.length, b.tokens)
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
+
+
+def test_prompts_in_one_batch_are_those_alone(saved):
+    """Text alone, several images, budgets of their own; images in parts for the tower."""
+    prompts = [
+        prompt(words(3, 4, 5)),
+        prompt(TEXT, picture(1)),
+        prompt(TEXT, picture(1), vispruner_keep=8),
+        prompt(f"{words(9)} <image> {words(8)} <image>", picture(2), picture(3), vispruner_keep=5),
+        prompt(f"<image> <image> <image> {words(9)}", picture(4), picture(1), picture(5)),
+        prompt(TEXT, picture(6), vispruner_keep=0.1),
+    ]
+    given = dict(method="vispruner", keep=20, matching="pairwise")
+    more = dict(enable_prefix_caching=False, mm_processor_cache_gb=0)
+    with engine(saved("llava").folder, given, **more) as llm:
+        alone = [ask(llm, one)[0] for one in prompts]
+    assert [a.length for a in alone] == [3, 25, 13, 12, 61, 11]
+
+    # Kept tokens of all eight images fit in one step; in the tower only two fit.
+    budget = 2 * (N + 1) + 3
+    more = dict(max_num_batched_tokens=budget, enable_chunked_prefill=True)
+    with engine(saved("llava").folder, given, **more) as llm:
+        with watching(model_of(llm)) as seen:
+            together = ask(llm, *prompts)
+    assert [a.tokens for a in together] == [a.tokens for a in alone]
+    assert [a.length for a in together] == [a.length for a in alone]
+    sizes = [len(features) for features in seen.features]
+    assert max(sizes) == 2
+    # One image is there twice with the same budget.
+    assert sum(sizes) == 7
+
+
+@pytest.mark.parametrize("budget", [32, 48])
+def test_prefill_in_parts(budget, saved):
+    text = f"{words(*range(3, 20))} <image> {words(*range(20, 40))} <image> {words(9)}"
+    one = prompt(text, picture(1), picture(2))
+    given = dict(method="vispruner", keep=20, matching="pairwise")
+    with engine(saved("llava").folder, given, enable_prefix_caching=False) as llm:
+        (whole,) = ask(llm, one)
+    more = dict(max_num_batched_tokens=budget, max_num_seqs=2, enable_chunked_prefill=True)
+    with engine(saved("llava").folder, given, **more) as llm:
+        (parts,) = ask(llm, one)
+    assert whole.length == parts.length == 17 + 20 + 20 + 20 + 1
+    assert whole.tokens == parts.tokens
+    assert whole.logprobs == pytest.approx(parts.logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["hashed", "named by the client"])
+def test_two_budgets_with_caches(named, saved):
+    """Of one image, in turns, also where the client says that it is the same image."""
+    text = f"<image> {words(*range(3, 40))}"
+
+    def one(**kwargs: Any) -> dict[str, Any]:
+        found = prompt(text, picture(1), **kwargs)
+        return found | {"multi_modal_uuids": {"image": ["mine"]}} if named else found
+
+    turns = [{}, {"vispruner_keep": 8}, {}, {"vispruner_keep": 8}, {"vispruner_keep": 20}]
+    given = dict(method="vispruner", keep=20, matching="pairwise")
+    more = dict(enable_prefix_caching=False, mm_processor_cache_gb=0)
+    with engine(saved("llava").folder, given, **more) as llm:
+        alone = [ask(llm, prompt(text, picture(1), **turn))[0] for turn in turns]
+    with engine(saved("llava").folder, given, enable_prefix_caching=True) as llm:
+        with watching(model_of(llm)) as seen:
+            cached = [ask(llm, one(**turn))[0] for turn in turns]
+    assert [a.length for a in cached] == [57, 45, 57, 45, 57]
+    assert [a.tokens for a in cached] == [a.tokens for a in alone]
+    # Caches were used: one run of the tower for each budget, and blocks of the prompt; what asks
+    # for the server's own budget is the same image.
+    assert len(seen.features) == 2
+    assert [a.cached for a in cached] == [0, 0, 32, 32, 32]
+
+
+@pytest.mark.parametrize(
+    ("given", "sizes"),
+    [
+        (dict(method="vispruner", keep=30), [(60, 100)]),
+        (dict(method="vispruner", keep=0.2, matching="pairwise"), [(60, 100), (90, 50), (70, 70)]),
+        (dict(method="vispruner", keep=6, budget="tile"), [(100, 90), (50, 90)]),
+        (dict(method="fastervlm", keep=9, newlines="drop"), [(90, 50), (100, 90)]),
+        (dict(method="fopru", keep=0.25, strategy="row", budget="tile"), [(112, 112), (60, 120)]),
+    ],
+    ids=str,
+)
+def test_llava_next(given, sizes, saved):
+    """Tiles, unpadding and newlines; images of a prompt have different numbers of tiles."""
+    folder, model = saved("llava-next").folder, saved("llava-next").model
+    given = dict(given)
+    pictures = [picture(i, *size) for i, size in enumerate(sizes)]
+    text = f"{words(5)} {'<image> ' * len(sizes)}{words(7, 8)}"
+    with engine(folder, given) as llm:
+        with watching(model_of(llm)) as seen:
+            (answer,) = ask(llm, prompt(text, *pictures))
+    budget, newlines = given.pop("budget", "image"), given.pop("newlines", "keep")
+    method = by_name(**given)
+
+    features, (q, k) = torch.cat(seen.features), (torch.cat(seen.q), torch.cat(seen.k))
+    scores = scores_of(method, q, k, 1)
+    inputs = vllm_models.inputs(folder, text, *pictures)
+    packed = packing(model, sizes)
+    places, start, all_rows = [], 0, []
+    for layout, tiles in packed:
+        of_tiles = features[start : start + tiles].flatten(0, 1)
+        of_scores = scores[start : start + tiles].flatten()
+        present = layout[layout >= 0].sort().values
+        groups = [present]
+        if budget == "tile":
+            groups = [present[present // N == tile] for tile in range(tiles)]
+        rows = torch.cat([g[chosen(method, of_tiles[g], of_scores[g])] for g in groups])
+        kept = torch.isin(layout, rows) | ((layout < 0) & (newlines == "keep"))
+        places.append(kept.nonzero()[:, 0])
+        all_rows.append(of_tiles[rows])
+        start += tiles
+    assert start == len(features)
+    assert answer.length == 1 + sum(map(len, places)) + 2
+    assert torch.equal(torch.cat(seen.rows), torch.cat(all_rows))
+    for embeds, full, kept in zip(
+        seen.embeds, vlm_oracle.embeddings(model, inputs)["image"], places, strict=True
+    ):
+        assert torch.allclose(embeds, full[kept], rtol=1e-4, atol=1e-4)
+    (expected,) = vlm_oracle.logits(model, inputs, places, new=len(answer.tokens))
+    assert answer.tokens == expected.tolist()
+
+
+def packing(model: Any, sizes: list[tuple[int, int]]) -> list[tuple[Tensor, int]]:
+    """By image, the row of each token or -1, as transformers packs them, and its tiles."""
+    from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+    found = []
+    for size in sizes:
+        tiles = image_size_to_num_patches(list(size), model.config.image_grid_pinpoints, TILE)
+        rows = torch.arange(tiles * N, dtype=torch.float64).view(tiles, N, 1)
+        newline = torch.tensor([-1.0]).double()
+        packed, _ = model.model.pack_image_features(
+            [rows], [list(size)], "default", image_newline=newline
+        )
+        found.append((packed[0][:, 0].long(), tiles))
+    return found
+
+
+def test_embeddings_pass(saved):
+    """Of images that the client has encoded itself."""
+    folder, model = saved("llava").folder, saved("llava").model
+    inputs = vllm_models.inputs(folder, TEXT, picture(1))
+    embeds = vlm_oracle.embeddings(model, inputs)["image"][0]
+    given = dict(method="vispruner", keep=20)
+    with engine(folder, given, enable_mm_embeds=True) as llm:
+        one = prompt(TEXT)
+        one["multi_modal_data"] = {"image": embeds[None]}
+        (answer,) = ask(llm, one)
+        few = prompt(TEXT)
+        few["multi_modal_data"] = {"image": embeds[None, :9]}
+        assert ask(llm, few)[0].length == 2 + 9 + 3
+        with pytest.raises(ValueError, match="vispruner_keep: image_embeds are not pruned"):
+            ask(llm, one | {"mm_processor_kwargs": {"vispruner_keep": 8}})
+        (pruned,) = ask(llm, prompt(TEXT, picture(1)))
+    assert answer.length == 2 + N + 3
+    assert pruned.length == 2 + 20 + 3
+    (expected,) = vlm_oracle.logits(model, inputs, [torch.arange(N)], new=len(answer.tokens))
+    assert answer.tokens == expected.tolist()
+
+
+def test_bad_budgets_of_requests(saved):
+    """Fail, and no other request does."""
+    with engine(saved("llava").folder, dict(method="vispruner", keep=20)) as llm:
+        for kwargs, error in (
+            (dict(vispruner_keep=21), "vispruner_keep is 21, expected at most the server's keep"),
+            (dict(vispruner_keep="8"), "vispruner_keep: keep is '8', expected an int or a float"),
+            (dict(vispruner_kep=8), "mm_processor_kwargs has vispruner_kep, expected vispruner_k"),
+        ):
+            with pytest.raises(ValueError, match=error):
+                ask(llm, prompt(TEXT, picture(1), **kwargs))
+        assert ask(llm, prompt(TEXT, picture(1), vispruner_keep=8))[0].length == 13

@@ -1,0 +1,157 @@
+"""vLLM in this process, and what its model does with images."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+if importlib.util.find_spec("vllm") is None:
+    pytest.skip("needs vLLM: make test-vllm", allow_module_level=True)
+
+# Read when it is imported. One process, so that hooks see tensors.
+os.environ.update(
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    VLLM_CPU_KVCACHE_SPACE="1",
+    VLLM_NO_USAGE_STATS="1",
+    VLLM_LOGGING_LEVEL="WARNING",
+    HF_HUB_OFFLINE="1",
+)
+
+LLAVA = "VisPrunerLlavaForConditionalGeneration"
+NEXT = "VisPrunerLlavaNextForConditionalGeneration"
+
+
+def options(folder: Path, vispruner: dict[str, Any] | None, **more: Any) -> dict[str, Any]:
+    """Arguments of an engine; None: vLLM's own model."""
+    architecture = NEXT if "next" in folder.name else LLAVA
+    overrides: dict[str, Any] = {"architectures": [architecture], "vispruner": vispruner}
+    if vispruner is None:
+        overrides = {"architectures": [architecture.removeprefix("VisPruner")]}
+    return {
+        "model": str(folder),
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 640,
+        "max_num_seqs": 8,
+        "block_size": 32,
+        "limit_mm_per_prompt": {"image": 8},
+        "hf_overrides": overrides,
+        **more,
+    }
+
+
+@contextmanager
+def engine(folder: Path, vispruner: dict[str, Any] | None, **more: Any) -> Iterator[Any]:
+    """An engine; there can be one at a time."""
+    from vllm import LLM
+
+    llm = LLM(**options(folder, vispruner, **more))
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+
+
+def prompt(text: str, *pictures: Any, **kwargs: Any) -> dict[str, Any]:
+    """A prompt of words with some <image>."""
+    found: dict[str, Any] = {"prompt": text}
+    if pictures:
+        found["multi_modal_data"] = {"image": [*pictures]}
+    if kwargs:
+        found["mm_processor_kwargs"] = kwargs
+    return found
+
+
+@dataclass
+class Answer:
+    """Of one prompt: its length, the tokens said, and their log-probabilities."""
+
+    length: int
+    tokens: list[int]
+    logprobs: list[float]
+    cached: int
+
+
+def ask(llm: Any, *prompts: dict[str, Any], tokens: int = 6) -> list[Answer]:
+    """What greedy decoding says."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0, max_tokens=tokens, logprobs=0, ignore_eos=True)
+    answers = []
+    for result in llm.generate([*prompts], sampling, use_tqdm=False):
+        said = result.outputs[0]
+        probabilities = [
+            step[token].logprob for step, token in zip(said.logprobs, said.token_ids, strict=True)
+        ]
+        answers.append(
+            Answer(
+                len(result.prompt_token_ids),
+                list(said.token_ids),
+                probabilities,
+                result.num_cached_tokens or 0,
+            )
+        )
+    return answers
+
+
+@dataclass
+class Seen:
+    """What the model did with images, call by call."""
+
+    # [G, tokens, C] of each call of the tower; of its last attention q and k [G, S, H, D].
+    features: list[Tensor] = field(default_factory=list)
+    q: list[Tensor] = field(default_factory=list)
+    k: list[Tensor] = field(default_factory=list)
+    # [K, C] of each call of the projector.
+    rows: list[Tensor] = field(default_factory=list)
+    # [tokens, D] of each image.
+    embeds: list[Tensor] = field(default_factory=list)
+
+
+def model_of(llm: Any) -> Any:
+    return llm.apply_model(lambda model: model)[0]
+
+
+@contextmanager
+def watching(model: Any) -> Iterator[Seen]:
+    """Hooks of our own on the modules of vLLM, for a while."""
+    seen, original = Seen(), model.embed_multimodal
+    attention = model.vision_tower.vision_model.encoder.layers[-1].self_attn.attn
+
+    def attended(module: Any, args: Any) -> None:
+        shape = (module.num_heads, module.head_size)
+        seen.q.append(args[0].unflatten(-1, shape).clone())
+        seen.k.append(args[1].unflatten(-1, shape).clone())
+
+    def embed(**kwargs: Any) -> Any:
+        out = original(**kwargs)
+        seen.embeds += [embeds.clone() for embeds in out]
+        return out
+
+    hooks = [
+        attention.register_forward_pre_hook(attended),
+        model.vision_tower.register_forward_hook(
+            lambda module, args, out: seen.features.append(out.clone())
+        ),
+        model.multi_modal_projector.register_forward_pre_hook(
+            lambda module, args: seen.rows.append(args[0].clone())
+        ),
+    ]
+    model.embed_multimodal = embed
+    try:
+        yield seen
+    finally:
+        del model.embed_multimodal
+        for hook in hooks:
+            hook.remove()
