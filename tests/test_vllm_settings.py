@@ -22,7 +22,7 @@ from vispruner_kernels.integrations.transformers import prune_inputs
 from vispruner_kernels.methods import FasterVLM, FoPru, Random, VisPruner
 
 # Height and width: of each shape of tiles, cut by unpadding or not, and the thinnest.
-SIZES = [(100, 80), (80, 100), (56, 56), (112, 112), (300, 200), (200, 301), (31, 500), (1, 300)]
+SIZES = [(100, 80), (80, 100), (56, 56), (112, 112), (300, 200), (200, 301), (31, 500), (300, 1)]
 
 
 def config(family: str = "llava", **given):

@@ -26,13 +26,15 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
 )
 
-LLAVA = "VisPrunerLlavaForConditionalGeneration"
-NEXT = "VisPrunerLlavaNextForConditionalGeneration"
+ARCHITECTURES = (
+    "VisPrunerLlavaForConditionalGeneration",
+    "VisPrunerLlavaNextForConditionalGeneration",
+)
 
 
 def options(folder: Path, vispruner: dict[str, Any] | None, **more: Any) -> dict[str, Any]:
     """Arguments of an engine; None: vLLM's own model."""
-    architecture = NEXT if "next" in folder.name else LLAVA
+    architecture = ARCHITECTURES["next" in folder.name]
     overrides: dict[str, Any] = {"architectures": [architecture], "vispruner": vispruner}
     if vispruner is None:
         overrides = {"architectures": [architecture.removeprefix("VisPruner")]}
@@ -43,6 +45,7 @@ def options(folder: Path, vispruner: dict[str, Any] | None, **more: Any) -> dict
         "max_model_len": 640,
         "max_num_seqs": 8,
         "block_size": 32,
+        "kv_cache_memory_bytes": 2**25,
         "limit_mm_per_prompt": {"image": 8},
         "hf_overrides": overrides,
         **more,

@@ -258,7 +258,8 @@ def _layout(settings: Settings, size: Size) -> Tensor:
     grid = torch.arange(rows * columns * side * side) + len(base)
     grid = grid.view(rows, columns, side, side).transpose(1, 2).reshape(rows * side, -1)
     grid = unpad_image(grid[None], size)[0]
-    newline = torch.full_like(grid[:, :1], NEWLINE)
+    # The thinnest images have no columns left, and newlines all the same.
+    newline = grid.new_full((len(grid), 1), NEWLINE)
     return torch.cat([base, torch.cat([grid, newline], 1).flatten()])
 
 

@@ -1,0 +1,262 @@
+"""The plugin without an engine: what it registers, what it refuses, what identifies an image."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import vllm_models
+import vlms
+from vllm_engine import ARCHITECTURES, options
+from vllm_models import picture, words
+
+from vispruner_kernels.integrations import vllm as plugin
+
+pytestmark = pytest.mark.filterwarnings("default")
+
+SIDE = 8
+TILE = SIDE * vlms.PATCH
+N = SIDE * SIDE
+PINPOINTS = [[TILE, 2 * TILE], [2 * TILE, TILE], [2 * TILE, 2 * TILE], [3 * TILE, TILE]]
+TEXT = f"{words(5, 6)} <image> {words(7)}"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    vllm_models.save("llava", root / "llava", SIDE)
+    vllm_models.save("llava-siglip", root / "llava-siglip", SIDE)
+    vllm_models.save("llava-next", root / "llava-next", SIDE, image_grid_pinpoints=PINPOINTS)
+    return root
+
+
+def configuration(folder, given, **more):
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    return EngineArgs(**options(folder, given, **more)).create_engine_config()
+
+
+def processor(folder, given, **more):
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+
+    return MULTIMODAL_REGISTRY.create_processor(configuration(folder, given, **more).model_config)
+
+
+def processed(made, *pictures, name=None, **kwargs):
+    items = made.info.parse_mm_data({"image": [*pictures]})
+    names = None if name is None else {"image": [name] * len(pictures)}
+    return made(TEXT, items, names, kwargs)
+
+
+# ---- registration ----
+
+
+def test_the_entry_point():
+    (entry,) = (
+        entry
+        for entry in importlib.metadata.entry_points(group="vllm.general_plugins")
+        if entry.name == "vispruner"
+    )
+    assert entry.load() is plugin.register
+
+
+def test_the_plugin_is_light():
+    """Its import and registration bring in no model of vLLM; without vLLM it can be imported."""
+    code = (
+        "import sys\n"
+        "from vispruner_kernels.integrations.vllm import register\n"
+        "assert 'vllm' not in sys.modules\n"
+        "register(); register()\n"
+        "assert 'vllm.model_executor.models.llava' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_registration_again_changes_nothing():
+    from vllm import ModelRegistry
+
+    plugin.register()
+    before = {name: ModelRegistry.models[name] for name in ARCHITECTURES}
+    plugin.register()
+    assert all(ModelRegistry.models[name] is before[name] for name in ARCHITECTURES)
+
+
+def test_what_is_overridden_is_what_vllm_calls():
+    """The same methods with the same parameters; a vLLM that changed one would not call ours."""
+    from vispruner_kernels.integrations import _vllm_models, _vllm_processing
+
+    pairs = [
+        (_vllm_processing._Info, _vllm_processing.LlavaProcessingInfo),
+        (_vllm_processing._Info, _vllm_processing.LlavaNextProcessingInfo),
+        (_vllm_processing._Processor, _vllm_processing.LlavaMultiModalProcessor),
+        (_vllm_processing._Processor, _vllm_processing.LlavaNextMultiModalProcessor),
+        (_vllm_models._Pruned, _vllm_models.LlavaForConditionalGeneration),
+        (_vllm_models._Pruned, _vllm_models.LlavaNextForConditionalGeneration),
+    ]
+    own = {"settings", "_sizes", "_parts", "_prune", "_encode", "_reading"}
+    compared = 0
+    for ours, theirs in pairs:
+        for name, function in vars(ours).items():
+            if inspect.isfunction(function) and name not in own:
+                expected = inspect.signature(getattr(theirs, name)).parameters
+                assert [*inspect.signature(function).parameters] == [*expected], name
+                compared += 1
+        for flag in ("supports_tower_connector_lora", "supports_encoder_tp_data"):
+            assert not hasattr(ours, flag) or hasattr(theirs, flag)
+    assert compared == 2 * (3 + 5 + 2)
+
+
+# ---- refusals ----
+
+
+REFUSED = [
+    ("llava", dict(method="prumerge", keep=4), {}, "method is 'prumerge', expected one of"),
+    ("llava", dict(method="vispruner", keep=65), {}, "keep is 65, expected 1 <= keep <= 64, the"),
+    ("llava-siglip", dict(method="fastervlm", keep=9), {}, "fastervlm needs the attention of a"),
+    ("llava", {}, {}, 'vispruner is {}, expected in hf_overrides: "vispruner": {"method"'),
+    (
+        "llava",
+        dict(method="vispruner", keep=20),
+        dict(mm_processor_kwargs={"vispruner_keep": 8}),
+        "mm_processor_kwargs of the server has vispruner_keep: give 'keep'",
+    ),
+    (
+        "llava",
+        dict(method="vispruner", keep=20),
+        dict(enable_lora=True, enable_tower_connector_lora=True),
+        "enable_tower_connector_lora is not supported with pruning",
+    ),
+]
+
+
+@pytest.mark.parametrize(("family", "given", "more", "words"), REFUSED)
+def test_what_the_server_does_not_start_with(family, given, more, words, folders):
+    with pytest.raises((TypeError, ValueError)) as caught:
+        configuration(folders / family, given, **more)
+    (line,) = (line for line in str(caught.value).splitlines() if words in line)
+    assert line
+
+
+def test_pixtral_is_refused(folders, tmp_path):
+    """It is a LLaVA to vLLM too."""
+    import json
+    import shutil
+
+    folder = tmp_path / "llava"
+    shutil.copytree(folders / "llava", folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"] = dict(model_type="pixtral", image_size=TILE, patch_size=vlms.PATCH)
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="the vision tower is a pixtral, expected one of"):
+        configuration(folder, dict(method="vispruner", keep=20))
+
+
+def test_a_version_that_is_not_supported(folders, monkeypatch):
+    monkeypatch.setattr(plugin, "SUPPORTED", ((0, 7),))
+    words = r"vLLM is 0\.\d+\.\d+, expected 0.7: pip install 'vllm==0.7.\*'"
+    with pytest.raises(ImportError, match=words):
+        configuration(folders / "llava", dict(method="vispruner", keep=20))
+    # Models without pruning start.
+    configuration(folders / "llava", None)
+
+
+def test_lora_of_the_language_model_is_not_refused(folders):
+    given = dict(method="vispruner", keep=20)
+    assert configuration(folders / "llava", given, enable_lora=True).lora_config
+
+
+# ---- counts ----
+
+
+def test_counts_before_pruning_are_those_of_vllm(folders):
+    """For many sizes: the layout, which decides what is kept, has as many tokens."""
+    from vllm.model_executor.models.llava_next import LlavaNextProcessingInfo
+
+    info = processor(folders / "llava-next", dict(method="vispruner", keep=20)).info
+    own = LlavaNextProcessingInfo(info.ctx)
+    generator = np.random.default_rng(0)
+    sizes = np.exp(generator.uniform(np.log(5), np.log(800), (400, 2))).astype(int).tolist()
+    for height, width in [*sizes, *PINPOINTS, [1, 500], [500, 1]]:
+        expected = own.get_num_image_tokens(image_height=height, image_width=width)
+        assert len(info.settings.layout((height, width))) == expected, (height, width)
+
+
+def test_what_is_profiled(folders):
+    """The image that is largest for the tower; as many placeholders as any image can have."""
+    info = processor(folders / "llava-next", dict(method="vispruner", keep=20)).info
+    size = info.get_image_size_with_most_features()
+    assert (size.height, size.width) == (2 * TILE, 2 * TILE)
+    assert info.get_mm_max_tokens_per_item(640, {"image": 1}) == {"image": 20 + 3 * SIDE}
+    assert info.get_num_image_tokens(image_height=size.height, image_width=size.width) == 20 + 16
+    # What the client has encoded is not pruned.
+    more = dict(enable_mm_embeds=True)
+    info = processor(folders / "llava-next", dict(method="vispruner", keep=20), **more).info
+    everything = 5 * N + 2 * SIDE
+    assert info.get_mm_max_tokens_per_item(640, {"image": 1}) == {"image": everything}
+
+
+# ---- identity ----
+
+
+def test_settings_identify_an_image(folders):
+    """By content or by the client's own name, whatever processor asks, also in another server."""
+    settings = [
+        dict(method="vispruner", keep=20),
+        dict(method="vispruner", keep=21),
+        dict(method="vispruner", keep=20, matching="pairwise"),
+        dict(method="vispruner", keep=20, important_ratio=0.25),
+        dict(method="vispruner", keep=20, step=4),
+        dict(method="vispruner", keep=20, scores="received"),
+        dict(method="vispruner", keep=20, budget="tile"),
+        dict(method="vispruner", keep=20, newlines="drop"),
+        dict(method="fastervlm", keep=20),
+        dict(method="fopru", keep=16),
+        dict(method="fopru", keep=16, strategy="row"),
+        dict(method="random", keep=20),
+        dict(method="random", keep=20, seed=1),
+    ]
+    for name in (None, "mine"):
+        seen = []
+        for given in settings:
+            (identity,) = processed(processor(folders / "llava", given), picture(1), name=name)[
+                "mm_hashes"
+            ]["image"]
+            seen.append(identity)
+        assert len(set(seen)) == len(settings)
+        (again,) = processed(processor(folders / "llava", settings[0]), picture(1), name=name)[
+            "mm_hashes"
+        ]["image"]
+        assert again == seen[0]
+
+
+def test_budgets_identify_an_image(folders):
+    made = processor(folders / "llava", dict(method="vispruner", keep=20))
+    for name in (None, "mine"):
+
+        def of(seed=1, name=name, **kwargs):
+            out = processed(made, picture(seed), name=name, **kwargs)
+            (place,) = out["mm_placeholders"]["image"]
+            return out["mm_hashes"]["image"][0], place.length, place.get_num_embeds()
+
+        assert of()[1:] == (20, 20)
+        assert of(vispruner_keep=8)[1:] == (8, 8)
+        assert len({of()[0], of(vispruner_keep=8)[0], of(vispruner_keep=9)[0]}) == 3
+        # The server's own budget is the same image as none.
+        assert of(vispruner_keep=20) == of()
+        # Other options still count.
+        assert of(do_rescale=False)[0] != of()[0]
+        assert (of(seed=2)[0] == of()[0]) == (name is not None)
+
+
+def test_the_field_of_a_budget():
+    from vispruner_kernels.integrations._vllm_processing import from_field, to_field
+
+    for keep in (1, 64, 16384, 1.0, 0.25, 0.1, 5e-324):
+        back = from_field(float(np.float64(to_field(keep))))
+        assert (type(back), back) == (type(keep), keep)
