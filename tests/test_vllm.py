@@ -118,8 +118,8 @@ def test_methods(family, given, saved):
     inputs = vllm_models.inputs(folder, TEXT, image)
     embeds = vlm_oracle.embeddings(model, inputs)["image"][0][indices]
     assert torch.allclose(seen.embeds[0], embeds, rtol=1e-4, atol=1e-4)
-    (expected,) = vlm_oracle.logits(model, inputs, [indices], new=len(answer.tokens))
-    assert answer.tokens == expected.tolist()
+    (said,) = vlm_oracle.logits(model, inputs, [indices], new=len(answer.tokens))
+    assert answer.tokens == said.tolist()
 
 
 def test_the_integration_in_transformers_with_the_same_indices(saved):
@@ -267,30 +267,18 @@ def test_llava_next(given, sizes, saved):
 
     features, (q, k) = torch.cat(seen.features), (torch.cat(seen.q), torch.cat(seen.k))
     scores = scores_of(method, q, k, 1)
-    inputs = vllm_models.inputs(folder, text, *pictures)
     packed = packing(model, sizes)
-    places, start, all_rows = [], 0, []
-    for layout, tiles in packed:
-        of_tiles = features[start : start + tiles].flatten(0, 1)
-        of_scores = scores[start : start + tiles].flatten()
-        present = layout[layout >= 0].sort().values
-        groups = [present]
-        if budget == "tile":
-            groups = [present[present // N == tile] for tile in range(tiles)]
-        rows = torch.cat([g[chosen(method, of_tiles[g], of_scores[g])] for g in groups])
-        kept = torch.isin(layout, rows) | ((layout < 0) & (newlines == "keep"))
-        places.append(kept.nonzero()[:, 0])
-        all_rows.append(of_tiles[rows])
-        start += tiles
-    assert start == len(features)
+    assert len(features) == sum(tiles for _, tiles in packed)
+    rows, places = expected(packed, features, scores, method, budget, newlines)
+    inputs = vllm_models.inputs(folder, text, *pictures)
     assert answer.length == 1 + sum(map(len, places)) + 2
-    assert torch.equal(torch.cat(seen.rows), torch.cat(all_rows))
+    assert torch.equal(torch.cat(seen.rows), rows)
     for embeds, full, kept in zip(
         seen.embeds, vlm_oracle.embeddings(model, inputs)["image"], places, strict=True
     ):
         assert torch.allclose(embeds, full[kept], rtol=1e-4, atol=1e-4)
-    (expected,) = vlm_oracle.logits(model, inputs, places, new=len(answer.tokens))
-    assert answer.tokens == expected.tolist()
+    (said,) = vlm_oracle.logits(model, inputs, places, new=len(answer.tokens))
+    assert answer.tokens == said.tolist()
 
 
 def packing(model: Any, sizes: list[tuple[int, int]]) -> list[tuple[Tensor, int]]:
@@ -307,6 +295,31 @@ def packing(model: Any, sizes: list[tuple[int, int]]) -> list[tuple[Tensor, int]
         )
         found.append((packed[0][:, 0].long(), tiles))
     return found
+
+
+def expected(
+    packed: list[tuple[Tensor, int]],
+    features: Tensor,
+    scores: Tensor,
+    method: Method,
+    budget: str,
+    newlines: str = "keep",
+) -> tuple[Tensor, list[Tensor]]:
+    """What the projector gets of packed images, and by image which of its tokens stay."""
+    rows, places, start = [], [], 0
+    for layout, tiles in packed:
+        of_tiles = features[start : start + tiles].flatten(0, 1)
+        of_scores = scores[start : start + tiles].flatten()
+        present = layout[layout >= 0].sort().values
+        groups = [present]
+        if budget == "tile":
+            groups = [present[present // N == tile] for tile in range(tiles)]
+        kept = torch.cat([g[chosen(method, of_tiles[g], of_scores[g])] for g in groups])
+        stays = torch.isin(layout, kept) | ((layout < 0) & (newlines == "keep"))
+        places.append(stays.nonzero()[:, 0])
+        rows.append(of_tiles[kept])
+        start += tiles
+    return torch.cat(rows), places
 
 
 def test_embeddings_pass(saved):
@@ -327,8 +340,8 @@ def test_embeddings_pass(saved):
         (pruned,) = ask(llm, prompt(TEXT, picture(1)))
     assert answer.length == 2 + N + 3
     assert pruned.length == 2 + 20 + 3
-    (expected,) = vlm_oracle.logits(model, inputs, [torch.arange(N)], new=len(answer.tokens))
-    assert answer.tokens == expected.tolist()
+    (said,) = vlm_oracle.logits(model, inputs, [torch.arange(N)], new=len(answer.tokens))
+    assert answer.tokens == said.tolist()
 
 
 def test_bad_budgets_of_requests(saved):
