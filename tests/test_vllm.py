@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -355,3 +356,18 @@ def test_bad_budgets_of_requests(saved):
             with pytest.raises(ValueError, match=error):
                 ask(llm, prompt(TEXT, picture(1), **kwargs))
         assert ask(llm, prompt(TEXT, picture(1), vispruner_keep=8))[0].length == 13
+
+
+def test_the_code_of_the_page(capsys):
+    """As it stands there."""
+    from test_docs import ROOT, blocks, page
+
+    (code,) = blocks(page(ROOT / "docs" / "vllm.md"), "python")
+    names: dict[str, Any] = {}
+    try:
+        exec(compile(code, "docs/vllm.md", "exec"), names)
+    finally:
+        if "llm" in names:
+            names.pop("llm").llm_engine.engine_core.shutdown()
+    (comment,) = re.findall(r"print.*# (.*)$", code, re.MULTILINE)
+    assert capsys.readouterr().out.splitlines()[-1].strip() == comment

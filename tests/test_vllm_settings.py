@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import re
 import sys
 from types import SimpleNamespace
@@ -251,3 +253,23 @@ def test_versions_that_are_not_supported(version, monkeypatch):
 def test_versions_that_are(version, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(__version__=version))
     vllm.check_version()
+
+
+def test_the_commands_of_the_page():
+    """Their settings are accepted, and the names of the models are ours."""
+    from test_docs import ROOT, page
+
+    text = page(ROOT / "docs" / "vllm.md") + page(ROOT / "README.md")
+    commands = re.findall(r"--hf-overrides '(\{.*?\})'$", text, re.DOTALL | re.MULTILINE)
+    assert len(commands) >= 3
+    for command in commands:
+        overrides = json.loads(command)
+        (architecture,) = overrides.pop("architectures")
+        assert architecture in vllm.ARCHITECTURES
+        found = vlms.make("llava-next" if "Next" in architecture else "llava", side=24).config
+        found.image_grid_pinpoints = [[672, 672]] if "Next" in architecture else None
+        vars(found).update(overrides)
+        Settings.of(found).check()
+    for cls in methods.METHODS.values():
+        for field in dataclasses.fields(cls):
+            assert f"`{field.name}`" in text, field.name
