@@ -14,6 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -250,7 +251,16 @@ def test_the_server_answers(saved, tmp_path):
             status, body = post(number, path, chat(*parts, **more))
             assert status == 400, body
             assert words_of_error in body["error"]["message"], body
-        assert prompt_tokens(image, text) == 20 + 3
+
+        # Nor one that is in the same batch.
+        bodies = [chat(image, text), chat(url(b"no picture"), text), chat(text)] * 3
+        with ThreadPoolExecutor(len(bodies)) as pool:
+            answers = [*pool.map(lambda body: post(number, path, body), bodies)]
+        for start in range(0, len(bodies), 3):
+            good, bad, plain = answers[start : start + 3]
+            assert (good[0], good[1]["usage"]["prompt_tokens"]) == (200, 23)
+            assert bad[0] == 400
+            assert (plain[0], plain[1]["usage"]["prompt_tokens"]) == (200, 3)
 
 
 def test_a_server_that_does_not_start(saved, tmp_path):

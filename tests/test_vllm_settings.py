@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
 import re
 import sys
@@ -273,3 +274,14 @@ def test_the_commands_of_the_page():
     for cls in methods.METHODS.values():
         for field in dataclasses.fields(cls):
             assert f"`{field.name}`" in text, field.name
+
+
+def test_the_package_brings_the_plugin_and_not_vllm():
+    """An extra that depended on vLLM would replace a build of it."""
+    try:
+        package = importlib.metadata.distribution("vispruner_kernels")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("the package is not installed")
+    (entry,) = package.entry_points.select(group="vllm.general_plugins")
+    assert entry.load() is vllm.register
+    assert not [line for line in package.requires or [] if line.startswith("vllm")]
