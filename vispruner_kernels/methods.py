@@ -15,7 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate, groupby
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import torch
@@ -33,6 +33,11 @@ _TOPK: Rule = (1.0, 8, "bipartite")
 def _check_scores(scores: str) -> None:
     if scores not in ("cls", "received"):
         raise ValueError(f"scores is {scores!r}, expected 'cls' or 'received'")
+
+
+def _check_number(name: str, value: object, kind: type, expected: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, kind):
+        raise TypeError(f"{name} is {value!r}, expected {expected}")
 
 
 def _offsets(counts: Sequence[int], device: torch.device) -> Tensor:
@@ -156,6 +161,8 @@ class VisPruner(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check_number("important_ratio", self.important_ratio, Real, "a number")
+        _check_number("step", self.step, Integral, "an int")
         check_rule("VisPruner", self.important_ratio, self.step, self.matching)
         _check_scores(self.scores)
 
@@ -263,6 +270,12 @@ class Random(Method):
 
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_number("seed", self.seed, Integral, "an int")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}, expected 0 <= seed < 2**63")
+
     def select(self, features: Tensor, scores: Tensor | None = None) -> Tensor:
         """`seed` and N alone decide; features and scores are not read."""
         batch, n = features.shape[:2]
@@ -282,7 +295,7 @@ METHODS: dict[str, type[Method]] = {
 
 def by_name(method: str, **options: Any) -> Method:
     """The method of that name, with its fields as options: by_name("vispruner", keep=64)."""
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise ValueError(f"method is {method!r}, expected one of {', '.join(METHODS)}")
     names = [field.name for field in fields(METHODS[method])]
     for name in options:

@@ -22,6 +22,7 @@ from vllm.distributed import (
 from vllm.model_executor.models.llava import LlavaDummyInputsBuilder, LlavaForConditionalGeneration
 from vllm.model_executor.models.llava_next import LlavaNextForConditionalGeneration
 from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.utils.torch_utils import async_tensor_h2d
 
 from vispruner_kernels.integrations._visual import keep
 from vispruner_kernels.integrations._vllm_processing import (
@@ -53,13 +54,14 @@ class _Pruned(_Mixin):
         self.tower_budget = vllm_config.scheduler_config.max_num_encoder_input_tokens
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
-        budgets = kwargs.pop(KEEP, None)
+        settings, budgets = self.settings, kwargs.pop(KEEP, None)
+        if kwargs.get("pixel_values") is None and kwargs.get("image_embeds") is not None:
+            # Of any length each; the processor has checked them.
+            return kwargs["image_embeds"]
         inputs = self._parse_and_validate_image_input(**kwargs)
         if inputs is None:
             return []
-        if inputs["type"] == "image_embeds":
-            return inputs["data"]
-        settings, sizes = self.settings, self._sizes(inputs)
+        sizes = self._sizes(inputs)
         images = [
             # Images of one request are padded to the same number of tiles.
             pixels.reshape(-1, *pixels.shape[-3:])[: settings.tiles(size)]
@@ -91,7 +93,8 @@ class _Pruned(_Mixin):
         """The embeddings that are left of each image."""
         settings, project = self.settings, self.multi_modal_projector
         tokens = settings.tokens
-        features, scores = self._encode(torch.cat([*images]))
+        device = next(self.multi_modal_projector.parameters()).device
+        features, scores = self._encode(async_tensor_h2d(torch.cat([*images]), device=device))
         tiles = torch.arange(len(features)).split([len(image) for image in images])
         embeds: list[Any] = [None] * len(images)
         for budget in dict.fromkeys(keeps):

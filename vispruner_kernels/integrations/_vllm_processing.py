@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from torch import Tensor
 from vllm.model_executor.models.llava import LlavaMultiModalProcessor, LlavaProcessingInfo
 from vllm.model_executor.models.llava_next import (
     LlavaNextMultiModalProcessor,
@@ -22,7 +23,7 @@ from vllm.multimodal.parse import ImageEmbeddingItems, ImageProcessorItems, Imag
 from vllm.multimodal.processing import PromptReplacement, PromptUpdate
 
 from vispruner_kernels.integrations._vllm_settings import KEEP, Settings
-from vispruner_kernels.integrations.vllm import check_version
+from vispruner_kernels.integrations.vllm import check_version, names_of
 
 
 def to_field(keep: int | float) -> float:
@@ -88,7 +89,12 @@ class _Processor(_Mixin):
                     raise ValueError(f"{KEEP}: image_embeds are not pruned; leave it out")
                 return [token] * images.get_feature_size(item)
             size = images.get_image_size(item)
-            return [token] * self.info.settings.requested(keep, (size.height, size.width))
+            height, width = size.height, size.width
+            processed = out_mm_kwargs["image"][item]
+            if "image_sizes" in processed:
+                # As the model will see it; of arrays there are two readings.
+                height, width = processed["image_sizes"].data.tolist()
+            return [token] * self.info.settings.requested(keep, (height, width))
 
         return [PromptReplacement("image", target=[token], replacement=replacement)]
 
@@ -104,16 +110,35 @@ class _Processor(_Mixin):
             mm_inputs, hf_processor_mm_kwargs, processed_data
         )
         if "pixel_values" in processed:
+            self._check_pixels(processed["pixel_values"], processed.get("image_sizes"))
             method = self.info.settings.asked(_keep(hf_processor_mm_kwargs))
             count = len(processed["pixel_values"])
             processed[KEEP] = torch.full((count,), to_field(method.keep), dtype=torch.float64)
         return processed
 
+    def _check_pixels(self, images: Any, sizes: Any) -> None:
+        """What does not fit the model would fail there, and every other request with it."""
+        settings, side = self.info.settings, self.info.settings.pixels
+        for image in images:
+            shape = [*image.shape] if isinstance(image, Tensor) else type(image).__name__
+            tiles = []
+            if settings.pinpoints:
+                # Of the image that has most: they are padded to that.
+                tiles = [max(settings.tiles((int(h), int(w))) for h, w in sizes)]
+            if shape != [*tiles, 3, side, side]:
+                raise ValueError(
+                    f"the processor made pixel_values {shape} of an image, expected "
+                    f"{[*tiles, 3, side, side]}: mm_processor_kwargs, or the settings of the "
+                    "processor, do not fit the model"
+                )
+
     def _get_mm_fields_config(
         self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]
     ) -> Mapping[str, MultiModalFieldConfig]:
         fields = super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs)
-        return {**fields, KEEP: MultiModalFieldConfig.batched("image", keep_on_cpu=True)}
+        # The model takes pixels to the device part by part.
+        host = MultiModalFieldConfig.batched("image", keep_on_cpu=True)
+        return {**fields, "pixel_values": host, KEEP: host}
 
     def _get_mm_hashes(self, inputs: Any) -> Any:
         """Also of images that the client names: two budgets never share an entry of a cache."""
@@ -142,11 +167,13 @@ class PrunedLlavaNextProcessor(_Processor, LlavaNextMultiModalProcessor):
 
 
 def _keep(kwargs: Mapping[str, object]) -> Any:
-    for name in kwargs:
-        if name.startswith("vispruner") and name != KEEP:
-            raise ValueError(f"mm_processor_kwargs has {name}, expected {KEEP}")
+    """The budget of a request, or None; ValueError where it has another name or place."""
+    for name in names_of(kwargs):
+        if name.startswith("vispruner") and (name != KEEP or name not in kwargs):
+            raise ValueError(f"mm_processor_kwargs has {name}, expected {KEEP}, in no other option")
     return kwargs.get(KEEP)
 
 
 def _without_keep(kwargs: Mapping[str, object]) -> dict[str, object]:
+    _keep(kwargs)
     return {name: value for name, value in kwargs.items() if name != KEEP}

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vispruner_kernels._schemas import MAX_TOKENS
+from vispruner_kernels._schemas import MAX_HEAD_DIM, MAX_TOKENS
 from vispruner_kernels.integrations._visual import (
     NEWLINE,
     Visual,
@@ -76,6 +76,12 @@ class Settings:
             raise ValueError(
                 f"{name} needs the attention of a [CLS] token, which a {vision.model_type} does "
                 'not have: add "scores": "received", or use fopru'
+            )
+        channels = vision.hidden_size // vision.num_attention_heads
+        if channels > MAX_HEAD_DIM and method.needs:
+            raise ValueError(
+                f"the heads of the vision tower have {channels} channels, expected at most "
+                f"{MAX_HEAD_DIM}"
             )
         layer, layers = config.vision_feature_layer, vision.num_hidden_layers
         if not isinstance(layer, int) or not (1 <= layer <= layers or -layers <= layer <= -1):
@@ -210,8 +216,10 @@ class Settings:
         if keep is None:
             return self.method
         try:
+            # As it travels to the model.
+            float(keep)
             return replace(self.method, keep=keep)
-        except (TypeError, ValueError) as error:
+        except (OverflowError, TypeError, ValueError) as error:
             raise ValueError(f"{KEEP}: {error}") from None
 
     def requested(self, keep: Any, size: Size) -> int:
@@ -226,8 +234,8 @@ class Settings:
         try:
             most = self.count(size)
         except ValueError:
-            # More than the image has.
-            return count
+            # The server's own is more than the image has, or no whole rows of it.
+            most = self.most
         if count > most:
             raise ValueError(
                 f"{KEEP} is {keep}, expected at most the server's keep, {self.method.keep}"

@@ -10,6 +10,7 @@ imported only where their architecture is chosen. docs/vllm.md has settings, req
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -35,6 +36,8 @@ def register() -> None:
         from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
         MODELS_CONFIG_MAP.update(dict.fromkeys(ARCHITECTURES, Check))
+        for name in ARCHITECTURES:
+            MODELS_CONFIG_MAP.setdefault(name.removeprefix("VisPruner"), Forgotten)
 
 
 def check_version() -> None:
@@ -49,6 +52,14 @@ def check_version() -> None:
             f"vLLM is {vllm.__version__}, expected {versions}: pip install 'vllm=={versions}.*', "
             "or a version of vispruner_kernels that supports it"
         )
+
+
+def names_of(kwargs: Mapping[str, Any]) -> Iterator[str]:
+    """Of options, also of those within scopes such as `images_kwargs`."""
+    for name, value in kwargs.items():
+        yield name
+        if isinstance(value, Mapping):
+            yield from value
 
 
 class Check:
@@ -67,7 +78,7 @@ class Check:
         model = vllm_config.model_config
         settings = Settings.of(model.hf_config)
         multimodal = model.multimodal_config
-        for name in (multimodal and multimodal.mm_processor_kwargs) or ():
+        for name in names_of((multimodal and multimodal.mm_processor_kwargs) or {}):
             if name.startswith("vispruner"):
                 raise ValueError(
                     f"mm_processor_kwargs of the server has {name}: give 'keep' in 'vispruner' of "
@@ -80,3 +91,21 @@ class Check:
                 "in parts: leave it out (LoRA of the language model works)"
             )
         settings.check()
+
+
+class Forgotten:
+    """The same of the models that do not prune: settings without the architecture."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: Any) -> None:
+        """Before the rest is known."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: Any) -> None:
+        """Of the whole configuration."""
+        model = vllm_config.model_config
+        if hasattr(model.hf_config, "vispruner"):
+            raise ValueError(
+                f"hf_overrides has 'vispruner', but the architecture is {model.architecture}, "
+                f'expected "architectures": ["VisPruner{model.architecture}"]'
+            )
