@@ -310,6 +310,14 @@ def test_budgets_identify_an_image(folders):
         assert (of(seed=2)[0] == of()[0]) == (name is not None)
 
 
+def test_pixels_stay_on_the_host(folders):
+    """For the scheduler admits by kept tokens; the model takes them to the device in parts."""
+    out = processed(processor(folders / "llava", dict(method="random", keep=1)), picture(1))
+    fields = out["mm_kwargs"]["image"][0]
+    assert sorted(fields) == ["pixel_values", "vispruner_keep"]
+    assert all(element.field.keep_on_cpu for element in fields.values())
+
+
 def test_the_field_of_a_budget():
     from vispruner_kernels.integrations._vllm_processing import from_field, to_field
 
