@@ -224,7 +224,6 @@ MISFITS = [
     ("llava", dict(images_kwargs=dict(size=SIZE, crop_size=SIZE))),
     ("llava", dict(return_tensors="np")),
     ("llava-next", dict(size=SIZE, crop_size=SIZE)),
-    ("llava-next", dict(image_grid_pinpoints=[[3 * TILE, 2 * TILE]])),
 ]
 
 
