@@ -185,7 +185,7 @@ def test_the_budget_of_a_request(keep, count):
         (math.nan, "vispruner_keep: keep is nan, expected a fraction"),
         ("4", "vispruner_keep: keep is '4', expected an int or a float"),
         (True, "vispruner_keep: keep is True, expected an int or a float"),
-        ([4], "vispruner_keep: "),
+        ([4], "vispruner_keep: keep is [4], expected an int or a float"),
     ],
 )
 def test_a_bad_budget_of_a_request(keep, words):

@@ -216,9 +216,10 @@ class Settings:
         if keep is None:
             return self.method
         try:
+            method = replace(self.method, keep=keep)
             # As it travels to the model.
             float(keep)
-            return replace(self.method, keep=keep)
+            return method
         except (OverflowError, TypeError, ValueError) as error:
             raise ValueError(f"{KEEP}: {error}") from None
 
