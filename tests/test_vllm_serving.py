@@ -26,25 +26,24 @@ import vlm_oracle
 import vlms
 from test_vllm import expected, packing
 from vllm_engine import options
-from vllm_models import picture, words
+from vllm_models import N, picture, words
 
 from vispruner_kernels.methods import by_name
 
 pytestmark = pytest.mark.filterwarnings("default")
 
-SIDE = 8
-N = SIDE * SIDE
-TILE = SIDE * vlms.PATCH
 HERE = Path(__file__).parent
+CPUS = sorted(os.sched_getaffinity(0))
+# Servers of our own are asked, through no proxy.
+os.environ["no_proxy"] = "127.0.0.1"
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
-    pinpoints = [[TILE, 2 * TILE], [2 * TILE, TILE], [2 * TILE, 2 * TILE]]
     return {
-        family: (root / family, vllm_models.save(family, root / family, SIDE, **changes))
-        for family, changes in (("llava", {}), ("llava-next", {"image_grid_pinpoints": pinpoints}))
+        family: (root / family, vllm_models.save(family, root / family))
+        for family in ("llava", "llava-next")
     }
 
 
@@ -95,7 +94,7 @@ def test_ranks_agree(family, mode, given, saved, tmp_path):
     env = environment(
         VLLM_ENABLE_V1_MULTIPROCESSING="1",
         VLLM_ALLOW_INSECURE_SERIALIZATION="1",
-        VLLM_CPU_OMP_THREADS_BIND="0|1",
+        VLLM_CPU_OMP_THREADS_BIND=f"{CPUS[0]}|{CPUS[-1]}",
     )
     with started([*command, json.dumps(given), str(out)], log, env) as process:
         assert process.wait(300) == 0, tail(log)
@@ -208,7 +207,7 @@ def test_the_server_answers(saved, tmp_path):
     folder, _ = saved["llava"]
     number, log = port(), tmp_path / "log"
     given = dict(method="vispruner", keep=20, matching="pairwise")
-    env = environment(VLLM_ENABLE_V1_MULTIPROCESSING="1", VLLM_CPU_OMP_THREADS_BIND="0")
+    env = environment(VLLM_ENABLE_V1_MULTIPROCESSING="1", VLLM_CPU_OMP_THREADS_BIND=f"{CPUS[0]}")
     text = {"type": "text", "text": words(7, 8, 9)}
     image, path = url(png(picture(1))), "/v1/chat/completions"
     with started(arguments(folder, given, number), log, env) as process:

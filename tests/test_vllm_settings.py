@@ -303,9 +303,15 @@ def test_the_commands_of_the_page():
         found.image_grid_pinpoints = [[672, 672]] if "Next" in architecture else None
         vars(found).update(overrides)
         Settings.of(found).check()
+    (body,) = re.findall(r"-d '(\{.*?\})'$", text, re.DOTALL | re.MULTILINE)
+    assert [*json.loads(body)["mm_processor_kwargs"]] == [_vllm_settings.KEEP]
+    rows = re.findall(r"^\| (`\w+`) \| .*? \|(?: `(.*?)`)? \| .* \|$", text, re.MULTILINE)
+    defaults = {name.strip("`"): default for name, default in rows}
+    assert (defaults.pop("budget"), defaults.pop("newlines")) == ("image", "keep")
     for cls in methods.METHODS.values():
         for field in dataclasses.fields(cls):
-            assert f"`{field.name}`" in text, field.name
+            default = "" if field.default in (dataclasses.MISSING, None) else str(field.default)
+            assert defaults[field.name] == default, field.name
 
 
 def test_the_package_brings_the_plugin_and_not_vllm():

@@ -12,6 +12,11 @@ import vlms
 from PIL import Image
 from safetensors.torch import save_file
 
+# Of a tile: patches in a row, pixels, patches.
+SIDE = 8
+TILE = SIDE * vlms.PATCH
+N = SIDE * SIDE
+PINPOINTS = [[TILE, 2 * TILE], [2 * TILE, TILE], [2 * TILE, 2 * TILE], [3 * TILE, TILE]]
 # The attention of vLLM on a CPU wants heads of 32 channels, two ranks want two heads.
 TEXT = dict(hidden_size=64, num_attention_heads=2, num_key_value_heads=2)
 TEMPLATE = (
@@ -31,12 +36,14 @@ PUBLISHED = {
 }
 
 
-def save(family: str, folder: Path, side: int = 8, seed: int = 0, **changes: Any) -> Any:
+def save(family: str, folder: Path, **changes: Any) -> Any:
     """Write the model to the folder, and return it."""
     import transformers as tf
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    model = vlms.make(family, side, seed, TEXT, **changes)
+    if family == "llava-next":
+        changes = {"image_grid_pinpoints": PINPOINTS, **changes}
+    model = vlms.make(family, SIDE, text=TEXT, **changes)
     weights = {}
     for name, weight in model.state_dict().items():
         prefix = next(prefix for prefix in PUBLISHED if name.startswith(prefix))
@@ -61,7 +68,6 @@ def save(family: str, folder: Path, side: int = 8, seed: int = 0, **changes: Any
         extra_special_tokens=["<image>"],
     )
     tokens.chat_template = TEMPLATE
-    tile = side * vlms.PATCH
     siglip = family == "llava-siglip"
     options: dict[str, Any] = dict(
         patch_size=vlms.PATCH,
@@ -69,7 +75,7 @@ def save(family: str, folder: Path, side: int = 8, seed: int = 0, **changes: Any
         image_token="<image>",
         num_additional_image_tokens=0 if siglip else 1,
     )
-    sizes = dict(size={"shortest_edge": tile}, crop_size={"height": tile, "width": tile})
+    sizes = dict(size={"shortest_edge": TILE}, crop_size={"height": TILE, "width": TILE})
     if family == "llava-next":
         images = tf.LlavaNextImageProcessor(
             **sizes, image_grid_pinpoints=model.config.image_grid_pinpoints
@@ -77,7 +83,7 @@ def save(family: str, folder: Path, side: int = 8, seed: int = 0, **changes: Any
         processor = tf.LlavaNextProcessor(images, tokens, chat_template=TEMPLATE, **options)
     else:
         if siglip:
-            images = tf.SiglipImageProcessor(size={"height": tile, "width": tile})
+            images = tf.SiglipImageProcessor(size={"height": TILE, "width": TILE})
         else:
             images = tf.CLIPImageProcessor(**sizes)
         processor = tf.LlavaProcessor(images, tokens, chat_template=TEMPLATE, **options)

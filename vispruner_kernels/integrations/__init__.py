@@ -1,1 +1,1 @@
-"""Pruning in other libraries: `vispruner_kernels.integrations.transformers`."""
+"""Pruning in other libraries: `transformers` and `vllm`."""

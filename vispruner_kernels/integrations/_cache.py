@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vispruner_kernels.integrations._prompt import given, send
+from vispruner_kernels.integrations._prompt import given
+from vispruner_kernels.integrations._visual import send
 
 _NAME = "_vispruner_held"
 

@@ -9,32 +9,43 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.distributed import (
-    get_tensor_model_parallel_rank,
-    get_tensor_model_parallel_world_size,
-    tensor_model_parallel_all_gather,
-    tensor_model_parallel_all_reduce,
-)
-from vllm.model_executor.models.llava import LlavaDummyInputsBuilder, LlavaForConditionalGeneration
-from vllm.model_executor.models.llava_next import LlavaNextForConditionalGeneration
-from vllm.multimodal import MULTIMODAL_REGISTRY
-from vllm.utils.torch_utils import async_tensor_h2d
 
 from vispruner_kernels.integrations._visual import keep
-from vispruner_kernels.integrations._vllm_processing import (
-    KEEP,
-    PrunedLlavaInfo,
-    PrunedLlavaNextInfo,
-    PrunedLlavaNextProcessor,
-    PrunedLlavaProcessor,
-    from_field,
-)
 from vispruner_kernels.integrations._vllm_settings import Settings, Size
 from vispruner_kernels.integrations.vllm import check_version
+
+try:
+    from vllm.distributed import (
+        get_tensor_model_parallel_rank,
+        get_tensor_model_parallel_world_size,
+        tensor_model_parallel_all_gather,
+        tensor_model_parallel_all_reduce,
+    )
+    from vllm.model_executor.models.llava import (
+        LlavaDummyInputsBuilder,
+        LlavaForConditionalGeneration,
+    )
+    from vllm.model_executor.models.llava_next import LlavaNextForConditionalGeneration
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+    from vllm.utils.torch_utils import async_tensor_h2d
+
+    from vispruner_kernels.integrations._vllm_processing import (
+        KEEP,
+        PrunedLlavaInfo,
+        PrunedLlavaNextInfo,
+        PrunedLlavaNextProcessor,
+        PrunedLlavaProcessor,
+        from_field,
+    )
+except ImportError:
+    # Of another version, most likely: better that it says so.
+    check_version()
+    raise
 
 # Of classes of vLLM, whose attributes mypy does not know.
 _Mixin: Any = object
@@ -46,7 +57,6 @@ class _Pruned(_Mixin):
     supports_encoder_tp_data = True
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        check_version()
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.settings = Settings.of(vllm_config.model_config.hf_config)
         # The scheduler counts kept tokens, so it lets many more images in: the tower takes them in
@@ -91,8 +101,7 @@ class _Pruned(_Mixin):
         self, images: Sequence[Tensor], sizes: Sequence[Size], keeps: Sequence[float]
     ) -> list[Tensor]:
         """The embeddings that are left of each image."""
-        settings, project = self.settings, self.multi_modal_projector
-        tokens = settings.tokens
+        settings = self.settings
         device = next(self.multi_modal_projector.parameters()).device
         features, scores = self._encode(async_tensor_h2d(torch.cat([*images]), device=device))
         tiles = torch.arange(len(features)).split([len(image) for image in images])
@@ -108,10 +117,7 @@ class _Pruned(_Mixin):
                 [sizes[i] for i in numbers],
                 source,
                 of_source,
-                # The default binds the source of this budget.
-                embed=lambda rows, source=source: project(  # type: ignore[misc]
-                    source[rows // tokens, rows % tokens]
-                ),
+                embed=partial(self._project, source),
                 newline=getattr(self, "image_newline", None),
             )
             method = replace(settings.method, keep=from_field(budget))
@@ -119,6 +125,10 @@ class _Pruned(_Mixin):
             for i, own in zip(numbers, kept.embeds.split(kept.counts), strict=True):
                 embeds[i] = own
         return embeds
+
+    def _project(self, source: Tensor, rows: Tensor) -> Tensor:
+        tokens = self.settings.tokens
+        return self.multi_modal_projector(source[rows // tokens, rows % tokens])
 
     def _encode(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
         """Features [G, tokens, C] as the projector would get them, and scores [G, tokens]; the same
@@ -141,7 +151,7 @@ class _Pruned(_Mixin):
             scores = None if scores is None else gather(scores.contiguous(), dim=0)[:count]
         elif ranks > 1 and scores is not None:
             # Each rank has as many heads, and the mean of its own.
-            scores = tensor_model_parallel_all_reduce(scores) / ranks
+            scores = tensor_model_parallel_all_reduce(scores.contiguous()) / ranks
         if features.stride(-1) != 1:
             features = features.contiguous()
         return features, scores

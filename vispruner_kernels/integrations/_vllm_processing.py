@@ -23,7 +23,7 @@ from vllm.multimodal.parse import ImageEmbeddingItems, ImageProcessorItems, Imag
 from vllm.multimodal.processing import PromptReplacement, PromptUpdate
 
 from vispruner_kernels.integrations._vllm_settings import KEEP, Settings
-from vispruner_kernels.integrations.vllm import check_version, names_of
+from vispruner_kernels.integrations.vllm import names_of
 
 
 def to_field(keep: int | float) -> float:
@@ -45,7 +45,6 @@ class _Info(_Mixin):
 
     @cached_property
     def settings(self) -> Settings:
-        check_version()
         return Settings.of(self.get_hf_config())
 
     def get_num_image_tokens(self, *, image_width: int, image_height: int) -> int:
@@ -118,18 +117,17 @@ class _Processor(_Mixin):
 
     def _check_pixels(self, images: Any, sizes: Any) -> None:
         """What does not fit the model would fail there, and every other request with it."""
-        settings, side = self.info.settings, self.info.settings.pixels
+        settings = self.info.settings
+        expected = [3, settings.pixels, settings.pixels]
+        if settings.pinpoints:
+            # All are padded to the tiles of the image that has most.
+            expected.insert(0, max(settings.tiles((int(h), int(w))) for h, w in sizes))
         for image in images:
             shape = [*image.shape] if isinstance(image, Tensor) else type(image).__name__
-            tiles = []
-            if settings.pinpoints:
-                # Of the image that has most: they are padded to that.
-                tiles = [max(settings.tiles((int(h), int(w))) for h, w in sizes)]
-            if shape != [*tiles, 3, side, side]:
+            if shape != expected:
                 raise ValueError(
-                    f"the processor made pixel_values {shape} of an image, expected "
-                    f"{[*tiles, 3, side, side]}: mm_processor_kwargs, or the settings of the "
-                    "processor, do not fit the model"
+                    f"the processor made pixel_values {shape} of an image, expected {expected}: "
+                    "mm_processor_kwargs, or the settings of the processor, do not fit the model"
                 )
 
     def _get_mm_fields_config(

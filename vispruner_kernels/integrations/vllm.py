@@ -31,22 +31,29 @@ def register() -> None:
         if name not in known:
             module = "vispruner_kernels.integrations._vllm_models"
             ModelRegistry.register_model(name, f"{module}:{name}")
-    # In a version that has no such thing the models refuse, later; others than ours still work.
+    # Nothing here may stop a vLLM that is asked for other models.
     with suppress(ImportError):
         from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
         MODELS_CONFIG_MAP.update(dict.fromkeys(ARCHITECTURES, Check))
-        for name in ARCHITECTURES:
-            MODELS_CONFIG_MAP.setdefault(name.removeprefix("VisPruner"), Forgotten)
+        if is_supported():
+            for name in ARCHITECTURES:
+                MODELS_CONFIG_MAP.setdefault(name.removeprefix("VisPruner"), Forgotten)
+
+
+def is_supported() -> bool:
+    """Whether this vLLM is of a version that is."""
+    import vllm
+
+    number = vllm.__version__.split(".")[:2]
+    return number in [[*map(str, version)] for version in SUPPORTED]
 
 
 def check_version() -> None:
     """ImportError for a vLLM that is not supported."""
     import vllm
 
-    if tuple(vllm.__version__.split(".")[:2]) not in [
-        tuple(map(str, version)) for version in SUPPORTED
-    ]:
+    if not is_supported():
         versions = " or ".join(f"{major}.{minor}" for major, minor in SUPPORTED)
         raise ImportError(
             f"vLLM is {vllm.__version__}, expected {versions}: pip install 'vllm=={versions}.*', "
