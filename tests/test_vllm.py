@@ -171,6 +171,10 @@ def test_all_tokens_are_vllm_without_the_plugin(family, saved):
         before = ask(llm, *prompts)
     with engine(folder, dict(method="vispruner", keep=1.0)) as llm:
         after = ask(llm, *prompts)
+        # One patch, where 1.0 is all of them.
+        (one,) = ask(llm, prompt(TEXT, picture(1), vispruner_keep=1))
+    newlines = SIDE if family == "llava-next" else 0
+    assert one.length == 2 + 1 + newlines + 3
     for a, b in zip(before, after, strict=True):
         assert (a.length, a.tokens) == (b.length, b.tokens)
         assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)

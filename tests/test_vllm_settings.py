@@ -173,6 +173,17 @@ def test_the_budget_of_a_request(keep, count):
     assert settings.asked(keep) == VisPruner(4 if keep is None else keep)
 
 
+def test_one_token_is_not_all_of_them():
+    """1 and 1.0 are equal, and so are methods that have them."""
+    settings = Settings.of(config(keep=1.0))
+    for keep, count in ((1.0, 16), (1, 1), (1.0, 16), (None, 16)):
+        assert settings.requested(keep, (9, 9)) == count
+    settings = Settings.of(config(keep=1))
+    assert settings.most == settings.requested(None, (9, 9)) == 1
+    with pytest.raises(ValueError, match=r"vispruner_keep is 1\.0, expected at most the server's"):
+        settings.requested(1.0, (9, 9))
+
+
 @pytest.mark.parametrize(
     ("keep", "words"),
     [

@@ -14,12 +14,7 @@ import torch
 from torch import Tensor
 
 from vispruner_kernels._schemas import MAX_HEAD_DIM, MAX_TOKENS
-from vispruner_kernels.integrations._visual import (
-    NEWLINE,
-    Visual,
-    budgets,
-    grids_of,
-)
+from vispruner_kernels.integrations._visual import NEWLINE, Visual, budgets, grids_of
 from vispruner_kernels.methods import Method, by_name
 
 # Prefix tokens ([CLS]) of the vision towers, by `model_type`.
@@ -196,7 +191,8 @@ class Settings:
 
     def count(self, size: Size, method: Method | None = None) -> int:
         """Placeholders of an image of that size, pruned by this method or the server's."""
-        return _count(self, size, method or self.method)
+        method = method or self.method
+        return _count(self, size, method, method.keep)
 
     @property
     def most(self) -> int:
@@ -272,8 +268,9 @@ def _layout(settings: Settings, size: Size) -> Tensor:
     return torch.cat([base, torch.cat([grid, newline], 1).flatten()])
 
 
-@lru_cache(4096)
-def _count(settings: Settings, size: Size, method: Method) -> int:
+# Methods that keep 1 token and 1.0 of them are equal: the type of `keep` tells them apart.
+@lru_cache(4096, typed=True)
+def _count(settings: Settings, size: Size, method: Method, keep: int | float) -> int:
     source = torch.empty(settings.tiles(size), settings.tokens, 0)
     visual = settings.visual([size], source)
     try:
