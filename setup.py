@@ -6,11 +6,15 @@ VISPRUNER_KERNELS_NATIVE   auto: build _C; where that fails, say so and install 
                            1: build _C or fail          0: install without it
 VISPRUNER_KERNELS_CUDA     auto: compile csrc/cuda/*.cu into _C where nvcc is found
                            1: compile them or fail      0: leave them out
+
+They are compiled for all of ARCHITECTURES that the nvcc knows; VISPRUNER_KERNELS_CUDA_ARCHITECTURES
+names others, as in "80;90".
 """
 
 import os
 import shlex
 import shutil
+import subprocess
 import sys
 import sysconfig
 from itertools import dropwhile
@@ -25,6 +29,11 @@ from setuptools.errors import BaseError
 CXX_FLAGS = "-std=c++17 -O3 -g0 -fno-fast-math -ffp-contract=off -fPIC -fvisibility=hidden".split()
 CXX_FLAGS += "-pthread -Wall -Wextra".split()
 NVCC_FLAGS = "-std=c++17 -O3 -fmad=false -Xcompiler=-fPIC,-fvisibility=hidden,-pthread".split()
+# As many at once as there are processors; the registers and the memory of every kernel are printed.
+NVCC_FLAGS += "--threads=0 -Xptxas=-v -Werror=all-warnings".split()
+ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
+# Also as PTX, which the driver compiles for GPUs between and after these.
+PTX_ARCHITECTURE = "100"
 
 
 def switch(name):
@@ -65,6 +74,26 @@ def find_cuda():
     if sources:
         print(f"vispruner_kernels: WITHOUT the CUDA kernels: {problem}", file=sys.stderr)
     return None, []
+
+
+def find_architectures(nvcc):
+    """Those to compile for, and the flags that say so."""
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=False)
+    known = [code.removeprefix("sm_") for code in known.stdout.split()]
+    asked = os.environ.get("VISPRUNER_KERNELS_CUDA_ARCHITECTURES", "").replace(";", " ").split()
+    if wrong := [architecture for architecture in asked if architecture not in known]:
+        raise BaseError(
+            f"VISPRUNER_KERNELS_CUDA_ARCHITECTURES names {', '.join(wrong)}, {nvcc} knows "
+            f"{', '.join(known) or 'none'}"
+        )
+    found = asked or [architecture for architecture in ARCHITECTURES if architecture in known]
+    if not found:
+        raise BaseError(f"{nvcc} knows none of sm_{', sm_'.join(ARCHITECTURES)}")
+    for architecture in set(ARCHITECTURES) - set(asked or known) if not asked else ():
+        print(f"vispruner_kernels: {nvcc} cannot compile for sm_{architecture}", file=sys.stderr)
+    ptx = PTX_ARCHITECTURE if PTX_ARCHITECTURE in found else found[-1]
+    flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in found]
+    return found, [*flags, f"-gencode=arch=compute_{ptx},code=compute_{ptx}"]
 
 
 def ninja_path(path):
@@ -110,7 +139,11 @@ class NinjaBuildExt(build_ext):
         )
         includes = ["-Icsrc", "-isystem", pybind11.get_include()]
         includes += ["-isystem", sysconfig.get_path("include")]
-        defines = ["-DVISPRUNER_KERNELS_WITH_CUDA"] if cuda_sources else []
+        defines, nvcc_flags = [], []
+        if cuda_sources:
+            architectures, nvcc_flags = find_architectures(nvcc)
+            defines = ["-DVISPRUNER_KERNELS_WITH_CUDA"]
+            defines += [f'-DVISPRUNER_KERNELS_CUDA_ARCHITECTURES="{" ".join(architectures)}"']
         compile_cxx = [*cxx, *compile_flags, *CXX_FLAGS, *defines, *includes]
         link = [nvcc, "-shared"] if cuda_sources else [*cxx, *link_flags, "-pthread"]
 
@@ -129,10 +162,11 @@ class NinjaBuildExt(build_ext):
         if cuda_sources:
             lines += [
                 "rule nvcc",
-                f"  command = {ninja_command([nvcc, *NVCC_FLAGS, *includes])} "
+                f"  command = {ninja_command([nvcc, *NVCC_FLAGS, *nvcc_flags, *includes])} "
                 "-MD -MF $out.d -c $in -o $out",
                 "  depfile = $out.d",
                 "  deps = gcc",
+                "  description = CUDA $in",
             ]
         objects = []
         for source in [*ext.sources, *cuda_sources]:

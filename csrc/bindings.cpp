@@ -1,4 +1,4 @@
-// vispruner_kernels._C: the operators of csrc/cpu over plain pointers. The only file that knows of
+// vispruner_kernels._C: the operators of csrc/cpu and csrc/cuda over plain pointers. The only file that knows of
 // Python; vispruner_kernels/_native makes the pointers from tensors and has checked the arguments.
 
 #include <pybind11/pybind11.h>
@@ -11,6 +11,9 @@
 
 #include "cpu/operators.h"
 #include "cpu/simd.h"
+#if defined(VISPRUNER_KERNELS_WITH_CUDA)
+#include "cuda/operators.h"
+#endif
 
 namespace py = pybind11;
 
@@ -20,10 +23,12 @@ namespace {
 using Address = uintptr_t;
 // (address, dtype, stride of an image, stride of a token)
 using TokenStrides = std::tuple<Address, int, int64_t, int64_t>;
+// (address, stride)
+using OffsetStride = std::tuple<Address, int64_t>;
 // (address, stride of an image, of a token, of a head)
 using HeadStrides = std::tuple<Address, int64_t, int64_t, int64_t>;
-// (important_ratio, step, matching, block_threads, eager_rounds)
-using Rule = std::tuple<double, int64_t, int, int, int>;
+// (important_ratio, step, matching, block_threads, eager_rounds, compact_to)
+using Rule = std::tuple<double, int64_t, int, int, int, int>;
 // (dtype, images, sequence, heads, head_dim, scale, num_prefix)
 using Shape = std::tuple<int, int64_t, int64_t, int64_t, int64_t, double, int64_t>;
 
@@ -48,8 +53,8 @@ LogSumExp log_sum_exp(const HeadStrides& x) {
 }
 
 SelectRule select_rule(const Rule& rule) {
-  const auto& [ratio, step, matching, block_threads, eager_rounds] = rule;
-  return {ratio, step, static_cast<Matching>(matching), block_threads, eager_rounds};
+  const auto& [ratio, step, matching, block_threads, eager_rounds, compact_to] = rule;
+  return {ratio, step, static_cast<Matching>(matching), block_threads, eager_rounds, compact_to};
 }
 
 AttentionShape attention_shape(const Shape& shape) {
@@ -65,6 +70,16 @@ std::vector<std::string> simd_names() {
   for (int i = 0; i < count; ++i) names.emplace_back(sets[i]->name);
   return names;
 }
+
+#if defined(VISPRUNER_KERNELS_WITH_CUDA)
+// (important_ratio, step, matching, eager_rounds)
+using CudaRule = std::tuple<double, int32_t, int, int32_t>;
+
+Offsets offsets(const OffsetStride& x) {
+  const auto& [address, stride] = x;
+  return {pointer<const int32_t>(address), stride};
+}
+#endif
 
 }  // namespace
 
@@ -134,6 +149,24 @@ PYBIND11_MODULE(_C, m) {
                                threads, pointer<float>(scores));
       },
       ReleaseGil());
+
+#if defined(VISPRUNER_KERNELS_WITH_CUDA)
+  m.attr("cuda_architectures") = VISPRUNER_KERNELS_CUDA_ARCHITECTURES;
+  m.def("cuda_select_scratch", &cuda_select_scratch);
+  // Not without the lock: a launch takes less time than to get it back.
+  m.def("cuda_select", [](const TokenStrides& features, const TokenStrides& scores,
+                          const OffsetStride& cu_seqlens, const OffsetStride& cu_keep,
+                          int64_t images, int32_t n, int32_t channels, int64_t total, int32_t keep,
+                          int32_t important, const CudaRule& rule, Address indices, Address kept,
+                          Address scratch, int device, Address stream) {
+    const auto& [ratio, step, matching, eager_rounds] = rule;
+    cuda_select({tokens(features), tokens(scores), offsets(cu_seqlens), offsets(cu_keep), images, n,
+                 channels, total, keep, important, ratio, step, static_cast<Matching>(matching),
+                 eager_rounds, pointer<int64_t>(indices), pointer<char>(kept),
+                 pointer<char>(scratch)},
+                device, pointer<void>(stream));
+  });
+#endif
 }
 
 }  // namespace vispruner

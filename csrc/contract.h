@@ -15,6 +15,15 @@ namespace vispruner {
 enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 enum class Matching : int { kBipartite = 0, kPairwise = 1 };
 
+// Features [B, N, C] with last stride 1 or scores [B, N]; packed [total, C] or [total] with `batch`
+// unused. Strides in elements.
+struct Tokens {
+  const char* data;
+  DType dtype;
+  int64_t batch;
+  int64_t token;
+};
+
 // A token whose largest magnitude is below this, or that is not finite, has only zeros.
 constexpr float kMinMagnitude = 1e-30f;
 // 127 * 128: both 7-bit halves of a fixed-point value fit int8.
@@ -37,7 +46,14 @@ VISPRUNER_HD int32_t ordered(float x) {
   return bits >= 0 ? bits : bits ^ 0x7fffffff;
 }
 
-// The same for any float: -0.0 equals 0.0, NaN is below everything.
+VISPRUNER_HD float from_ordered(int32_t key) {
+  const int32_t bits = key >= 0 ? key : key ^ 0x7fffffff;
+  float x;
+  memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
+// As `ordered` for any float: -0.0 equals 0.0, NaN is below everything.
 VISPRUNER_HD int32_t score_key(float x) {
   const int32_t bits = float_bits(x);
   if ((bits & 0x7fffffff) > 0x7f800000) return INT32_MIN;
@@ -48,6 +64,10 @@ VISPRUNER_HD int32_t score_key(float x) {
 // Unique keys: larger first, equal values by the smaller index.
 VISPRUNER_HD int64_t index_key(int32_t value, int32_t index) {
   return int64_t{value} * (int64_t{1} << 32) + (UINT32_MAX - static_cast<uint32_t>(index));
+}
+
+VISPRUNER_HD int32_t key_index(int64_t key) {
+  return static_cast<int32_t>(UINT32_MAX - static_cast<uint32_t>(key));
 }
 
 // The key of a pair of tokens: similarity descending, then the smaller and the larger index

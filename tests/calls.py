@@ -41,9 +41,9 @@ def few(count: int) -> int:
 # Triton's interpreter is slow: it is in the list where it is asked for.
 BACKENDS = [
     name
-    for name, (module, devices) in _backends.BACKENDS.items()
+    for name, devices in _backends.BACKENDS.items()
     if "cpu" in devices
-    and getattr(module, "INSTALLED", True)
+    and getattr(devices["cpu"], "INSTALLED", True)
     and name in ("native", "reference", _backends.REQUESTED)
 ]
 

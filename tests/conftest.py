@@ -33,8 +33,8 @@ def _one_thread() -> Iterator[None]:
     params=[
         "registered",
         *(
-            pytest.param(name, marks=needs_native if module is _native else ())
-            for name, (module, devices) in _backends.BACKENDS.items()
+            pytest.param(name, marks=needs_native if name == "native" else ())
+            for name, devices in _backends.BACKENDS.items()
             # The interpreter is slow: tests/test_triton.py, or as "registered" make test-triton.
             if "cpu" in devices and name != "triton"
         ),
@@ -46,7 +46,7 @@ def backend(request: pytest.FixtureRequest) -> Any:
         return SimpleNamespace(
             **{op: getattr(torch.ops.vispruner, op).default for op in _schemas.SCHEMAS}
         )
-    return _backends.BACKENDS[request.param][0]
+    return _backends.BACKENDS[request.param]["cpu"]
 
 
 @pytest.fixture(params=_native._C.simd_sets() if _native.INSTALLED else [])

@@ -3,7 +3,7 @@ from typing import TypeAlias
 
 _Tokens: TypeAlias = tuple[int, int, int, int]
 _Heads: TypeAlias = tuple[int, int, int, int]
-_Rule: TypeAlias = tuple[float, int, int, int, int]
+_Rule: TypeAlias = tuple[float, int, int, int, int, int]
 _Shape: TypeAlias = tuple[int, int, int, int, int, float, int]
 
 def simd_sets() -> list[str]: ...

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from vispruner_kernels import _native, _schemas, reference
+from vispruner_kernels._native import cuda as _native_cuda
 from vispruner_kernels._triton import operators as _triton
 
 # Device type -> dispatch key. HIP devices are "cuda" devices to PyTorch.
@@ -21,13 +22,21 @@ KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 # Not on AMD GPUs: there a barrier in Triton does not wait for stores, which the kernels that finish
 # in one launch rely on. On CPU tensors in Triton's interpreter.
 _TRITON_DEVICES = ("cuda",) * (torch.version.hip is None) + ("cpu",) * _triton.INTERPRETED
-# The devices a backend can serve, best backend first. An operator belongs to the first backend
-# that is installed, serves the device and has a function of the operator's name. Triton owns CUDA
-# devices whether it is installed or not: without it the operators say what to install.
-BACKENDS: dict[str, tuple[ModuleType, tuple[str, ...]]] = {
-    "native": (_native, ("cpu",)),
-    "triton": (_triton, _TRITON_DEVICES),
-    "reference": (reference, ("cpu", "cuda")),
+# The devices a backend can serve and the module that does, best backend first. An operator belongs
+# to the first backend that is installed, serves the device and has a function of the operator's
+# name, but for those in BY_HAND. Triton owns CUDA devices whether it is installed or not: without it
+# the operators say what to install.
+BACKENDS: dict[str, dict[str, ModuleType]] = {
+    "native": {"cpu": _native, "cuda": _native_cuda},
+    "triton": dict.fromkeys(_TRITON_DEVICES, _triton),
+    "reference": {"cpu": reference, "cuda": reference},
+}
+# What owns operators only where VISPRUNER_KERNELS_BACKEND names it, and why.
+BY_HAND = {
+    ("triton", "cpu"): "the interpreter is for tests",
+    # To own them it has to give the CPU's bits in thousands of cases on a GPU and to be faster than
+    # Triton there, by results in benchmarks/results.
+    ("native", "cuda"): "no results from a GPU yet",
 }
 
 
@@ -63,14 +72,13 @@ CHECKED = _flag("VISPRUNER_KERNELS_CHECK")
 
 def _owner(op: str, device: str) -> str:
     def has(backend: str) -> bool:
-        module, devices = BACKENDS[backend]
-        installed = getattr(module, "INSTALLED", True) or device == "cuda"
-        return device in devices and hasattr(module, op) and installed
+        module = BACKENDS[backend].get(device)
+        installed = getattr(module, "INSTALLED", True) or (backend, device) == ("triton", "cuda")
+        return hasattr(module, op) and installed
 
     if REQUESTED != "auto" and has(REQUESTED):
         return REQUESTED
-    # The interpreter is for tests: it serves a CPU only where it is asked for.
-    return next(b for b in BACKENDS if has(b) and not (b == "triton" and device == "cpu"))
+    return next(b for b in BACKENDS if has(b) and (b, device) not in BY_HAND)
 
 
 # (operator, device type) -> backend.
@@ -79,8 +87,8 @@ OWNERS: dict[tuple[str, str], str] = {
 }
 
 
-def _implementation(op: str, backend: str) -> Callable[..., Any]:
-    function: Callable[..., Any] = getattr(BACKENDS[backend][0], op)
+def _implementation(op: str, backend: str, device: str = "cpu") -> Callable[..., Any]:
+    function: Callable[..., Any] = getattr(BACKENDS[backend][device], op)
     # The reference is made of differentiable operators; its results carry no gradient.
     return torch.no_grad()(function) if backend == "reference" else function
 
@@ -140,7 +148,7 @@ def _register() -> torch.library.Library:
     for op, schema in _schemas.SCHEMAS.items():
         library.define(op + schema.signature, tags=(torch.Tag.pt2_compliant_tag,))
         for device, key in KEYS.items():
-            function = _implementation(op, OWNERS[op, device])
+            function = _implementation(op, OWNERS[op, device], device)
             if CHECKED:
                 function = _compared(op, function)
             library.impl(op, _checked(op, function), key)

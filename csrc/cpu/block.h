@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <functional>
-#include <utility>
 #include <vector>
 
 #include "cpu/simd.h"
@@ -16,15 +15,23 @@ struct Block {
   // and the threads run one after another. 1 is a plain loop; others serve the tests.
   int32_t threads;
 
+  static constexpr bool kListsAreGiven = false;
+
   template <class F>
   void each(int32_t n, F f) {
     for (int32_t thread = 0; thread < threads; ++thread) {
       for (int32_t i = thread; i < n; i += threads) f(i);
     }
   }
-  template <class F>
-  void each_row(int32_t n, F f) {
-    each(n, f);
+  template <class Where, class F, class Use>
+  void each_row(int32_t n, Where where, F f, Use use) {
+    each(n, [&](int32_t i) {
+      if (where(i)) use(i, f(i));
+    });
+  }
+  template <class Where, class F, class Use>
+  void each_list(int32_t n, Where where, F f, Use use) {
+    each_row(n, where, f, use);
   }
   int32_t row_max(const int32_t* row, const int32_t* mask, int64_t n) {
     return simd.row_max(row, mask, n);
@@ -32,23 +39,33 @@ struct Block {
   Best row_argmax(const int32_t* row, const int32_t* mask, int64_t n) {
     return simd.row_argmax(row, mask, n);
   }
-  void nearest(const int32_t* row, const int32_t* mask, int64_t n, Best* list) {
-    simd.nearest(row, mask, n, list);
+  void nearest(const int32_t* row, const int32_t* mask, int64_t n, Best* list, int32_t length) {
+    simd.nearest(row, mask, n, list, length);
   }
-  // Keys up to which counting the larger ones is faster than a sort.
+  void gather(const int32_t* sim, int64_t ld, const int32_t* tokens, int32_t n, int32_t* out,
+              int64_t width) {
+    each(n, [&](int32_t p) {
+      for (int32_t q = 0; q < n; ++q) out[p * width + q] = sim[tokens[p] * ld + tokens[q]];
+    });
+  }
+  Best first_living(const Best* list, int32_t length, const int32_t* mask) {
+    for (int32_t k = 0; k < length; ++k) {
+      if (mask[list[k].index] == kLives) return list[k];
+    }
+    return kNobody;
+  }
+  // Values up to which counting the larger ones is faster than a sort.
   static constexpr int32_t kCountTo = 1024;
   template <class F>
-  void each_ranked(const int64_t* keys, int32_t n, F f) {
+  void each_ranked(const int32_t* values, int32_t n, F f) {
     if (n <= kCountTo) {
-      each(n, [&](int32_t i) { f(i, simd.rank(keys, keys[i], n)); });
+      each(n, [&](int32_t i) { f(i, simd.rank(values, i, n)); });
       return;
     }
-    // Equal keys would have equal ranks; here they get some order. Only those of tokens without a
-    // pair are equal, and their ranks are not used.
-    std::vector<std::pair<int64_t, int32_t>> sorted(n);
-    for (int32_t i = 0; i < n; ++i) sorted[i] = {keys[i], i};
+    std::vector<int64_t> sorted(n);
+    for (int32_t i = 0; i < n; ++i) sorted[i] = index_key(values[i], i);
     std::sort(sorted.begin(), sorted.end(), std::greater<>());
-    for (int32_t rank = 0; rank < n; ++rank) f(sorted[rank].second, rank);
+    for (int32_t rank = 0; rank < n; ++rank) f(key_index(sorted[rank]), rank);
   }
   void next_living(const int32_t* mask, int32_t n, int32_t* next) {
     next[n] = n;

@@ -8,22 +8,14 @@
 
 namespace vispruner {
 
-// Features [B, N, C] with last stride 1 or scores [B, N]; packed [total, C] or [total] with `batch`
-// unused.
-struct Tokens {
-  const char* data;
-  DType dtype;
-  int64_t batch;
-  int64_t token;
-};
-
 struct SelectRule {
   double important_ratio;
   int64_t step;
   Matching matching;
-  // See cpu/block.h and pairwise in passes.h: neither changes a bit.
+  // See cpu/block.h, and pairwise and Compact in passes.h: none of them changes a bit.
   int32_t block_threads;
   int32_t eager_rounds;
+  int32_t compact_to;
 };
 
 // indices [B, keep]; kept [B, keep, C] contiguous, or null.

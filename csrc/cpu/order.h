@@ -27,10 +27,6 @@ inline std::vector<int64_t> score_keys(const Simd& simd, const Tokens& scores, i
   return keys;
 }
 
-inline int32_t key_index(int64_t key) {
-  return static_cast<int32_t>(UINT32_MAX - static_cast<uint32_t>(key));
-}
-
 // The indices of the `keep` largest keys, ascending.
 inline void best_ascending(std::vector<int64_t>& keys, int64_t keep, int64_t* indices) {
   std::nth_element(keys.begin(), keys.begin() + (keep - 1), keys.end(), std::greater<int64_t>());

@@ -37,8 +37,8 @@ struct Simd {
   // See passes.h. n is a multiple of kPanel for the row functions.
   int32_t (*row_max)(const int32_t* row, const int32_t* mask, int64_t n);
   Best (*row_argmax)(const int32_t* row, const int32_t* mask, int64_t n);
-  void (*nearest)(const int32_t* row, const int32_t* mask, int64_t n, Best* list);
-  int32_t (*rank)(const int64_t* keys, int64_t key, int64_t n);
+  void (*nearest)(const int32_t* row, const int32_t* mask, int64_t n, Best* list, int32_t length);
+  int32_t (*rank)(const int32_t* values, int32_t i, int32_t n);
 
   // The dot product of n floats in 16 lanes and a tree.
   float (*dot)(const float* a, const float* b, int64_t n);

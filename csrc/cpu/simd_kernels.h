@@ -177,8 +177,8 @@ Best row_argmax(const int32_t* row, const int32_t* mask, int64_t n) {
   return {best, -1};
 }
 
-void nearest(const int32_t* row, const int32_t* mask, int64_t n, Best* list) {
-  int32_t least = list[kNeighbours - 1].value;
+void nearest(const int32_t* row, const int32_t* mask, int64_t n, Best* list, int32_t length) {
+  int32_t least = list[length - 1].value;
   for (int64_t block = 0; block < n; block += kPanel) {
     int32_t better = 0;
     for (int64_t j = block; j < block + kPanel; ++j) {
@@ -188,18 +188,19 @@ void nearest(const int32_t* row, const int32_t* mask, int64_t n, Best* list) {
     for (int64_t j = block; j < block + kPanel; ++j) {
       const int32_t value = row[j] < mask[j] ? row[j] : mask[j];
       if (value <= least) continue;
-      int32_t place = kNeighbours - 1;
+      int32_t place = length - 1;
       for (; place > 0 && list[place - 1].value < value; --place) list[place] = list[place - 1];
       list[place] = {value, static_cast<int32_t>(j)};
-      least = list[kNeighbours - 1].value;
+      least = list[length - 1].value;
     }
   }
 }
 
-int32_t rank(const int64_t* keys, int64_t key, int64_t n) {
-  int64_t above = 0;
-  for (int64_t j = 0; j < n; ++j) above += keys[j] > key;
-  return static_cast<int32_t>(above);
+int32_t rank(const int32_t* values, int32_t i, int32_t n) {
+  const int32_t value = values[i];
+  int32_t before = 0;
+  for (int32_t j = 0; j < n; ++j) before += values[j] > value || (values[j] == value && j < i);
+  return before;
 }
 
 float dot(const float* a, const float* b, int64_t n) {

@@ -1,4 +1,4 @@
-"""The C++ core: tensors to pointers, and one call into `vispruner_kernels._C`.
+"""The C++ core on the CPU: tensors to pointers, and one call into `vispruner_kernels._C`.
 
 The arguments have been checked; what only a CPU can check, the values of offsets, is checked here.
 Every allocation names its device: whoever calls from C++ may have another default.
@@ -37,6 +37,9 @@ _MATCHINGS = {name: number for number, name in enumerate(MATCHINGS)}
 _BLOCK_THREADS = 1
 # Rounds of the pairwise rule before it takes care of its bad case; any number gives the same bits.
 _EAGER_ROUNDS = 64
+# Living tokens from which on the bipartite rule works on a copy of their similarities, a multiple of
+# 16; any number gives the same bits.
+_COMPACT_TO = 0
 
 
 def _use_simd(name: str) -> None:
@@ -67,8 +70,9 @@ def _packed(x: Tensor) -> tuple[int, int, int, int]:
     return x.data_ptr(), _DTYPES[x.dtype], 0, x.stride(0)
 
 
-def _rule(important_ratio: float, step: int, matching: str) -> tuple[float, int, int, int, int]:
-    return important_ratio, step, _MATCHINGS[matching], _BLOCK_THREADS, _EAGER_ROUNDS
+def _rule(important_ratio: float, step: int, matching: str) -> tuple[float, int, int, int, int, int]:
+    numbers = _MATCHINGS[matching], _BLOCK_THREADS, _EAGER_ROUNDS, _COMPACT_TO
+    return important_ratio, step, *numbers
 
 
 def select(

@@ -1,0 +1,92 @@
+// Lists of nearest neighbours, one for a warp at a time.
+#pragma once
+
+#include "cuda/block.cuh"
+
+namespace vispruner {
+
+// Neighbours of a token that are listed: one for a lane. Among 32 is one of b in more than 99 % of
+// the look-ups, until few tokens live (docs/measured.md).
+constexpr int32_t kListed = kWarp;
+// Shared memory of a warp.
+constexpr int32_t kStagingBytes = kListed * sizeof(Best);
+
+__device__ inline int32_t count_reached(const int32_t* row, int32_t ld, int32_t bound) {
+  int32_t reached = 0;
+  for (int32_t j = 4 * lane_id(); j < ld; j += 4 * kWarp) {
+    const int4 four = *reinterpret_cast<const int4*>(row + j);
+    reached += (four.x >= bound) + (four.y >= bound) + (four.z >= bound) + (four.w >= bound);
+  }
+  return __reduce_add_sync(kAllLanes, reached);
+}
+
+// list[kListed] of a token with similarities row[ld]: Lists in passes.h says what is in it. Entries
+// for which there is nobody name the token itself.
+__device__ inline void list_neighbours(const int32_t* row, int32_t n, int32_t ld, int32_t token,
+                                       Best* staging, Best* list) {
+  int32_t least = INT32_MAX, most = kDead;
+  for (int32_t j = lane_id(); j < n; j += kWarp) {
+    const int32_t key = row[j];
+    most = larger(most, key);
+    if (key != kDead) least = smaller(least, key);
+  }
+  least = __reduce_min_sync(kAllLanes, least);
+  most = __reduce_max_sync(kAllLanes, most);
+
+  // Phase 1: `high` is reached by `taken` tokens, at most a list, `low` by more. Halving ends with a
+  // list that is nearly full, or where the two are neighbours; then equal keys fill it up.
+  int32_t low = least, high = larger(most, kDead + 1) + 1, taken = 0;
+  const bool all = n - 1 <= kListed;
+  if (all) {
+    high = least;
+    taken = n - 1;
+  }
+  for (int32_t step = 0; !all && high - low > 1 && taken < kListed * 3 / 4; ++step) {
+    int32_t middle = low + (high - low) / 2;
+    if (step < 16) {
+      // In the middle of two similarities are more of them than in that of their bits.
+      const float sum = __fadd_rn(from_ordered(low), from_ordered(high));
+      middle = ordered(__fmul_rn(sum, 0.5f));
+      middle = larger(low + 1, smaller(middle, high - 1));
+    }
+    const int32_t reached = count_reached(row, ld, middle);
+    if (reached <= kListed) {
+      high = middle;
+      taken = reached;
+    } else {
+      low = middle;
+    }
+  }
+  const bool fill = !all && high - low == 1;
+
+  // Phase 2: those that reach `high` by index, behind them the first that are as near as `low`.
+  int32_t above = 0, equal = taken;
+  for (int32_t first = 0; first < n; first += kWarp) {
+    const int32_t j = first + lane_id();
+    const int32_t key = j < n ? row[j] : kDead;
+    const bool is_above = key != kDead && key >= high;
+    const bool is_equal = fill && key == low;
+    const uint32_t lanes_above = __ballot_sync(kAllLanes, is_above);
+    const uint32_t lanes_equal = __ballot_sync(kAllLanes, is_equal);
+    const int32_t slot =
+        is_above ? above + __popc(lanes_above & lanes_before())
+                 : equal + __popc(lanes_equal & lanes_before());
+    if ((is_above || is_equal) && slot < kListed) staging[slot] = {key, j};
+    above += __popc(lanes_above);
+    equal += __popc(lanes_equal);
+  }
+  __syncwarp();
+
+  // Phase 3: in order.
+  const int32_t count = smaller(equal, kListed);
+  const Best mine = lane_id() < count ? staging[lane_id()] : Best{kDead, token};
+  int32_t rank = 0;
+  for (int32_t k = 0; k < kWarp; ++k) {
+    const int32_t other = __shfl_sync(kAllLanes, mine.value, k);
+    rank += other > mine.value || (other == mine.value && k < lane_id());
+  }
+  list[rank] = mine;
+  __syncwarp();
+}
+
+}  // namespace vispruner

@@ -1,0 +1,34 @@
+// What CUDA C++ has no words for, or only in headers that cost seconds to compile. The tests have a
+// file of this name of their own, with which the kernels run on a CPU (tests/cuda_on_cpu).
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace vispruner {
+
+// The dynamic shared memory of the thread block.
+__device__ inline char* shared_memory() {
+  extern __shared__ int4 memory[];
+  return reinterpret_cast<char*>(memory);
+}
+
+__device__ inline float half_to_float(uint16_t bits) {
+  float x;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+  return x;
+}
+
+// sums[16][8] += a[16][32] * b[32][8] of int8 by tensor cores. With g = lane / 4 and t = lane % 4:
+// a[0]: row g, a[1]: row g + 8, columns 4 t to 4 t + 3; a[2] and a[3]: the same rows 16 columns on;
+// b[0]: column g, rows 4 t to 4 t + 3; b[1]: 16 rows on; sums[0] and [1]: row g, columns 2 t and
+// 2 t + 1; sums[2] and [3]: row g + 8.
+__device__ inline void mma_s8(int32_t (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+}  // namespace vispruner

@@ -1,0 +1,218 @@
+// The fixed-point cosine similarities of two blocks of tokens (docs/contract.md, section 2.3), by
+// int8 tensor cores.
+#pragma once
+
+#include "cuda/block.cuh"
+
+namespace vispruner {
+
+// Tokens of a block, the side of a tile; channels of a step; threads that make a tile.
+constexpr int32_t kTile = 64;
+constexpr int32_t kStep = 64;
+constexpr int32_t kTileThreads = 512;
+// A thread converts a slice of a token's channels in each step.
+constexpr int32_t kSlice = 16;
+constexpr int32_t kSlices = kStep / kSlice;
+static_assert(kTileThreads == 2 * kTile * kSlices, "a thread for each slice of both blocks");
+// Bytes between rows in shared memory: with 16 more than a step the lanes of a warp that load a
+// fragment hit different banks.
+constexpr int32_t kPitch = kStep + 16;
+// One half of the fixed-point values of a block. Four make a step, and there are two steps: one is
+// written while the other is multiplied.
+constexpr int32_t kHalfBytes = kTile * kPitch;
+constexpr int32_t kStepBytes = 4 * kHalfBytes;
+constexpr int32_t kTileBytes = 2 * kStepBytes + 2 * kTile * sizeof(float);
+
+// 16 channels of a token.
+template <DType kDType>
+struct Slice {
+  static constexpr int32_t kSize = kDType == DType::kFloat32 ? 4 : 2;
+  static constexpr uint32_t kMagnitude = kDType == DType::kFloat32 ? 0x7fffffff : 0x7fff;
+
+  uint32_t words[kSlice * kSize / 4];
+
+  __device__ uint32_t bits(int32_t e) const {
+    return kSize == 4 ? words[e] : words[e / 2] >> (16 * (e % 2)) & 0xffff;
+  }
+  __device__ static float value(uint32_t bits) {
+    if constexpr (kDType == DType::kFloat16) return half_to_float(static_cast<uint16_t>(bits));
+    return __int_as_float(static_cast<int32_t>(kSize == 4 ? bits : bits << 16));
+  }
+
+  // Zeros where there is no token, or no channel. `aligned`: rows begin at multiples of 16 bytes.
+  __device__ void load(const char* row, int32_t channel, int32_t channels, bool aligned) {
+    constexpr int32_t kVectors = kSlice * kSize / 16;
+    if (row && aligned && channel + kSlice <= channels) {
+      const uint4* const vectors = reinterpret_cast<const uint4*>(row + int64_t{channel} * kSize);
+#pragma unroll
+      for (int32_t v = 0; v < kVectors; ++v) {
+        const uint4 vector = vectors[v];
+        words[4 * v] = vector.x;
+        words[4 * v + 1] = vector.y;
+        words[4 * v + 2] = vector.z;
+        words[4 * v + 3] = vector.w;
+      }
+      return;
+    }
+#pragma unroll
+    for (int32_t e = 0; e < kSlice; ++e) {
+      const bool there = row && channel + e < channels;
+      if (kSize == 4) {
+        words[e] = there ? reinterpret_cast<const uint32_t*>(row)[channel + e] : 0;
+      } else {
+        const uint32_t half = there ? reinterpret_cast<const uint16_t*>(row)[channel + e] : 0;
+        words[e / 2] = e % 2 ? words[e / 2] | half << 16 : half;
+      }
+    }
+  }
+
+  // The largest bits without sign: they have the order of the magnitudes, NaN above all.
+  __device__ uint32_t magnitude() const {
+    uint32_t most = 0;
+#pragma unroll
+    for (int32_t e = 0; e < kSlice; ++e) {
+      const uint32_t one = bits(e) & kMagnitude;
+      most = one > most ? one : most;
+    }
+    return most;
+  }
+
+  // Stores the int8 halves of the fixed-point values, and returns the sum of their squares.
+  __device__ uint32_t convert(float scale, char* high, char* low) const {
+    uint32_t highs[kSlice / 4] = {}, lows[kSlice / 4] = {};
+    uint32_t squares = 0;
+#pragma unroll
+    for (int32_t e = 0; e < kSlice; ++e) {
+      // Not by the product: infinity times 0 is NaN.
+      const float x = scale > 0.0f ? value(bits(e)) : 0.0f;
+      const int32_t q = __float2int_rz(__fmul_rn(x, scale));
+      // 16 squares of at most 16256 fit 32 bits without sign.
+      squares += static_cast<uint32_t>(q * q);
+      highs[e / 4] |= (static_cast<uint32_t>(q >> 7) & 0xff) << (8 * (e % 4));
+      lows[e / 4] |= (static_cast<uint32_t>(q) & 0x7f) << (8 * (e % 4));
+    }
+    *reinterpret_cast<uint4*>(high) = make_uint4(highs[0], highs[1], highs[2], highs[3]);
+    *reinterpret_cast<uint4*>(low) = make_uint4(lows[0], lows[1], lows[2], lows[3]);
+    return squares;
+  }
+};
+
+// Writes sim[i][j] and sim[j][i] for the tokens i of block a and j of block b: ordered keys, kDead
+// on the diagonal and behind a row; `ld` is n rounded up to 16. `memory`: kTileBytes, shared.
+template <DType kDType>
+__device__ void similarity_tile(const char* features, int64_t stride, int32_t channels,
+                                bool aligned, int32_t n, int32_t block_a, int32_t block_b,
+                                char* memory, int32_t* sim, int64_t ld) {
+  // Halves of a step, by block (a, b) and half (high, low).
+  const auto half = [=](int32_t step, int32_t block, int32_t low) {
+    return memory + (step % 2) * kStepBytes + (2 * block + low) * kHalfBytes;
+  };
+  float* const inverse_norm = reinterpret_cast<float*>(memory + 2 * kStepBytes);
+
+  // Phase 1: the scale of each token; four threads have one.
+  const int32_t mine = static_cast<int32_t>(threadIdx.x) / kSlices;
+  const int32_t channel = static_cast<int32_t>(threadIdx.x) % kSlices * kSlice;
+  const int32_t token = (mine < kTile ? block_a : block_b) * kTile + mine % kTile;
+  const char* const row =
+      token < n ? features + token * stride * Slice<kDType>::kSize : nullptr;
+  Slice<kDType> slice;
+  uint32_t most = 0;
+#pragma unroll 4
+  for (int32_t c = channel; c < channels; c += kStep) {
+    slice.load(row, c, channels, aligned);
+    const uint32_t magnitude = slice.magnitude();
+    most = magnitude > most ? magnitude : most;
+  }
+  for (int32_t distance = 1; distance < kSlices; distance *= 2) {
+    const uint32_t other = __shfl_xor_sync(kAllLanes, most, distance);
+    most = other > most ? other : most;
+  }
+  const float magnitude = Slice<kDType>::value(most);
+  const bool usable = float_bits(magnitude) >= float_bits(kMinMagnitude) &&
+                      float_bits(magnitude) < 0x7f800000;
+  const float scale = usable ? __fdiv_rn(kFixedPointMax, magnitude) : 0.0f;
+
+  // Phase 2: products of the halves. A warp has 16 x 16 of the tile, as two fragments of 16 x 8.
+  const int32_t row_a = warp_id() / 4 * 16 + lane_id() / 4;
+  const int32_t row_b = warp_id() % 4 * 16 + lane_id() / 4;
+  const int32_t column = lane_id() % 4 * 4;
+  int32_t high[2][4] = {}, mixed[2][4] = {}, low[2][4] = {};
+  uint64_t squares = 0;
+  const int32_t steps = (channels + kStep - 1) / kStep;
+  slice.load(row, channel, channels, aligned);
+  for (int32_t step = 0; step < steps; ++step) {
+    const int32_t offset = mine % kTile * kPitch + channel;
+    squares += slice.convert(scale, half(step, mine / kTile, 0) + offset,
+                             half(step, mine / kTile, 1) + offset);
+    // Loaded while the tensor cores work.
+    if (step + 1 < steps) slice.load(row, (step + 1) * kStep + channel, channels, aligned);
+    __syncthreads();
+#pragma unroll
+    for (int32_t k = 0; k < kStep; k += 32) {
+      const auto word = [=](int32_t block, int32_t low, int32_t row, int32_t behind) {
+        return *reinterpret_cast<const uint32_t*>(half(step, block, low) + row * kPitch + k +
+                                                  behind + column);
+      };
+      uint32_t a[2][4];
+      for (int32_t l = 0; l < 2; ++l) {
+        a[l][0] = word(0, l, row_a, 0);
+        a[l][1] = word(0, l, row_a + 8, 0);
+        a[l][2] = word(0, l, row_a, 16);
+        a[l][3] = word(0, l, row_a + 8, 16);
+      }
+      for (int32_t f = 0; f < 2; ++f) {
+        uint32_t b[2][2];
+        for (int32_t l = 0; l < 2; ++l) {
+          b[l][0] = word(1, l, row_b + 8 * f, 0);
+          b[l][1] = word(1, l, row_b + 8 * f, 16);
+        }
+        mma_s8(high[f], a[0], b[0]);
+        // 2 * 65536 products of -127 .. 127 by 0 .. 127 still fit.
+        mma_s8(mixed[f], a[0], b[1]);
+        mma_s8(mixed[f], a[1], b[0]);
+        mma_s8(low[f], a[1], b[1]);
+      }
+    }
+  }
+
+  // Phase 3: norms.
+  for (int32_t distance = 1; distance < kSlices; distance *= 2) {
+    squares += __shfl_xor_sync(kAllLanes, static_cast<unsigned long long>(squares), distance);
+  }
+  if (channel == 0) {
+    const float norm = __fsqrt_rn(__ll2float_rn(static_cast<long long>(squares)));
+    inverse_norm[mine] = squares > 0 ? __fdiv_rn(1.0f, norm) : 0.0f;
+  }
+  __syncthreads();
+
+  // Phase 4: similarities, and their keys.
+  for (int32_t f = 0; f < 2; ++f) {
+    for (int32_t below = 0; below < 2; ++below) {
+      const int32_t in_a = row_a + 8 * below;
+      const int32_t in_b = warp_id() % 4 * 16 + 8 * f + lane_id() % 4 * 2;
+      const int32_t i = block_a * kTile + in_a;
+      const int32_t j = block_b * kTile + in_b;
+      int32_t keys[2];
+      for (int32_t e = 0; e < 2; ++e) {
+        const int32_t s = 2 * below + e;
+        const int64_t gram = int64_t{high[f][s]} * (1 << 14) + int64_t{mixed[f][s]} * (1 << 7) +
+                             int64_t{low[f][s]};
+        const float norms = __fmul_rn(inverse_norm[in_a], inverse_norm[kTile + in_b + e]);
+        const float similarity = __fmul_rn(__ll2float_rn(gram), norms);
+        const bool pair = i < n && j + e < n && i != j + e;
+        keys[e] = pair ? ordered(similarity) : kDead;
+      }
+      if (i < n && j < ld) {
+        *reinterpret_cast<int2*>(sim + i * ld + j) = make_int2(keys[0], keys[1]);
+      }
+      if (block_a == block_b || i >= ld) continue;
+      for (int32_t e = 0; e < 2; ++e) {
+        if (j + e < n) sim[(j + e) * ld + i] = keys[e];
+      }
+    }
+  }
+  // The memory may be used for something else.
+  __syncthreads();
+}
+
+}  // namespace vispruner

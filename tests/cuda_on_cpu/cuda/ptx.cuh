@@ -1,0 +1,59 @@
+// Stands in for csrc/cuda/ptx.cuh: what of a kernel is PTX, on a CPU.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace vispruner {
+
+// Of the calling block, as many bytes as the launch says.
+inline char* shared_memory() { return cuda_on_cpu::machine.shared; }
+
+inline float half_to_float(uint16_t bits) {
+  const int sign = bits >> 15, exponent = bits >> 10 & 31, fraction = bits & 1023;
+  const float x = exponent == 31 ? (fraction ? NAN : INFINITY)
+                  : exponent     ? std::ldexp(1024.0f + fraction, exponent - 25)
+                                 : std::ldexp(1.0f * fraction, -24);
+  return std::copysign(x, sign ? -1.0f : 1.0f);
+}
+
+// mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32: sums += a * b, modulo 2^32. What a lane holds is
+// in the PTX ISA under "Matrix Fragments for mma.m16n8k32" (9.7.14.5.10 in version 9.2). With
+// group = lane / 4 and place = lane % 4, where element i of a and b is byte i % 4 of register
+// i / 4:
+//   a[16][32]: row group, 8 more for i of 4 .. 7 and 12 .. 15;
+//              column 4 place + i % 4, 16 more for i > 7
+//   b[32][8]:  row 4 place + i % 4, 16 more for i > 3; column group
+//   c[16][8]:  row group, 8 more for i > 1; column 2 place + i % 2
+inline void mma_s8(int32_t (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                   cuda_on_cpu::Site site = cuda_on_cpu::Site::here()) {
+  struct Args {
+    int32_t* sums;
+    const uint32_t *a, *b;
+  } args = {sums, a, b};
+  cuda_on_cpu::collective(__func__, site, 0xffffffff, args, [](Args* const* lanes) {
+    int8_t rows[16][32], columns[8][32];
+    for (int lane = 0; lane < 32; ++lane) {
+      const int group = lane / 4, place = lane % 4;
+      for (int r = 0; r < 4; ++r) {
+        memcpy(&rows[group + r % 2 * 8][4 * place + r / 2 * 16], &lanes[lane]->a[r], 4);
+      }
+      for (int r = 0; r < 2; ++r)
+        memcpy(&columns[group][4 * place + r * 16], &lanes[lane]->b[r], 4);
+    }
+    for (int lane = 0; lane < 32; ++lane) {
+      for (int i = 0; i < 4; ++i) {
+        const int8_t* const row = rows[lane / 4 + i / 2 * 8];
+        const int8_t* const column = columns[lane % 4 * 2 + i % 2];
+        int sum = 0;
+        for (int k = 0; k < 32; ++k) sum += row[k] * column[k];
+        lanes[lane]->sums[i] = cuda_on_cpu::add(lanes[lane]->sums[i], sum);
+      }
+    }
+  });
+}
+
+}  // namespace vispruner

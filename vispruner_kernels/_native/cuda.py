@@ -1,0 +1,151 @@
+"""The CUDA kernels of the C++ core: one launch on the current stream of the tensors' device.
+
+The arguments have been checked. Nothing is allocated but the output and one piece of scratch.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from vispruner_kernels import _native
+from vispruner_kernels._native import _C, _MATCHINGS, _packed, _tokens
+
+# `_backends` takes every function here that has an operator's name, if the kernels are there. The
+# devices of AMD are "cuda" devices to PyTorch.
+INSTALLED = _native.INSTALLED and hasattr(_C, "cuda_select") and torch.version.hip is None
+REASON = "" if INSTALLED else "vispruner_kernels._C has no CUDA kernels"
+
+
+@functools.lru_cache(maxsize=1024)
+def _scratch_bytes(images: int, tokens: int, total: int, removes: bool) -> int:
+    return _C.cuda_select_scratch(images, tokens, total, removes)
+
+
+def _device_and_stream(x: Tensor) -> tuple[int, int]:
+    """The current stream as a number, without the objects that torch.cuda makes around it."""
+    device = x.get_device()
+    return device, torch._C._cuda_getCurrentRawStream(device)
+
+
+def _launch(
+    features: tuple[int, int, int, int],
+    scores: tuple[int, int, int, int],
+    cu_seqlens: tuple[int, int],
+    cu_keep: tuple[int, int],
+    shape: tuple[int, int, int, int],
+    keep: int,
+    important: int,
+    rule: tuple[float, int, str],
+    out: Tensor,
+    kept: int,
+) -> None:
+    images, n, channels, total = shape
+    ratio, step, matching = rule
+    removes = cu_seqlens[0] != 0 or important < keep < n
+    size = _scratch_bytes(images, n, total, removes)
+    scratch = torch.empty(size, dtype=torch.int8, device=out.device)
+    _C.cuda_select(
+        features,
+        scores,
+        cu_seqlens,
+        cu_keep,
+        images,
+        n,
+        channels,
+        total,
+        keep,
+        important,
+        (ratio, min(step, n), _MATCHINGS[matching], _native._EAGER_ROUNDS),
+        out.data_ptr(),
+        kept,
+        scratch.data_ptr(),
+        *_device_and_stream(out),
+    )
+
+
+def _select(
+    features: Tensor,
+    scores: Tensor,
+    keep: int,
+    important_ratio: float,
+    step: int,
+    matching: str,
+    kept: int,
+) -> Tensor:
+    batch, n, channels = features.shape
+    out = torch.empty((batch, keep), dtype=torch.int64, device=features.device)
+    if batch:
+        _launch(
+            _tokens(features),
+            _tokens(scores),
+            (0, 0),
+            (0, 0),
+            (batch, n, channels, batch * n),
+            keep,
+            int(keep * important_ratio),
+            (important_ratio, step, matching),
+            out,
+            kept,
+        )
+    return out
+
+
+def select(
+    features: Tensor,
+    scores: Tensor,
+    keep: int,
+    important_ratio: float = 0.5,
+    step: int = 8,
+    matching: str = "bipartite",
+) -> Tensor:
+    return _select(features, scores, keep, important_ratio, step, matching, 0)
+
+
+def prune(
+    features: Tensor,
+    scores: Tensor,
+    keep: int,
+    important_ratio: float = 0.5,
+    step: int = 8,
+    matching: str = "bipartite",
+) -> tuple[Tensor, Tensor]:
+    size = features.shape[0], keep, features.shape[2]
+    kept = torch.empty(size, dtype=features.dtype, device=features.device)
+    rule = important_ratio, step, matching
+    return kept, _select(features, scores, keep, *rule, kept.data_ptr())
+
+
+def select_varlen(
+    features: Tensor,
+    scores: Tensor,
+    cu_seqlens: Tensor,
+    cu_keep: Tensor,
+    max_seqlen: int,
+    total_keep: int,
+    important_ratio: float = 0.5,
+    step: int = 8,
+    matching: str = "bipartite",
+) -> Tensor:
+    total, channels = features.shape
+    images, longest = len(cu_seqlens) - 1, min(max_seqlen, total)
+    out = torch.empty(total_keep, dtype=torch.int64, device=features.device)
+    if total_keep == 0:
+        return out
+    if images == 0 or longest == 0:
+        return out.zero_()
+    _launch(
+        _packed(features),
+        _packed(scores),
+        (cu_seqlens.data_ptr(), cu_seqlens.stride(0)),
+        (cu_keep.data_ptr(), cu_keep.stride(0)),
+        (images, longest, channels, total),
+        total_keep,
+        0,
+        (important_ratio, step, matching),
+        out,
+        0,
+    )
+    return out
