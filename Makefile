@@ -65,7 +65,7 @@ bench-gpu: $(if $(OWN),dev) ## the tables on this machine's GPU, in benchmarks/r
 	@# select last: torch.compile may take very long for its loop.
 	@failed=; bench() { $(GPU_PY) -m benchmarks.$$* --device cuda --json || failed="$$failed $$1"; }; \
 	bench attention $(BENCH_ARGS); bench scores $(BENCH_ARGS); bench llava $(LLAVA_ARGS); \
-	bench select $(BENCH_ARGS); \
+	bench backends $(BENCH_ARGS); bench select $(BENCH_ARGS); \
 	[ -z "$$failed" ] || { echo "make: failed:$$failed" >&2; exit 1; }
 
 dev: .venv/stamp-native ## .venv: dependencies, tools, the package (editable), the native core

@@ -12,6 +12,7 @@ names others, as in "80;90".
 """
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -29,7 +30,7 @@ from setuptools.errors import BaseError
 CXX_FLAGS = "-std=c++17 -O3 -g0 -fno-fast-math -ffp-contract=off -fPIC -fvisibility=hidden".split()
 CXX_FLAGS += "-pthread -Wall -Wextra".split()
 NVCC_FLAGS = "-std=c++17 -O3 -fmad=false -Xcompiler=-fPIC,-fvisibility=hidden,-pthread".split()
-# As many at once as there are processors; the registers and the memory of every kernel are printed.
+# As many architectures at once as there are processors, with a report on every kernel.
 NVCC_FLAGS += "--threads=0 -Xptxas=-v -Werror=all-warnings".split()
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
 # Also as PTX, which the driver compiles for GPUs between and after these.
@@ -94,6 +95,23 @@ def find_architectures(nvcc):
     ptx = PTX_ARCHITECTURE if PTX_ARCHITECTURE in found else found[-1]
     flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in found]
     return found, [*flags, f"-gencode=arch=compute_{ptx},code=compute_{ptx}"]
+
+
+def print_resources(log):
+    """What the assembler says of the kernels, a line for each architecture."""
+    kernels = re.findall(
+        r"entry function '\S+' for '(sm_\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores"
+        r".*?Used (\d+) registers",
+        log,
+        re.DOTALL,
+    )
+    for name in dict.fromkeys(kernel[0] for kernel in kernels):
+        numbers = [[int(x) for x in kernel[1:]] for kernel in kernels if kernel[0] == name]
+        stack, spilled, registers = (max(column) for column in zip(*numbers, strict=True))
+        print(
+            f"vispruner_kernels: {name}: {len(numbers)} kernels, at most {registers} registers, "
+            f"{stack} bytes of stack, {spilled} bytes spilled"
+        )
 
 
 def ninja_path(path):
@@ -163,7 +181,7 @@ class NinjaBuildExt(build_ext):
             lines += [
                 "rule nvcc",
                 f"  command = {ninja_command([nvcc, *NVCC_FLAGS, *nvcc_flags, *includes])} "
-                "-MD -MF $out.d -c $in -o $out",
+                "-MD -MF $out.d -c $in -o $out > $out.txt 2>&1 || { cat $out.txt; exit 1; }",
                 "  depfile = $out.d",
                 "  deps = gcc",
                 "  description = CUDA $in",
@@ -179,6 +197,8 @@ class NinjaBuildExt(build_ext):
         build_file = build_dir / "build.ninja"
         build_file.write_text("\n".join(lines) + "\n")
         self.spawn([ninja, "-f", str(build_file)])
+        for source in cuda_sources:
+            print_resources((build_dir / f"{source}.o.txt").read_text())
 
 
 NATIVE = switch("VISPRUNER_KERNELS_NATIVE")
@@ -189,7 +209,7 @@ if (NATIVE, CUDA) == ("0", "1"):
 native = Extension(
     "vispruner_kernels._C",
     sources=["csrc/bindings.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))],
-    depends=sorted(map(str, Path("csrc").rglob("*.h"))),
+    depends=sorted(map(str, Path("csrc").rglob("*.*h"))),
     optional="1" not in (NATIVE, CUDA),
 )
 setup(

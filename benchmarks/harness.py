@@ -266,9 +266,10 @@ def race(
     inputs: tuple[Tensor, ...],
     options: argparse.Namespace,
     cold: Tensor | None = None,
+    seconds: float | None = None,
 ) -> dict[T, Result]:
     """Checks every competitor, then times those that are right, in turns. `cold` is the input that
-    L2 must not hold in a cold time, where there is to be one."""
+    L2 must not hold in a cold time, where there is to be one. `seconds` replaces CASE_SECONDS."""
     device, copies = options.device, 1
     if cold is not None and device == "cuda":
         copies += 2 * limits.l2_bytes() // (cold.numel() * cold.element_size())
@@ -297,9 +298,10 @@ def race(
                         result.times[clock] = sample
                     elif only in ("", clock):
                         running[name, clock] = sample
-        samples = interleaved(running, options.rounds, CASE_SECONDS[device])
-    for (name, clock), seconds in samples.items():
-        results[name].times[clock] = Timing(seconds, UNITS[device][1])
+        limit = CASE_SECONDS[device] if seconds is None else seconds
+        samples = interleaved(running, options.rounds, limit)
+    for (name, clock), values in samples.items():
+        results[name].times[clock] = Timing(values, UNITS[device][1])
     if copies == 1:
         for result in results.values():
             result.times["cold"] = result.times.get("device", "")

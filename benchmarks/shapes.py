@@ -72,6 +72,26 @@ OTHERS = {
         Shape("llava-1.5", 64, 576, 1024, 64, torch.float16),
     ],
 }
+# Who is to own `select` where two backends can: numbers of tokens by batches by budgets.
+BACKENDS = {
+    "cpu": [
+        Shape("video-llava", 1, 256, 1024, 32),
+        Shape("video-llava", 5, 256, 1024, 64),
+        Shape("llava-1.5", 1, 576, 1024, 64),
+    ],
+    "cuda": [
+        Shape(name, batch, tokens, channels, keep, torch.float16)
+        for name, tokens, channels in (
+            ("video-llava", 256, 1024),
+            ("llava-1.5", 576, 1024),
+            ("llava-onevision", 729, 1152),
+            ("siglip2-l/512", 1024, 1024),
+            ("llava-next, all crops", 2880, 1024),
+        )
+        for batch in (1, 2, 5, 8, 32, 64, 128)
+        for keep in (32, 64, 128, 192)
+    ],
+}
 HALVES = (torch.float16, torch.bfloat16)
 # CLIP-L/336, SigLIP-so400m/384 (which has no CLS: its first token stands for one), and ViT-H/14 at
 # 448.

@@ -47,7 +47,12 @@ class Memory:
         return getattr(torch, name)
 
     def empty(self, size: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
-        shape = torch.Size([size] if isinstance(size, int) else size)
+        return self.empty_strided([size] if isinstance(size, int) else size, (), dtype, device)
+
+    def empty_strided(
+        self, size: Any, strides: Any, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        shape = torch.Size(size)
         count = shape.numel() * dtype.itemsize
         # As PyTorch's on a GPU, it begins at a multiple of 512.
         memory = torch.empty(count + 2 * GUARD + 512, dtype=torch.uint8)
@@ -133,6 +138,20 @@ def model_calls(sizes: list[list[int]], kind: str, dtype: str) -> Calls:
     return calls
 
 
+def hub_calls(tokens: int) -> Calls:
+    """Images where one token is the nearest of most others, and where all are alike."""
+    generator = torch.Generator().manual_seed(11)
+    angle = torch.linspace(0.1, 1.5, tokens)[None, :, None]
+    hub = torch.cat([angle.cos(), angle.sin()], 2)
+    mixed = hub[:, torch.randperm(tokens, generator=generator)]
+    scores = torch.arange(tokens).float()[None], torch.rand(1, tokens, generator=generator)
+    return [
+        ("select", (features, score, tokens // 10, 0.0, 8, "pairwise"))
+        for features in (torch.ones_like(hub), hub, mixed)
+        for score in scores
+    ]
+
+
 def compare(calls: Calls, memory: Memory) -> int:
     wrong = []
     for number, (op, args) in enumerate(calls):
@@ -178,6 +197,9 @@ def main(library: str, task: str) -> int:
         count += compare(random_calls(range(begin, end), most), memory)
     if "models" in todo:
         count += compare(model_calls(*todo["models"]), memory)
+    for rounds in todo.get("hubs", []):
+        _native._EAGER_ROUNDS = rounds
+        count += compare(hub_calls(todo["tokens"]), memory)
     if "offsets" in todo:
         count += stay_in_bounds(range(todo["offsets"]), 151, memory)
     print(count)

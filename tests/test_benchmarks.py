@@ -18,7 +18,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import attention, harness, limits, scores, select, shapes, stability
+from benchmarks import attention, backends, harness, limits, scores, select, shapes, stability
+from vispruner_kernels import _backends, _native, reference
 
 ROOT = Path(__file__).parent.parent
 HALF = torch.float16
@@ -190,6 +191,126 @@ def test_scores(tmp_path, monkeypatch):
         assert row["of K read"] > 0
 
 
+def test_backends(tmp_path, capsys):
+    status, result = run(backends, tmp_path, "--device", "cpu", "--tokens", "576", "--keep", "64")
+    printed = capsys.readouterr().out
+    assert status == 0
+    assert [(row["N"], row["matching"]) for row in result["rows"]] == [
+        (576, "bipartite"),
+        (576, "pairwise"),
+    ]
+    for row, counts in zip(result["rows"], result["summary"], strict=True):
+        assert row["reference bits"] == "same"
+        assert row["reference wall ms"]["rounds"] == row["published ms"]["rounds"] == 2
+        assert (counts["N"], counts["matching"]) == (row["N"], row["matching"])
+        assert (counts["cases"], counts["reference right"]) == (1, 1)
+        if _native.INSTALLED:
+            assert row["native bits"] == "same"
+            assert row["native wall ms"]["p50"] > 0
+            assert row["reference / native"] > 0
+            assert row["published / native"] > 0
+            assert counts["native right"] == 1
+            assert counts["native faster"] == (row["reference / native"] > 1)
+    assert "in every case" in printed
+
+
+def stand_in(gpu, seconds, turn=0):
+    """A backend whose kernel takes so long, and whose answer is turned."""
+
+    def select(*args):
+        gpu.launch(seconds)
+        return reference.select(*args).roll(turn)
+
+    return SimpleNamespace(select=select)
+
+
+@pytest.fixture
+def two_backends(gpu, monkeypatch):
+    """On the stand-in for a GPU; the first is twice as fast."""
+    cases = [shapes.Shape("tiny", batch, 40, 16, 16, HALF) for batch in (1, 6)]
+    monkeypatch.setitem(shapes.BACKENDS, "cuda", cases)
+    monkeypatch.setitem(_backends.BACKENDS["native"], "cuda", stand_in(gpu, 1e-3))
+    monkeypatch.setitem(_backends.BACKENDS["triton"], "cuda", stand_in(gpu, 2e-3))
+    return gpu
+
+
+def run_backends(tmp_path, *argv):
+    file = tmp_path / "result.json"
+    status = backends.main(["--device", "cuda", "--rounds", "2", "--json", str(file), *argv])
+    return status, json.loads(file.read_text())
+
+
+def test_backends_on_a_gpu(two_backends, monkeypatch, tmp_path):
+    loop = select.select_published
+
+    def published(*args):
+        two_backends.launch(5e-3)
+        return loop(*args)
+
+    monkeypatch.setattr(select, "select_published", published)
+    # `make bench-gpu` gives all races the same options.
+    status, result = run_backends(tmp_path, "--compile", "all")
+    assert status == 0
+    assert [row["B"] for row in result["rows"]] == [1, 1, 6, 6]
+    for row in result["rows"]:
+        assert row["clock"] == "device"
+        assert row["native bits"] == row["triton bits"] == "same"
+        assert row["native device us"]["p50"] == pytest.approx(1e3)
+        assert row["triton device us"]["p50"] == pytest.approx(2e3)
+        assert row["native host us"]["p50"] > 0
+        assert row["triton / native"] == pytest.approx(2)
+        ratio = pytest.approx(5) if row["B"] in backends.PUBLISHED else None
+        assert row["published / native"] == ratio
+    for counts in result["summary"]:
+        assert counts["cases"] == counts["native right"] == counts["native faster"] == 2
+        assert counts["least triton / native"] == pytest.approx(2)
+        assert counts["in every case"] == "yes"
+
+
+def test_backends_have_only_a_wall_time_where_they_are_slow(two_backends, monkeypatch, tmp_path):
+    monkeypatch.setattr(backends, "PAIRS", 40**2)
+    status, result = run_backends(tmp_path)
+    assert status == 0
+    assert [row["clock"] for row in result["rows"]] == ["device", "device", "wall", "wall"]
+    for row in result["rows"][2:]:
+        assert row["native wall us"]["p50"] > 0
+        assert row["native device us"] is row["native host us"] is None
+        assert row["triton / native"] > 0
+
+
+@pytest.mark.parametrize("wrong", ["native", "triton"])
+def test_a_wrong_backend_is_a_failure(wrong, two_backends, monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(_backends.BACKENDS[wrong], "cuda", stand_in(two_backends, 1e-4, turn=1))
+    status, result = run_backends(tmp_path, "--batch", "6")
+    assert status == 1
+    assert "WRONG" in capsys.readouterr().out
+    for row in result["rows"]:
+        assert row[f"{wrong} bits"] == row[f"{wrong} device us"] == "WRONG"
+        assert row["triton / native"] is None
+    for counts in result["summary"]:
+        assert (counts["cases"], counts[f"{wrong} right"]) == (1, 0)
+        assert counts["in every case"] == "no"
+
+
+@pytest.mark.parametrize("missing", ["native", "triton"])
+def test_a_backend_that_is_not_there(missing, two_backends, monkeypatch, tmp_path):
+    module = SimpleNamespace(select=reference.select, INSTALLED=False)
+    monkeypatch.setitem(_backends.BACKENDS[missing], "cuda", module)
+    status, result = run_backends(tmp_path, "--quick")
+    assert status == 0
+    for row in result["rows"]:
+        assert row[f"{missing} bits"] == row[f"{missing} device us"] == "not installed"
+        assert row["triton / native"] is None
+    assert [counts["in every case"] for counts in result["summary"]] == ["no", "no"]
+
+
+def test_backends_without_a_case(capsys):
+    with pytest.raises(SystemExit) as error:
+        backends.main(["--device", "cpu", "--batch", "3", "--keep", "64"])
+    assert error.value.code == 2
+    assert "no case on this device has all of {'batch': [3]" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("module", "op"),
     [
@@ -223,11 +344,11 @@ def test_a_bad_answer_gets_no_time(module, op, ending, gpu, monkeypatch, tmp_pat
         assert not any(row[name] for name in row if "/ ours" in name or "of " in name)
 
 
-@pytest.mark.parametrize("name", RACES)
-def test_no_gpu(name, gpu, monkeypatch, capsys):
+@pytest.mark.parametrize("module", [*RACES.values(), backends])
+def test_no_gpu(module, gpu, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "is_available", lambda: False)
     with pytest.raises(SystemExit) as error:
-        RACES[name].main(["--device", "cuda"])
+        module.main(["--device", "cuda"])
     assert error.value.code == 2
     assert "--device cuda: PyTorch finds no GPU here" in capsys.readouterr().err
     assert harness.race_parser("").parse_args([]).device == "cpu"
@@ -417,7 +538,8 @@ def test_a_table_that_fails_does_not_keep_others_from_being_measured(tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     calls = (tmp_path / "log").read_text().splitlines()
     # The loop of `select` may keep torch.compile busy for ever.
-    tables = ("attention --quick", "scores --quick", "llava --tiny", "select --quick")
+    tables = ("attention", "scores", "llava", "backends", "select")
+    tables = [f"{table} {'--tiny' if table == 'llava' else '--quick'}" for table in tables]
     assert calls == [f"-m benchmarks.{table} --device cuda --json" for table in tables]
     assert done.returncode == 2
     assert "failed: attention" in done.stderr

@@ -1,89 +1,137 @@
-"""The C++ that host and device share compiles for a device, wherever nvcc is."""
+"""The CUDA sources: compiled by nvcc for every architecture, where there is one, and looked at."""
 
 from __future__ import annotations
 
+import os
+import re
+import runpy
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-CSRC = Path(__file__).parent.parent / "csrc"
+from vispruner_kernels import _native
 
-# A thread block as passes.h wants it, each function in its plainest form.
-KERNEL = r"""
-#include "passes.h"
-
-namespace vispruner {
-
-struct Block {
-  template <class F>
-  __device__ void each(int32_t n, F f) {
-    for (int32_t i = threadIdx.x; i < n; i += blockDim.x) f(i);
-    __syncthreads();
-  }
-  template <class F>
-  __device__ void each_row(int32_t n, F f) {
-    each(n, f);
-  }
-  template <class F>
-  __device__ void each_ranked(const int64_t* keys, int32_t n, F f) {
-    each(n, [=](int32_t i) {
-      int32_t rank = 0;
-      for (int32_t j = 0; j < n; ++j) rank += keys[j] > keys[i];
-      f(i, rank);
-    });
-  }
-  template <class F>
-  __device__ int64_t max(int32_t n, F f) {
-    int64_t most = INT64_MIN;
-    for (int32_t i = 0; i < n; ++i) most = f(i) > most ? f(i) : most;
-    return most;
-  }
-  template <class F>
-  __device__ int32_t count(int32_t n, F f) {
-    int32_t total = 0;
-    for (int32_t i = 0; i < n; ++i) total += f(i) ? 1 : 0;
-    return total;
-  }
-  __device__ void next_living(const int32_t* mask, int32_t n, int32_t* next) {
-    next[n] = n;
-    for (int32_t i = n - 1; i >= 0; --i) next[i] = mask[i] == kLives ? i : next[i + 1];
-  }
-  __device__ int32_t row_max(const int32_t* row, const int32_t* mask, int64_t n) {
-    return row_argmax(row, mask, n).value;
-  }
-  __device__ Best row_argmax(const int32_t* row, const int32_t* mask, int64_t n) {
-    Best best = {kDead, -1};
-    for (int64_t j = 0; j < n; ++j) {
-      const int32_t value = row[j] < mask[j] ? row[j] : mask[j];
-      if (value > best.value) best = {value, static_cast<int32_t>(j)};
-    }
-    return best;
-  }
-  __device__ void nearest(const int32_t* row, const int32_t* mask, int64_t n, Best* list) {
-    list[0] = row_argmax(row, mask, n);
-  }
-};
-
-__global__ void select_kernel(const int32_t* sim, int64_t ld, int32_t n, int32_t keep, int32_t* a,
-                              int32_t* b, int64_t* keys, int32_t* mask, Best* lists) {
-  Block block;
-  int32_t* kept = bipartite(block, sim, ld, n, keep, 8, a, b, keys, mask, lists);
-  pairwise(block, sim, ld, n, keep, 64, kept, a, b, keys, mask);
-}
-
-}  // namespace vispruner
-"""
+ROOT = Path(__file__).parent.parent
+CSRC = ROOT / "csrc"
+needs_cuda_build = pytest.mark.skipif(
+    not hasattr(_native._C, "cuda_select"), reason="vispruner_kernels._C has no CUDA kernels"
+)
+needs_nvcc = pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not installed")
 
 
-@pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not installed")
-def test_passes_compile_for_a_device(tmp_path):
-    source, target = tmp_path / "select.cu", tmp_path / "select.o"
-    source.write_text(KERNEL)
-    command = ["nvcc", "-std=c++17", "-fmad=false", "-Werror", "all-warnings", f"-I{CSRC}"]
+@needs_nvcc
+def test_no_load_takes_the_cache_that_is_not_coherent(tmp_path):
+    """What other blocks wrote is read by loads that see it: the compiler takes ld.global.nc where it
+    believes that nobody writes."""
+    ptx = tmp_path / "select.ptx"
+    command = ["nvcc", "-std=c++17", "-O3", "-fmad=false", "-arch=sm_90", "-ptx", f"-I{CSRC}"]
     done = subprocess.run(
-        [*command, "-c", str(source), "-o", str(target)], capture_output=True, text=True
+        [*command, str(CSRC / "cuda" / "select.cu"), "-o", str(ptx)], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert target.stat().st_size > 0
+    text = ptx.read_text()
+    assert text.count(".entry") == 6
+    assert "mma.sync.aligned.m16n8k32" in text
+    assert "ld.global.nc" not in text
+    # Roundings that the contract does not have.
+    assert not re.search(r"\bfma\.|\.approx|\.ftz|rsqrt", text)
+
+
+def resources(library: str) -> list[dict[str, str]]:
+    """Of every kernel in a library, for every architecture."""
+    triton = pytest.importorskip("triton")
+    command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", library]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = []
+    for part in text.split("arch = ")[1:]:
+        for function, usage in re.findall(r"Function (\S+select_kernel\S+):\s+(.*)", part):
+            numbers = dict(re.findall(r"([A-Z]+):(\d+)", usage))
+            found.append({"arch": part.split()[0], "function": function, **numbers})
+    return found
+
+
+@needs_cuda_build
+def test_every_architecture_is_in_the_build_and_nothing_spills():
+    names = _native._C.cuda_architectures.split()
+    found = resources(_native._C.__file__)
+    assert len(found) == 6 * len(names) > 0
+    assert {kernel["arch"] for kernel in found} == {f"sm_{name}" for name in names}
+    for kernel in found:
+        print(kernel)
+        # Spills show under STACK; 512 threads have 65536 registers.
+        assert int(kernel["STACK"]) == int(kernel["LOCAL"]) == 0, kernel
+        assert int(kernel["REG"]) <= 128, kernel
+    if "VISPRUNER_KERNELS_CUDA_ARCHITECTURES" not in os.environ:
+        assert set(names) <= {"80", "86", "89", "90", "100", "120"}
+
+
+# setup.py
+
+
+@pytest.fixture
+def setup(monkeypatch):
+    """The functions of setup.py, which runs no command."""
+
+    def load(**environment: str) -> dict[str, object]:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr("setuptools.setup", lambda **kwargs: None)
+        monkeypatch.chdir(ROOT)
+        return runpy.run_path(str(ROOT / "setup.py"))
+
+    return load
+
+
+def nvcc_that_knows(folder: Path, *codes: str) -> str:
+    nvcc = folder / "nvcc"
+    nvcc.write_text("#!/bin/sh\n" + "".join(f"echo sm_{code}\n" for code in codes))
+    nvcc.chmod(0o755)
+    return str(nvcc)
+
+
+def test_an_nvcc_compiles_for_what_it_knows(setup, tmp_path, capsys):
+    find = setup()["find_architectures"]
+    names, flags = find(nvcc_that_knows(tmp_path, "75", "80", "86", "89", "90"))
+    assert names == ["80", "86", "89", "90"]
+    assert flags[0] == "-gencode=arch=compute_80,code=sm_80"
+    assert flags[-1] == "-gencode=arch=compute_90,code=compute_90"
+    assert "cannot compile for sm_100" in capsys.readouterr().err
+    names, flags = find(nvcc_that_knows(tmp_path, "80", "86", "89", "90", "100", "103", "120"))
+    assert names == ["80", "86", "89", "90", "100", "120"]
+    assert flags[-1] == "-gencode=arch=compute_100,code=compute_100"
+
+
+def test_architectures_by_hand(setup, tmp_path):
+    find = setup(VISPRUNER_KERNELS_CUDA_ARCHITECTURES="80;90")["find_architectures"]
+    names, flags = find(nvcc_that_knows(tmp_path, "80", "90", "100"))
+    assert names == ["80", "90"]
+    assert len(flags) == 3
+    with pytest.raises(Exception, match="CUDA_ARCHITECTURES names 90, .* knows 80, 86"):
+        find(nvcc_that_knows(tmp_path, "80", "86"))
+
+
+def test_an_nvcc_that_knows_none(setup, tmp_path):
+    with pytest.raises(Exception, match="knows none of sm_80"):
+        setup()["find_architectures"](nvcc_that_knows(tmp_path, "52"))
+
+
+def test_resources_are_printed(setup, capsys):
+    log = "".join(
+        f"ptxas info    : Compiling entry function '_Z{name}' for '{arch}'\n"
+        f"    {stack} bytes stack frame, {spill} bytes spill stores, 4 bytes spill loads\n"
+        f"ptxas info    : Used {registers} registers, used 1 barriers\n"
+        for name, arch, stack, spill, registers in (
+            ("a", "sm_80", 0, 0, 90),
+            ("b", "sm_80", 16, 8, 128),
+            ("a", "sm_90", 0, 0, 126),
+        )
+    )
+    setup()["print_resources"](log)
+    assert capsys.readouterr().out.splitlines() == [
+        "vispruner_kernels: sm_80: 2 kernels, at most 128 registers, 16 bytes of stack, "
+        "8 bytes spilled",
+        "vispruner_kernels: sm_90: 1 kernels, at most 126 registers, 0 bytes of stack, "
+        "0 bytes spilled",
+    ]

@@ -53,7 +53,6 @@ struct CudaBlock {
         const auto result = f(i);
         if (lane_id() % kLanes == 0) use(i, result);
       }
-      __syncwarp();
     }
     __syncthreads();
   }

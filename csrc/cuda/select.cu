@@ -220,7 +220,7 @@ __device__ int2 range_of(Block& block, const Offsets& offsets, int64_t image, in
 //   for the lists.
 // Deterministic: all sums and comparisons are of integers; arrival decides only who goes on.
 template <DType kDType, Matching kMatching>
-__global__ void __launch_bounds__(kThreads) select_kernel(const SelectArgs args) {
+__global__ void __launch_bounds__(kThreads, 1) select_kernel(const SelectArgs args) {
   const CudaSelect& call = args.call;
   constexpr int64_t kSize = Slice<kDType>::kSize;
   const Scratch scratch(call.images, call.tokens, call.total, args.removes);
@@ -240,7 +240,8 @@ __global__ void __launch_bounds__(kThreads) select_kernel(const SelectArgs args)
   int64_t* out = call.indices;
   if (call.cu_seqlens.data) {
     // Whatever the offsets say, images are disjoint and within the tensors.
-    const int2 range = range_of(block, call.cu_seqlens, image, static_cast<int32_t>(call.total));
+    const int64_t most = call.total < INT32_MAX ? call.total : INT32_MAX;
+    const int2 range = range_of(block, call.cu_seqlens, image, static_cast<int32_t>(most));
     const int2 slots = range_of(block, call.cu_keep, image, call.keep);
     n = smaller(range.y - range.x, n);
     keep = smaller(slots.y - slots.x, n);

@@ -98,7 +98,8 @@ struct Slice {
 };
 
 // Writes sim[i][j] and sim[j][i] for the tokens i of block a and j of block b: ordered keys, kDead
-// on the diagonal and behind a row; `ld` is n rounded up to 16. `memory`: kTileBytes, shared.
+// on the diagonal and behind a row; `ld` is n rounded up to 16. `memory`: kTileBytes, shared, which
+// others may still read at the end.
 template <DType kDType>
 __device__ void similarity_tile(const char* features, int64_t stride, int32_t channels,
                                 bool aligned, int32_t n, int32_t block_a, int32_t block_b,
@@ -211,8 +212,6 @@ __device__ void similarity_tile(const char* features, int64_t stride, int32_t ch
       }
     }
   }
-  // The memory may be used for something else.
-  __syncthreads();
 }
 
 }  // namespace vispruner

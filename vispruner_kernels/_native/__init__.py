@@ -62,7 +62,8 @@ _use_simd(os.environ.get("VISPRUNER_KERNELS_SIMD", "auto"))
 
 def _tokens(x: Tensor) -> tuple[int, int, int, int]:
     """[B, N, ...] as address, dtype, stride of an image, stride of a token."""
-    return x.data_ptr(), _DTYPES[x.dtype], x.stride(0), x.stride(1)
+    strides = x.stride()
+    return x.data_ptr(), _DTYPES[x.dtype], strides[0], strides[1]
 
 
 def _packed(x: Tensor) -> tuple[int, int, int, int]:

@@ -30,42 +30,6 @@ def _device_and_stream(x: Tensor) -> tuple[int, int]:
     return device, torch._C._cuda_getCurrentRawStream(device)
 
 
-def _launch(
-    features: tuple[int, int, int, int],
-    scores: tuple[int, int, int, int],
-    cu_seqlens: tuple[int, int],
-    cu_keep: tuple[int, int],
-    shape: tuple[int, int, int, int],
-    keep: int,
-    important: int,
-    rule: tuple[float, int, str],
-    out: Tensor,
-    kept: int,
-) -> None:
-    images, n, channels, total = shape
-    ratio, step, matching = rule
-    removes = cu_seqlens[0] != 0 or important < keep < n
-    size = _scratch_bytes(images, n, total, removes)
-    scratch = torch.empty(size, dtype=torch.int8, device=out.device)
-    _C.cuda_select(
-        features,
-        scores,
-        cu_seqlens,
-        cu_keep,
-        images,
-        n,
-        channels,
-        total,
-        keep,
-        important,
-        (ratio, min(step, n), _MATCHINGS[matching], _native._EAGER_ROUNDS),
-        out.data_ptr(),
-        kept,
-        scratch.data_ptr(),
-        *_device_and_stream(out),
-    )
-
-
 def _select(
     features: Tensor,
     scores: Tensor,
@@ -76,20 +40,31 @@ def _select(
     kept: int,
 ) -> Tensor:
     batch, n, channels = features.shape
-    out = torch.empty((batch, keep), dtype=torch.int64, device=features.device)
-    if batch:
-        _launch(
-            _tokens(features),
-            _tokens(scores),
-            (0, 0),
-            (0, 0),
-            (batch, n, channels, batch * n),
-            keep,
-            int(keep * important_ratio),
-            (important_ratio, step, matching),
-            out,
-            kept,
-        )
+    device = features.device
+    # Faster than torch.empty.
+    out = torch.empty_strided((batch, keep), (keep, 1), dtype=torch.int64, device=device)
+    if batch == 0:
+        return out
+    important = int(keep * important_ratio)
+    size = _scratch_bytes(batch, n, batch * n, important < keep < n)
+    scratch = torch.empty_strided((size,), (1,), dtype=torch.int8, device=device)
+    _C.cuda_select(
+        _tokens(features),
+        _tokens(scores),
+        (0, 0),
+        (0, 0),
+        batch,
+        n,
+        channels,
+        batch * n,
+        keep,
+        important,
+        (important_ratio, min(step, n), _MATCHINGS[matching], _native._EAGER_ROUNDS),
+        out.data_ptr(),
+        kept,
+        scratch.data_ptr(),
+        *_device_and_stream(out),
+    )
     return out
 
 
@@ -136,16 +111,23 @@ def select_varlen(
         return out
     if images == 0 or longest == 0:
         return out.zero_()
-    _launch(
+    size = _scratch_bytes(images, longest, total, True)
+    scratch = torch.empty_strided((size,), (1,), dtype=torch.int8, device=features.device)
+    _C.cuda_select(
         _packed(features),
         _packed(scores),
         (cu_seqlens.data_ptr(), cu_seqlens.stride(0)),
         (cu_keep.data_ptr(), cu_keep.stride(0)),
-        (images, longest, channels, total),
+        images,
+        longest,
+        channels,
+        total,
         total_keep,
         0,
-        (important_ratio, step, matching),
-        out,
+        (important_ratio, min(step, longest), _MATCHINGS[matching], _native._EAGER_ROUNDS),
+        out.data_ptr(),
         0,
+        scratch.data_ptr(),
+        *_device_and_stream(out),
     )
     return out
