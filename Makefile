@@ -74,7 +74,7 @@ lint: dev ## ruff, mypy, clang-format
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	$(PY) -m mypy vispruner_kernels
-	$(PY) .venv/bin/clang-format --dry-run -Werror $(CSRC)
+	$(PY) .venv/bin/clang-format --dry-run -Werror $(CSRC) $(wildcard tests/cuda_on_cpu/*.h tests/cuda_on_cpu/*/*.cuh)
 
 bench: dev ## time select on this CPU against the published loop (BENCH_ARGS=...)
 	$(PY) -m benchmarks.select --device cpu $(BENCH_ARGS)

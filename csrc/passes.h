@@ -20,8 +20,8 @@
 // first_living(list, length, mask): list function: the first entry whose mask is kLives, or kNobody
 // kListsAreGiven:          constant: whether lists are made before the passes, or nearest is there
 //
-// Tokens have indices 0 .. n - 1 in ascending order of their index in the image. `sim` is [n, ld] of
-// ordered similarity keys, symmetric, kDead on the diagonal; n <= ld.
+// Tokens have indices 0 .. n - 1 in ascending order of their index in the image. `sim` is [n, ld]
+// of ordered similarity keys, symmetric, kDead on the diagonal; n <= ld.
 #pragma once
 
 #include "contract.h"
@@ -39,8 +39,8 @@ struct Best {
 };
 constexpr Best kNobody = {kDead, -1};
 
-// Nearest neighbours of each token, [n, length]: nobody else is nearer than the last one, or as near
-// with a smaller index. What a list leaves open is looked up in `sim`. Null: there are none.
+// Nearest neighbours of each token, [n, length]: nobody else is nearer than the last one, or as
+// near with a smaller index. What a list leaves open is looked up in `sim`. Null: there are none.
 // Where the Block has given none, bipartite makes them, anew whenever half of the tokens are gone.
 struct Lists {
   Best* data;
@@ -49,8 +49,8 @@ struct Lists {
   VISPRUNER_HD Best* of(int32_t token) const { return data + int64_t{token} * length; }
 };
 
-// Memory for the similarities of `most` tokens, a multiple of 16, and for their names. As soon as no
-// more tokens are left, they move there, where rows are short.
+// Memory for the similarities of `most` tokens, a multiple of 16, and for their names. As soon as
+// no more tokens are left, they move there, where rows are short.
 struct Compact {
   int32_t most;
   int32_t* sim;
@@ -233,9 +233,7 @@ VISPRUNER_HD void pairwise(Block& block, const int32_t* sim, int64_t ld, int32_t
     (more < drop ? above : bound) = middle;
     if (more >= drop) certain = more;
   }
-  block.each(n, [=](int32_t i) {
-    mask[i] = mask[i] == kDead && pair[i] > bound ? kDead : kLives;
-  });
+  block.each(n, [=](int32_t i) { mask[i] = mask[i] == kDead && pair[i] > bound ? kDead : kLives; });
 }
 
 }  // namespace vispruner

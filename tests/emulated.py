@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
+from calls import leaves  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from vispruner_kernels import _native, reference  # noqa: E402
@@ -157,7 +158,7 @@ def compare(calls: Calls, memory: Memory) -> int:
     for number, (op, args) in enumerate(calls):
         got, wanted = getattr(cuda, op)(*args), expected(op, args)
         try:
-            for x, y in zip(*((z if isinstance(z, tuple) else (z,)) for z in (got, wanted))):
+            for x, y in zip(leaves(got), leaves(wanted), strict=True):
                 assert_same_bits(x, y)
             memory.check()
         except AssertionError as error:

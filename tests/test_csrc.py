@@ -23,8 +23,8 @@ needs_nvcc = pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not in
 
 @needs_nvcc
 def test_no_load_takes_the_cache_that_is_not_coherent(tmp_path):
-    """What other blocks wrote is read by loads that see it: the compiler takes ld.global.nc where it
-    believes that nobody writes."""
+    """What other blocks wrote is read by loads that see it: the compiler takes ld.global.nc where
+    it believes that nobody writes."""
     ptx = tmp_path / "select.ptx"
     command = ["nvcc", "-std=c++17", "-O3", "-fmad=false", "-arch=sm_90", "-ptx", f"-I{CSRC}"]
     done = subprocess.run(
@@ -108,7 +108,7 @@ def test_architectures_by_hand(setup, tmp_path):
     names, flags = find(nvcc_that_knows(tmp_path, "80", "90", "100"))
     assert names == ["80", "90"]
     assert len(flags) == 3
-    with pytest.raises(Exception, match="CUDA_ARCHITECTURES names 90, .* knows 80, 86"):
+    with pytest.raises(Exception, match=r"CUDA_ARCHITECTURES names 90, .* knows 80, 86"):
         find(nvcc_that_knows(tmp_path, "80", "86"))
 
 

@@ -20,7 +20,7 @@ import pytest
 
 TESTS = Path(__file__).parent
 CSRC = TESTS.parent / "csrc"
-# Of compute capability 9.0 and 10.0, 8.6 and 8.9 and 12.0, and less than the passes of an image need.
+# Of compute capability 9.0 and 10.0; 8.6, 8.9 and 12.0; and little more than a tile needs.
 SHARED = {"most": 232448, "some": 101376, "little": 49152}
 CXX = shlex.split(os.environ.get("CXX", "g++"))
 

@@ -52,3 +52,29 @@ def received_scores_varlen(
     threads: int,
     scores: int,
 ) -> None: ...
+
+# With the CUDA kernels; see csrc/cuda/operators.h.
+_Offsets: TypeAlias = tuple[int, int]
+_CudaRule: TypeAlias = tuple[float, int, int, int]
+
+cuda_architectures: str
+
+def cuda_select_scratch(images: int, tokens: int, total: int, removes: bool) -> int: ...
+def cuda_select(
+    features: _Tokens,
+    scores: _Tokens,
+    cu_seqlens: _Offsets,
+    cu_keep: _Offsets,
+    images: int,
+    n: int,
+    channels: int,
+    total: int,
+    keep: int,
+    important: int,
+    rule: _CudaRule,
+    indices: int,
+    kept: int,
+    scratch: int,
+    device: int,
+    stream: int,
+) -> None: ...

@@ -9,6 +9,7 @@ import sys
 import torch
 
 from vispruner_kernels import __version__, _backends, _native
+from vispruner_kernels._native import cuda
 from vispruner_kernels._schemas import SCHEMAS
 from vispruner_kernels._triton import operators
 
@@ -37,6 +38,15 @@ def _native_state() -> str:
     return f"C++, {_native._C.simd()} in use (this processor has {sets})"
 
 
+def _cuda_state() -> str:
+    if not cuda.INSTALLED:
+        return cuda.REASON
+    architectures = ", ".join(f"sm_{name}" for name in _native._C.cuda_architectures.split())
+    why = _backends.BY_HAND.get(("native", "cuda"))
+    by_hand = f"; only with VISPRUNER_KERNELS_BACKEND=native: {why}" if why else ""
+    return f"C++, select, prune and select_varlen for {architectures}{by_hand}"
+
+
 def _triton_state() -> str:
     if not operators.INSTALLED:
         return operators.REASON
@@ -56,7 +66,7 @@ def report() -> str:
         "transformers": _version("transformers"),
         "GPU": _gpu(),
         "native core": _native_state(),
-        "CUDA kernels": "none in this version",
+        "CUDA kernels": _cuda_state(),
         "Triton kernels": _triton_state(),
         "backend": f"{_backends.REQUESTED} (VISPRUNER_KERNELS_BACKEND)",
         "checks": f"{'on' if _backends.CHECKED else 'off'} (VISPRUNER_KERNELS_CHECK)",

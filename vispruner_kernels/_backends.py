@@ -24,8 +24,8 @@ KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 _TRITON_DEVICES = ("cuda",) * (torch.version.hip is None) + ("cpu",) * _triton.INTERPRETED
 # The devices a backend can serve and the module that does, best backend first. An operator belongs
 # to the first backend that is installed, serves the device and has a function of the operator's
-# name, but for those in BY_HAND. Triton owns CUDA devices whether it is installed or not: without it
-# the operators say what to install.
+# name, but for those in BY_HAND. Triton owns CUDA devices whether it is installed or not: without
+# it the operators say what to install.
 BACKENDS: dict[str, dict[str, ModuleType]] = {
     "native": {"cpu": _native, "cuda": _native_cuda},
     "triton": dict.fromkeys(_TRITON_DEVICES, _triton),

@@ -58,10 +58,10 @@ void remove_duplicates(const Simd& simd, const Rows& features, int64_t channels,
   const int32_t most = std::min<int32_t>(rule.compact_to, static_cast<int32_t>(ld));
   const auto compact_sim = scratch<int32_t>(int64_t{most} * most);
   const auto names = scratch<int32_t>(most);
-  const int32_t* const residual = bipartite(
-      block, sim.get(), ld, n, keep, step, first.data(), second.data(), values.data(), mask.data(),
-      Lists{listed ? lists.get() : nullptr, kNeighbours},
-      Compact{most, compact_sim.get(), names.get()});
+  const int32_t* const residual =
+      bipartite(block, sim.get(), ld, n, keep, step, first.data(), second.data(), values.data(),
+                mask.data(), Lists{listed ? lists.get() : nullptr, kNeighbours},
+                Compact{most, compact_sim.get(), names.get()});
   for (int32_t i = 0; i < keep; ++i) out[i] = tokens[residual[i]];
 }
 

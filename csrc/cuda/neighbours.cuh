@@ -33,8 +33,8 @@ __device__ inline void list_neighbours(const int32_t* row, int32_t n, int32_t ld
   least = __reduce_min_sync(kAllLanes, least);
   most = __reduce_max_sync(kAllLanes, most);
 
-  // Phase 1: `high` is reached by `taken` tokens, at most a list, `low` by more. Halving ends with a
-  // list that is nearly full, or where the two are neighbours; then equal keys fill it up.
+  // Phase 1: `high` is reached by `taken` tokens, at most a list, `low` by more. Halving ends with
+  // a list that is nearly full, or where the two are neighbours; then equal keys fill it up.
   int32_t low = least, high = larger(most, kDead + 1) + 1, taken = 0;
   const bool all = n - 1 <= kListed;
   if (all) {
@@ -68,9 +68,8 @@ __device__ inline void list_neighbours(const int32_t* row, int32_t n, int32_t ld
     const bool is_equal = fill && key == low;
     const uint32_t lanes_above = __ballot_sync(kAllLanes, is_above);
     const uint32_t lanes_equal = __ballot_sync(kAllLanes, is_equal);
-    const int32_t slot =
-        is_above ? above + __popc(lanes_above & lanes_before())
-                 : equal + __popc(lanes_equal & lanes_before());
+    const int32_t slot = is_above ? above + __popc(lanes_above & lanes_before())
+                                  : equal + __popc(lanes_equal & lanes_before());
     if ((is_above || is_equal) && slot < kListed) staging[slot] = {key, j};
     above += __popc(lanes_above);
     equal += __popc(lanes_equal);

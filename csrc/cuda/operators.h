@@ -1,6 +1,6 @@
 // The operators on CUDA devices. Pointers to memory of the device, sizes, strides in elements, a
-// stream; arguments are checked by the caller. Inputs are only read. Throws std::runtime_error where
-// CUDA refuses a launch, std::invalid_argument where a grid would be too large.
+// stream; arguments are checked by the caller. Inputs are only read. Throws std::runtime_error
+// where CUDA refuses a launch, std::invalid_argument where a grid would be too large.
 #pragma once
 
 #include <cstdint>

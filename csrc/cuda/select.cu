@@ -172,8 +172,8 @@ __device__ void remove_duplicates(Block& block, const SelectArgs& args, Arena ar
     int32_t* const places = arena.take<int32_t>(n);
     block.each(n, [=](int32_t t) { places[t] = order[t]; });
     block.each(ld, [=](int32_t t) { mask[t] = t < n && places[t] >= important ? kLives : kDead; });
-    pairwise(block, sim, ld, n, n - keep, args.call.eager_rounds, places, first, second, pair,
-             mask, listed(arena));
+    pairwise(block, sim, ld, n, n - keep, args.call.eager_rounds, places, first, second, pair, mask,
+             listed(arena));
   } else {
     const int32_t half = (n + 1) / 2;
     int32_t* const values = arena.take<int32_t>(half);
@@ -203,8 +203,8 @@ __device__ void remove_duplicates(Block& block, const SelectArgs& args, Arena ar
       [=](int32_t t, int32_t k) { out[k] = first_index + t; });
 }
 
-// offsets[image] and offsets[image + 1] within [0, end]; one that falls counts as the largest before
-// it.
+// offsets[image] and offsets[image + 1] within [0, end]; one that falls counts as the largest
+// before it.
 __device__ int2 range_of(Block& block, const Offsets& offsets, int64_t image, int32_t end) {
   const auto at = [=](int64_t i) { return offsets.data[i * offsets.stride]; };
   const int64_t largest = block.max(static_cast<int32_t>(image) + 1,
@@ -271,8 +271,7 @@ __global__ void __launch_bounds__(kThreads, 1) select_kernel(const SelectArgs ar
   if (tile >= (removes ? blocks * (blocks + 1) / 2 : blocks)) return;
 
   const int32_t ld = static_cast<int32_t>(rounded(n, 16));
-  int32_t* const sim =
-      reinterpret_cast<int32_t*>(call.scratch) + start * rounded(call.tokens, 16);
+  int32_t* const sim = reinterpret_cast<int32_t*>(call.scratch) + start * rounded(call.tokens, 16);
   Best* const lists = reinterpret_cast<Best*>(call.scratch + scratch.lists) + start * kListed;
   int32_t* const place = reinterpret_cast<int32_t*>(call.scratch + scratch.place) + start;
   uint64_t* const counters = reinterpret_cast<uint64_t*>(call.scratch + scratch.counters);
@@ -288,8 +287,7 @@ __global__ void __launch_bounds__(kThreads, 1) select_kernel(const SelectArgs ar
 
   // Phase 1: on the diagonal the order by score, and everywhere the similarities.
   if (block_a == block_b) {
-    rank_scores(call.scores, scores, n, block_a * kTile, reinterpret_cast<int32_t*>(memory),
-                place);
+    rank_scores(call.scores, scores, n, block_a * kTile, reinterpret_cast<int32_t*>(memory), place);
   }
   if (removes) {
     similarity_tile<kDType>(features, call.features.token, call.channels, args.aligned, n, block_a,
@@ -435,15 +433,14 @@ void cuda_select(const CudaSelect& call, int device, void* stream) {
   const DeviceGuard guard(device);
   SelectArgs args;
   args.call = call;
-  args.removes =
-      call.cu_seqlens.data || (call.keep > call.important && call.keep < call.tokens);
+  args.removes = call.cu_seqlens.data || (call.keep > call.important && call.keep < call.tokens);
   const int64_t size = call.features.dtype == DType::kFloat32 ? 4 : 2;
   const auto aligned = [](int64_t bytes) { return bytes % 16 == 0; };
   args.aligned = aligned(reinterpret_cast<int64_t>(call.features.data)) &&
                  aligned(call.features.batch * size) && aligned(call.features.token * size);
   // All that the passes of an image can use; registers let no second block on a multiprocessor.
-  const int64_t useful = kTotalsBytes + kSlackBytes +
-                         int64_t{call.tokens} * (kTokenBytes + kListed * sizeof(Best));
+  const int64_t useful =
+      kTotalsBytes + kSlackBytes + int64_t{call.tokens} * (kTokenBytes + kListed * sizeof(Best));
   int64_t shared = shared_limit(device) / 16 * 16;
   if (shared > useful) shared = rounded(useful, 16);
   if (shared < kSharedBytes) shared = kSharedBytes;

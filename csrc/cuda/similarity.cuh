@@ -114,8 +114,7 @@ __device__ void similarity_tile(const char* features, int64_t stride, int32_t ch
   const int32_t mine = static_cast<int32_t>(threadIdx.x) / kSlices;
   const int32_t channel = static_cast<int32_t>(threadIdx.x) % kSlices * kSlice;
   const int32_t token = (mine < kTile ? block_a : block_b) * kTile + mine % kTile;
-  const char* const row =
-      token < n ? features + token * stride * Slice<kDType>::kSize : nullptr;
+  const char* const row = token < n ? features + token * stride * Slice<kDType>::kSize : nullptr;
   Slice<kDType> slice;
   uint32_t most = 0;
 #pragma unroll 4
@@ -129,8 +128,8 @@ __device__ void similarity_tile(const char* features, int64_t stride, int32_t ch
     most = other > most ? other : most;
   }
   const float magnitude = Slice<kDType>::value(most);
-  const bool usable = float_bits(magnitude) >= float_bits(kMinMagnitude) &&
-                      float_bits(magnitude) < 0x7f800000;
+  const bool usable =
+      float_bits(magnitude) >= float_bits(kMinMagnitude) && float_bits(magnitude) < 0x7f800000;
   const float scale = usable ? __fdiv_rn(kFixedPointMax, magnitude) : 0.0f;
 
   // Phase 2: products of the halves. A warp has 16 x 16 of the tile, as two fragments of 16 x 8.
@@ -196,8 +195,8 @@ __device__ void similarity_tile(const char* features, int64_t stride, int32_t ch
       int32_t keys[2];
       for (int32_t e = 0; e < 2; ++e) {
         const int32_t s = 2 * below + e;
-        const int64_t gram = int64_t{high[f][s]} * (1 << 14) + int64_t{mixed[f][s]} * (1 << 7) +
-                             int64_t{low[f][s]};
+        const int64_t gram =
+            int64_t{high[f][s]} * (1 << 14) + int64_t{mixed[f][s]} * (1 << 7) + int64_t{low[f][s]};
         const float norms = __fmul_rn(inverse_norm[in_a], inverse_norm[kTile + in_b + e]);
         const float similarity = __fmul_rn(__ll2float_rn(gram), norms);
         const bool pair = i < n && j + e < n && i != j + e;

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
@@ -37,8 +37,8 @@ _MATCHINGS = {name: number for number, name in enumerate(MATCHINGS)}
 _BLOCK_THREADS = 1
 # Rounds of the pairwise rule before it takes care of its bad case; any number gives the same bits.
 _EAGER_ROUNDS = 64
-# Living tokens from which on the bipartite rule works on a copy of their similarities, a multiple of
-# 16; any number gives the same bits.
+# Living tokens from which on the bipartite rule works on a copy of their similarities, a multiple
+# of 16; any gives the same bits.
 _COMPACT_TO = 0
 
 
@@ -71,7 +71,10 @@ def _packed(x: Tensor) -> tuple[int, int, int, int]:
     return x.data_ptr(), _DTYPES[x.dtype], 0, x.stride(0)
 
 
-def _rule(important_ratio: float, step: int, matching: str) -> tuple[float, int, int, int, int, int]:
+_Rule: TypeAlias = tuple[float, int, int, int, int, int]
+
+
+def _rule(important_ratio: float, step: int, matching: str) -> _Rule:
     numbers = _MATCHINGS[matching], _BLOCK_THREADS, _EAGER_ROUNDS, _COMPACT_TO
     return important_ratio, step, *numbers
 

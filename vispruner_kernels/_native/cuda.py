@@ -13,10 +13,21 @@ from torch import Tensor
 from vispruner_kernels import _native
 from vispruner_kernels._native import _C, _MATCHINGS, _packed, _tokens
 
-# `_backends` takes every function here that has an operator's name, if the kernels are there. The
-# devices of AMD are "cuda" devices to PyTorch.
-INSTALLED = _native.INSTALLED and hasattr(_C, "cuda_select") and torch.version.hip is None
-REASON = "" if INSTALLED else "vispruner_kernels._C has no CUDA kernels"
+
+def _reason() -> str:
+    """Why the kernels cannot run, or nothing."""
+    if torch.version.hip:
+        return "not for HIP devices"
+    if not _native.INSTALLED:
+        return "not built, as the native core"
+    if not hasattr(_C, "cuda_select"):
+        return "not built; install nvcc and reinstall with VISPRUNER_KERNELS_CUDA=1"
+    return ""
+
+
+REASON = _reason()
+# `_backends` takes every function here that has an operator's name, if the kernels are there.
+INSTALLED = not REASON
 
 
 @functools.lru_cache(maxsize=1024)
