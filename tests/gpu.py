@@ -1,7 +1,8 @@
 """What the tests that need a GPU share; gpu_command.py runs them.
 
-VISPRUNER_TEST_DEVICE=cpu tests the tests: fewer and smaller cases of all that needs no CUDA, in
-Triton's interpreter.
+Who is tested is the owner of `select`: Triton, or with VISPRUNER_KERNELS_BACKEND=native the CUDA
+kernels of the C++ core. VISPRUNER_TEST_DEVICE=cpu tests the tests: fewer and smaller cases of all
+that needs no CUDA, in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from vispruner_kernels import _backends, _native
+from vispruner_kernels._native import cuda as native
 from vispruner_kernels._triton import operators
 from vispruner_kernels.testing import (
     assert_close,
@@ -39,6 +41,10 @@ SIMULATED = DEVICE.type == "cpu"
 HANG, LIMIT = (900, 1700) if SIMULATED else (200, 520)
 # What then is left to say has seconds to be said.
 GRACE = 10.0
+
+# Whose kernels are tested, and those operators of them that are the C++ core's.
+NATIVE = _backends.REQUESTED == "native"
+NATIVE_OPS = ("select", "prune", "select_varlen")
 
 Call = tuple[str, tuple[Any, ...]]
 Answer = tuple[Tensor, ...]
@@ -79,7 +85,10 @@ def unprepared() -> str:
         return why
     if SIMULATED != operators.INTERPRETED:
         return f"TRITON_INTERPRET={int(operators.INTERPRETED)}, but the device is {DEVICE}"
-    if _backends.CHECKED or _backends.OWNERS["select", DEVICE.type] != "triton":
+    if NATIVE and native.REASON:
+        return f"the CUDA kernels of the C++ core are {native.REASON}"
+    owner = "native" if NATIVE else "triton"
+    if _backends.CHECKED or _backends.OWNERS["select", DEVICE.type] != owner:
         return "VISPRUNER_KERNELS_BACKEND or VISPRUNER_KERNELS_CHECK is not that of these tests"
     return ""
 
@@ -104,6 +113,7 @@ def watch() -> Iterator[None]:
 
 
 needs_cuda = pytest.mark.skipif(SIMULATED, reason="the interpreter has no CUDA")
+needs_triton = pytest.mark.skipif(NATIVE, reason="this is of Triton's kernels")
 # What PyTorch and Triton warn of on a GPU differs by version.
 marks = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 
@@ -127,6 +137,13 @@ def run(call: Call) -> Answer:
     """The answer of whoever owns the operator on the device of the arguments."""
     op, args = call
     answer = getattr(torch.ops.vispruner, op).default(*args)
+    return answer if isinstance(answer, tuple) else (answer,)
+
+
+def run_native(call: Call) -> Answer:
+    """The answer of the C++ core's CUDA kernels, whoever owns the operator."""
+    op, args = call
+    answer = _backends._implementation(op, "native", "cuda")(*args)
     return answer if isinstance(answer, tuple) else (answer,)
 
 
@@ -268,7 +285,7 @@ def calls(
     packed = (*packed, sample_offsets([n // 3 for n in lengths]), tokens, keep)
     images = (q[0, 1:], k[0, 1:], packed[2], tokens)
     pairwise = (0.4, 3, "pairwise")
-    return {
+    every = {
         "select": ("select", (features, scores, keep)),
         "select-pairwise": ("select", (features, scores, keep, *pairwise)),
         "select-scores": ("select", (features, scores, keep, 1.0)),
@@ -285,6 +302,7 @@ def calls(
         "received_scores_varlen": ("received_scores_varlen", images),
         "received_scores_varlen-lse": ("received_scores_varlen", (*images, None, lse[0, :, 1:])),
     }
+    return {name: call for name, call in every.items() if not NATIVE or call[0] in NATIVE_OPS}
 
 
 CALLS = tuple(calls(10))

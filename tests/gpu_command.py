@@ -30,7 +30,7 @@ if __name__ == "__main__":
 
 try:
     import torch
-    from gpu import DEVICE, LIMIT, SIMULATED, unavailable
+    from gpu import DEVICE, LIMIT, SIMULATED, native, unavailable
 except ModuleNotFoundError as error:
     if __name__ != "__main__":
         raise
@@ -42,7 +42,10 @@ GRACE = 10.0
 FILES = tuple(
     f"test_gpu_{part}.py" for part in ("select", "scores", "launch", "memory", "transformers")
 )
-STEPS = ("tests", "memcheck", "racecheck")
+# With the CUDA kernels of the C++ core in the place of Triton's.
+NATIVE_FILES = tuple(f"test_gpu_{part}.py" for part in ("select", "launch", "memory"))
+TOOLS = ("memcheck", "racecheck")
+STEPS = ("tests", "native", *TOOLS)
 
 
 class Outcome(NamedTuple):
@@ -65,7 +68,7 @@ class Ended(NamedTuple):
     status: int | None
 
 
-def _environment() -> dict[str, str]:
+def _environment(native: bool = False) -> dict[str, str]:
     """Of a process that tests the kernels, whatever is chosen for this one."""
     chosen = ("VISPRUNER_KERNELS_", "TRITON_INTERPRET", "PYTEST_")
     environment = {n: v for n, v in os.environ.items() if not n.startswith(chosen)}
@@ -74,6 +77,8 @@ def _environment() -> dict[str, str]:
     environment |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONUNBUFFERED": "1"}
     # Named, so that tests that cannot run fail.
     environment["VISPRUNER_TEST_DEVICE"] = str(DEVICE)
+    if native:
+        environment["VISPRUNER_KERNELS_BACKEND"] = "native"
     if SIMULATED:
         environment |= {"TRITON_INTERPRET": "1", "VISPRUNER_KERNELS_BACKEND": "triton"}
     return environment
@@ -118,7 +123,9 @@ def _watched(name: str, command: list[str], environment: dict[str, str], until: 
     return Ended(why, output, seconds, status)
 
 
-def _pytest(arguments: list[str], jobs: int, until: float) -> list[Outcome]:
+def _pytest(
+    files: list[tuple[str, bool]], arguments: list[str], jobs: int, until: float
+) -> list[Outcome]:
     """Several files at once, for the time goes into compilers; in processes of their own, for an
     invalid access ends a process' use of the device."""
     # Not captured by file descriptor: what `watch` writes is to be seen. Other versions of PyTorch
@@ -126,17 +133,19 @@ def _pytest(arguments: list[str], jobs: int, until: float) -> list[Outcome]:
     options = ["-m", "gpu", "-v", "-rsfE", "--capture=sys", "--durations=5", "-W", "default"]
     start = [sys.executable, "-m", "pytest", *options, "-p", "no:cacheprovider"]
 
-    def test(file: str) -> Ended:
-        command = [*start, f"tests/{file}", *arguments]
-        return _watched(file.removesuffix(".py"), command, _environment(), until)
+    def test(file: tuple[str, bool]) -> Ended:
+        name, native = file
+        command = [*start, f"tests/{name}", *arguments]
+        label = "native " * native + name.removesuffix(".py")
+        return _watched(label, command, _environment(native), until)
 
     with ThreadPoolExecutor(jobs) as pool:
-        done = dict(zip(FILES, pool.map(test, FILES), strict=True))
+        done = dict(zip(files, pool.map(test, files), strict=True))
     # 5: there are no tests, at least not among those that were asked for.
     asked = any(argument.startswith(("-k", "-m", "--deselect")) for argument in arguments)
     asked = asked and any(not ended.why for ended in done.values())
     outcomes = []
-    for file, (why, output, seconds, status) in done.items():
+    for (file, native), (why, output, seconds, status) in done.items():
         state = "FAILED" if why else "passed"
         if status == 5:
             why = "it has no tests" if not asked else "its tests were not asked for"
@@ -144,7 +153,7 @@ def _pytest(arguments: list[str], jobs: int, until: float) -> list[Outcome]:
         counts = re.findall(r"^=+ (.* in [\d.]+s.*?) =+$", output, re.MULTILINE)
         lines = re.findall(r"^(?:SKIPPED \[|FAILED tests/|ERROR tests/).*", output, re.MULTILINE)
         note = ": ".join(filter(None, [why, *counts[-1:]]))
-        outcomes.append(Outcome(state, file, note, seconds, lines))
+        outcomes.append(Outcome(state, "native " * native + file, note, seconds, lines))
     return outcomes
 
 
@@ -193,7 +202,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="test-gpu", description="Other arguments are pytest's.", allow_abbrev=False
     )
     parser.add_argument("--only", nargs="+", choices=STEPS, default=STEPS, help="some of the steps")
-    parser.add_argument("--jobs", type=int, default=len(FILES), help="files tested at once")
+    jobs = len(FILES) + len(NATIVE_FILES)
+    parser.add_argument("--jobs", type=int, default=jobs, help="files tested at once")
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds for all of it")
     options, arguments = parser.parse_known_args(argv)
     begin = time.monotonic()
@@ -209,15 +219,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     program = _sanitizer()
     without = "" if program else "no compute-sanitizer here; it comes with the CUDA toolkit"
     reasons = {step: "not asked for" for step in STEPS if step not in options.only}
-    for tool in STEPS[1:]:
+    for tool in TOOLS:
         if SIMULATED or without:
             reasons.setdefault(tool, "the interpreter has no CUDA" if SIMULATED else without)
-    tools = [tool for tool in STEPS[1:] if tool not in reasons]
+    if SIMULATED or native.REASON:
+        why = "the interpreter has no CUDA" if SIMULATED else f"CUDA kernels: {native.REASON}"
+        reasons.setdefault("native", why)
+    tools = [tool for tool in TOOLS if tool not in reasons]
+    files = [(file, False) for file in FILES if "tests" not in reasons]
+    files += [(file, True) for file in NATIVE_FILES if "native" not in reasons]
     outcomes = []
-    if "tests" not in reasons:
+    if files:
         # The tools are left a third of the time.
         part = 2 / 3 if tools else 1.0
-        outcomes += _pytest(arguments, options.jobs, begin + part * options.limit)
+        outcomes += _pytest(files, arguments, options.jobs, begin + part * options.limit)
     if tools:
         outcomes += _sanitize(program, tools, begin + options.limit)
     outcomes += [Outcome("NOT RUN", step, why) for step, why in reasons.items()]
@@ -226,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     print("test-gpu: summary")
     for state, name, note, seconds, lines in outcomes:
-        print(f"  {state:<7} {name:<18} {seconds:4.0f} s  {note}")
+        print(f"  {state:<7} {name:<26} {seconds:4.0f} s  {note}")
         for line in lines:
             print(f"{'':10}{line}")
     print(f"test-gpu: {'passed' if passed else 'FAILED'}", flush=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import faulthandler
 import sys
+from collections.abc import Callable
 
 import gpu
 import torch
@@ -33,8 +34,8 @@ def contradictory() -> list[gpu.Call]:
     ]
 
 
-def check(call: gpu.Call) -> None:
-    got = tuple(x.cpu() for x in gpu.run(gpu.uploaded(call)))
+def check(call: gpu.Call, run: Callable[[gpu.Call], gpu.Answer] = gpu.run) -> None:
+    got = tuple(x.cpu() for x in run(gpu.uploaded(call)))
     for x, y in zip(got, gpu.expected(call), strict=True):
         if call[0] in gpu.EXACT:
             assert_same_bits(x, y)
@@ -42,8 +43,8 @@ def check(call: gpu.Call) -> None:
             assert_close(x, y, 1e-2 if x.dtype == torch.float16 else 2e-5)
 
 
-def check_in_bounds(call: gpu.Call) -> None:
-    (got,) = (x.cpu() for x in gpu.run(gpu.uploaded(call)))
+def check_in_bounds(call: gpu.Call, run: Callable[[gpu.Call], gpu.Answer] = gpu.run) -> None:
+    (got,) = (x.cpu() for x in run(gpu.uploaded(call)))
     tokens = call[1][0].shape[0]
     right = (got >= 0) & (got < tokens) if got.dtype == torch.int64 else got.isfinite()
     assert bool(right.all()), call[0]
@@ -62,9 +63,18 @@ def main() -> int:
     wrong = [] if gpu.SIMULATED else contradictory()
     for call in wrong:
         check_in_bounds(call)
+    native = not gpu.SIMULATED and not gpu.native.REASON
+    for call in right * native:
+        if call[0] in gpu.NATIVE_OPS:
+            check(call, gpu.run_native)
+    for call in wrong * native:
+        if call[0] in gpu.NATIVE_OPS:
+            check_in_bounds(call, gpu.run_native)
     gpu.synchronize()
     sizes = sum(x.numel() for _, args in right for x in args if isinstance(x, Tensor))
-    print(f"tests.sanitize: {len(right) + len(wrong)} calls of {sizes} elements agree", flush=True)
+    kernels = "Triton's and those of the C++ core" if native else "Triton's"
+    count = len(right) + len(wrong)
+    print(f"tests.sanitize: {count} calls of {sizes} elements agree, {kernels}", flush=True)
     return 0
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import gpu_command
 import pytest
@@ -88,6 +89,7 @@ def command(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(gpu_command, "GRACE", 1.0)
     monkeypatch.setattr(gpu_command, "unavailable", lambda: "")
     monkeypatch.setattr(gpu_command, "_sanitizer", lambda: None)
+    monkeypatch.setattr(gpu_command, "native", SimpleNamespace(REASON="not built"))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     (tmp_path / "pyproject.toml").write_text(
         '[tool.pytest.ini_options]\nmarkers = ["gpu"]\nfilterwarnings = ["error"]\n'
@@ -126,6 +128,7 @@ def test_the_summary(command):
     assert states(summary) == {
         "test_a.py": "passed",
         "test_b.py": "FAILED",
+        "native": "NOT RUN",
         "memcheck": "NOT RUN",
         "racecheck": "NOT RUN",
     }
@@ -144,10 +147,32 @@ def test_the_summary(command):
 def test_all_is_well(command):
     status, _, summary = command({"test_a.py": GOOD}, "--only", "tests")
     assert status == 0
-    assert states(summary) == {"test_a.py": "passed", "memcheck": "NOT RUN", "racecheck": "NOT RUN"}
+    others = dict.fromkeys(gpu_command.STEPS[1:], "NOT RUN")
+    assert states(summary) == {"test_a.py": "passed", **others}
     assert summary[-1] == "test-gpu: passed"
     status, _, summary = command({"test_a.py": GOOD}, "--only", "racecheck")
     assert status == 1, "nothing was run"
+
+
+def test_the_native_kernels(command, monkeypatch):
+    """The same files again, with the other kernels in the place of Triton's."""
+    text = """import os
+def test_backend():
+    assert os.environ.get("VISPRUNER_KERNELS_BACKEND", "auto") == "native"
+"""
+    monkeypatch.setattr(gpu_command, "NATIVE_FILES", ("test_b.py",))
+    status, _, summary = command({"test_a.py": GOOD, "test_b.py": text})
+    assert (status, states(summary)["native"]) == (1, "NOT RUN")
+    assert any("CUDA kernels: not built" in line for line in summary)
+    monkeypatch.setattr(gpu_command, "native", SimpleNamespace(REASON=""))
+    status, before, summary = command({"test_a.py": GOOD, "test_b.py": text})
+    assert status == 1
+    assert [line[:9] for line in summary if "test_b.py" in line[10:]][:1] == ["  FAILED "]
+    assert any("passed  native test_b.py" in line for line in summary)
+    assert any(line.startswith("native test_b: ") for line in before)
+    status, _, summary = command({"test_a.py": GOOD, "test_b.py": text}, "--only", "native")
+    assert status == 0
+    assert sum("test_b.py" in line for line in summary) == 1
 
 
 def test_a_file_without_tests(command):
@@ -220,6 +245,7 @@ def test_the_sanitizer(command, monkeypatch, tmp_path, tool, does, state, why):
     assert status == (state == "FAILED")
     assert states(summary) == {
         "tests": "NOT RUN",
+        "native": "NOT RUN",
         "alone": "passed",
         "memcheck": "passed",
         "racecheck": state,
@@ -233,8 +259,8 @@ def test_what_the_sanitizer_watches_fails(command, monkeypatch):
     monkeypatch.setattr(gpu_command, "_sanitizer", lambda: "compute-sanitizer")
     status, _, summary = command({"sanitize.py": "raise SystemExit(3)"}, "--only", "memcheck")
     assert status == 1
-    wanted = {"tests": "NOT RUN", "alone": "FAILED", "memcheck": "NOT RUN", "racecheck": "NOT RUN"}
-    assert states(summary) == wanted
+    others = dict.fromkeys(gpu_command.STEPS, "NOT RUN")
+    assert states(summary) == {**others, "alone": "FAILED"}
 
 
 @pytest.mark.slow

@@ -97,6 +97,7 @@ def test_selections_stay_in_bounds(unchecked, matching, garbage):
     assert_answers(answers([right]), [expected(right)])
 
 
+@gpu.needs_triton
 @pytest.mark.parametrize("garbage", [filled, poisoned])
 @pytest.mark.parametrize("given", [False, True])
 def test_scores_stay_in_bounds(unchecked, given, garbage):
@@ -183,6 +184,7 @@ def test_selections_of_distant_memory(memory, far):
         assert_answers(download([run(("select_varlen", there))]), [wanted])
 
 
+@gpu.needs_triton
 @needs_cuda
 @pytest.mark.parametrize("far", ["tokens", "heads", "images"])
 def test_scores_of_distant_memory(memory, far):

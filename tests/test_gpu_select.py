@@ -172,6 +172,7 @@ def test_cases_as_elsewhere():
     assert_answers(answers(calls), [expected(call) for call in calls])
 
 
+@gpu.needs_triton
 @pytest.mark.parametrize("op", ["select_topk", "select_rows"])
 @pytest.mark.parametrize("look", [LOOKS[0], LOOKS[3], LOOKS[5]], ids=str)
 def test_random_scores(look, op):
@@ -301,6 +302,7 @@ def constants(monkeypatch):
     kernel._layout.cache_clear()
 
 
+@gpu.needs_triton
 @matchings
 @pytest.mark.parametrize("look", [LOOKS[0], LOOKS[3]], ids=str)
 def test_every_way_through_the_passes(constants, look, matching):
