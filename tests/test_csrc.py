@@ -27,6 +27,7 @@ def test_no_load_takes_the_cache_that_is_not_coherent(tmp_path):
     it believes that nobody writes."""
     ptx = tmp_path / "select.ptx"
     command = ["nvcc", "-std=c++17", "-O3", "-fmad=false", "-arch=sm_90", "-ptx", f"-I{CSRC}"]
+    command += ["-Werror", "all-warnings"]
     done = subprocess.run(
         [*command, str(CSRC / "cuda" / "select.cu"), "-o", str(ptx)], capture_output=True, text=True
     )
@@ -135,3 +136,31 @@ def test_resources_are_printed(setup, capsys):
         "vispruner_kernels: sm_90: 1 kernels, at most 126 registers, 0 bytes of stack, "
         "0 bytes spilled",
     ]
+
+
+@pytest.mark.parametrize("wanted", ["auto", "1"])
+def test_an_nvcc_that_fails_costs_its_kernels_alone(setup, tmp_path, capsys, wanted):
+    from setuptools import Distribution, Extension
+    from setuptools.errors import BaseError
+
+    (tmp_path / "bin").mkdir()
+    nvcc_that_knows(tmp_path / "bin", "80")
+    names = setup(CUDA_HOME=str(tmp_path), VISPRUNER_KERNELS_CUDA=wanted)
+    command = names["NinjaBuildExt"](Distribution())
+    command.get_ext_fullpath = lambda name: str(tmp_path / "_C.so")
+    built = []
+
+    def build(ext: object, output: Path, nvcc: str | None, sources: list[Path]) -> None:
+        built.append([path.name for path in sources])
+        if sources:
+            raise BaseError("unsupported GNU version")
+
+    command._build = build
+    if wanted == "1":
+        with pytest.raises(BaseError, match="_C was not built: unsupported GNU version"):
+            command.build_extension(Extension("vispruner_kernels._C", []))
+        assert built == [["select.cu"]]
+        return
+    command.build_extension(Extension("vispruner_kernels._C", []))
+    assert built == [["select.cu"], []]
+    assert "WITHOUT the CUDA kernels: unsupported GNU version" in capsys.readouterr().err
