@@ -93,7 +93,8 @@ def find_architectures(nvcc):
         raise BaseError(f"{nvcc} knows none of sm_{', sm_'.join(ARCHITECTURES)}")
     for architecture in set(ARCHITECTURES) - set(asked or known) if not asked else ():
         print(f"vispruner_kernels: {nvcc} cannot compile for sm_{architecture}", file=sys.stderr)
-    ptx = PTX_ARCHITECTURE if PTX_ARCHITECTURE in found else found[-1]
+    newest = max(found, key=lambda architecture: int(re.sub(r"\D", "", architecture)))
+    ptx = PTX_ARCHITECTURE if PTX_ARCHITECTURE in found else newest
     flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in found]
     return found, [*flags, f"-gencode=arch=compute_{ptx},code=compute_{ptx}"]
 

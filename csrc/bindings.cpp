@@ -1,5 +1,6 @@
-// vispruner_kernels._C: the operators of csrc/cpu and csrc/cuda over plain pointers. The only file that knows of
-// Python; vispruner_kernels/_native makes the pointers from tensors and has checked the arguments.
+// vispruner_kernels._C: the operators of csrc/cpu and csrc/cuda over plain pointers. The only file
+// that knows of Python; vispruner_kernels/_native makes the pointers from tensors and has checked
+// the arguments.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -153,19 +154,20 @@ PYBIND11_MODULE(_C, m) {
 #if defined(VISPRUNER_KERNELS_WITH_CUDA)
   m.attr("cuda_architectures") = VISPRUNER_KERNELS_CUDA_ARCHITECTURES;
   m.def("cuda_select_scratch", &cuda_select_scratch);
-  // Not without the lock: a launch takes less time than to get it back.
-  m.def("cuda_select", [](const TokenStrides& features, const TokenStrides& scores,
-                          const OffsetStride& cu_seqlens, const OffsetStride& cu_keep,
-                          int64_t images, int32_t n, int32_t channels, int64_t total, int32_t keep,
-                          int32_t important, const CudaRule& rule, Address indices, Address kept,
-                          Address scratch, int device, Address stream) {
-    const auto& [ratio, step, matching, eager_rounds] = rule;
-    cuda_select({tokens(features), tokens(scores), offsets(cu_seqlens), offsets(cu_keep), images, n,
-                 channels, total, keep, important, ratio, step, static_cast<Matching>(matching),
-                 eager_rounds, pointer<int64_t>(indices), pointer<char>(kept),
-                 pointer<char>(scratch)},
-                device, pointer<void>(stream));
-  });
+  m.def(
+      "cuda_select",
+      [](const TokenStrides& features, const TokenStrides& scores, const OffsetStride& cu_seqlens,
+         const OffsetStride& cu_keep, int64_t images, int32_t n, int32_t channels, int64_t total,
+         int32_t keep, int32_t important, const CudaRule& rule, Address indices, Address kept,
+         Address scratch, int device, Address stream) {
+        const auto& [ratio, step, matching, eager_rounds] = rule;
+        cuda_select(
+            {tokens(features), tokens(scores), offsets(cu_seqlens), offsets(cu_keep), images, n,
+             channels, total, keep, important, ratio, step, static_cast<Matching>(matching),
+             eager_rounds, pointer<int64_t>(indices), pointer<char>(kept), pointer<char>(scratch)},
+            device, pointer<void>(stream));
+      },
+      ReleaseGil());
 #endif
 }
 

@@ -7,7 +7,8 @@
 // each(n, f):              f(0) .. f(n - 1) in any order or at once, then a barrier
 // each_row(n, where, f, use): use(i, f(i)) for each i with where(i); f calls a row function: a warp
 //                          on a GPU. No where reads what a use writes, except for its own i
-// each_list(n, where, f, use): the same for a list function: some lanes of a warp
+// each_list(n, where, token, lists, mask, use): use(i, best) for each i with where(i): the first of
+//                          lists.of(token(i)) whose mask is kLives, or kNobody
 // each_ranked(values, n, f): f(i, how many values are larger than values[i], or equal and before
 //                          it), as each; no value is kDead
 // gather(sim, ld, tokens, n, out, width): out[p][q] = sim[tokens[p]][tokens[q]], p, q < n; as each
@@ -17,7 +18,6 @@
 // row_argmax(...):         row function: that maximum and the first j that attains it
 // nearest(..., list, length): row function: the `length` largest of them, descending, equal ones by
 //                          index; an entry for which there is none keeps its index
-// first_living(list, length, mask): list function: the first entry whose mask is kLives, or kNobody
 // kListsAreGiven:          constant: whether lists are made before the passes, or nearest is there
 //
 // Tokens have indices 0 .. n - 1 in ascending order of their index in the image. `sim` is [n, ld]
@@ -33,7 +33,7 @@ constexpr int32_t kLives = INT32_MAX;
 constexpr int32_t kDead = INT32_MIN;
 constexpr int64_t kNoPair = INT64_MIN;
 
-struct Best {
+struct alignas(8) Best {
   int32_t value;
   int32_t index;
 };
@@ -57,6 +57,10 @@ struct Compact {
   int32_t* names;
 };
 
+struct Everyone {
+  VISPRUNER_HD bool operator()(int32_t) const { return true; }
+};
+
 // The published rule. residual[n] holds tokens by score; returns those that are kept, in the same
 // memory or in `next`. Scratch: next[n], values[(n + 1) / 2], mask[ld].
 template <class Block>
@@ -67,7 +71,6 @@ VISPRUNER_HD int32_t* bipartite(Block& block, const int32_t* sim, int64_t ld, in
   const auto place = [=](int32_t token, int32_t position) {
     mask[token] = position % 2 ? kLives : kDead;
   };
-  const auto everyone = [](int32_t) { return true; };
   block.each(static_cast<int32_t>(ld), [=](int32_t j) { mask[j] = kDead; });
   block.each(n, [=](int32_t p) { place(residual[p], p); });
   int32_t listed = INT32_MAX;
@@ -97,7 +100,7 @@ VISPRUNER_HD int32_t* bipartite(Block& block, const int32_t* sim, int64_t ld, in
           block.nearest(sim + token * ld, mask, ld, lists.of(token), lists.length);
           return 0;
         };
-        block.each_row(n, everyone, list, [](int32_t, int32_t) {});
+        block.each_row(n, Everyone{}, list, [](int32_t, int32_t) {});
         block.each(n, [=](int32_t p) { place(residual[p], p); });
         listed = n;
       }
@@ -109,10 +112,9 @@ VISPRUNER_HD int32_t* bipartite(Block& block, const int32_t* sim, int64_t ld, in
     const bool look = lists.data != nullptr;
     const auto use = [=](int32_t i, int32_t value) { values[i] = value; };
     if (look) {
-      const auto listed_nearest = [=, &block](int32_t i) {
-        return block.first_living(lists.of(residual[2 * i]), lists.length, mask).value;
-      };
-      block.each_list(size_a, everyone, listed_nearest, use);
+      block.each_list(
+          size_a, Everyone{}, [=](int32_t i) { return residual[2 * i]; }, lists, mask,
+          [=](int32_t i, Best best) { values[i] = best.value; });
     }
     const auto missed = [=](int32_t i) { return !look || values[i] == kDead; };
     const auto nearest = [=, &block](int32_t i) {
@@ -169,11 +171,9 @@ VISPRUNER_HD void pairwise(Block& block, const int32_t* sim, int64_t ld, int32_t
       block.each_row(n, where, nearest, use);
       return;
     }
-    const auto listed_nearest = [=, &block](int32_t i) {
-      return block.first_living(lists.of(i), lists.length, mask);
-    };
-    block.each_list(n, where, listed_nearest,
-                    [=](int32_t i, Best best) { marry(i, best, kNotListed); });
+    block.each_list(
+        n, where, [](int32_t i) { return i; }, lists, mask,
+        [=](int32_t i, Best best) { marry(i, best, kNotListed); });
     block.each_row(n, [=](int32_t i) { return partner[i] == kNotListed; }, nearest, use);
   };
   const auto widowed = [=](int32_t i) {

@@ -14,6 +14,7 @@ from conftest import needs_native
 
 import vispruner_kernels
 from vispruner_kernels import _backends, _native
+from vispruner_kernels._native import cuda
 
 ROOT = Path(__file__).parent.parent
 OPERATORS = vispruner_kernels.__all__
@@ -119,9 +120,20 @@ def test_reference(by_reference):
 @needs_native
 def test_native(auto):
     got = answers(VISPRUNER_KERNELS_BACKEND="native")
-    assert owners(got["report"]) == dict.fromkeys(OPERATORS, ("native", "triton"))
+    in_cuda = ("select", "prune", "select_varlen") if cuda.INSTALLED else ()
+    wanted = {op: "native" if op in in_cuda else "triton" for op in OPERATORS}
+    assert owners(got["report"]) == {op: ("native", owner) for op, owner in wanted.items()}
     assert "backend            native (VISPRUNER_KERNELS_BACKEND)" in got["report"]
     assert got["digests"] == auto["digests"]
+
+
+def test_cuda_kernels_serve_by_hand_alone(auto):
+    line = next(x for x in auto["report"].splitlines() if x.startswith("CUDA kernels"))
+    if not cuda.INSTALLED:
+        assert "not built" in line
+    else:
+        assert "sm_90" in line
+        assert "only with VISPRUNER_KERNELS_BACKEND=native: no results from a GPU yet" in line
 
 
 def test_triton_serves_a_cpu_only_in_its_interpreter(auto):

@@ -29,9 +29,16 @@ struct Block {
       if (where(i)) use(i, f(i));
     });
   }
-  template <class Where, class F, class Use>
-  void each_list(int32_t n, Where where, F f, Use use) {
-    each_row(n, where, f, use);
+  template <class Where, class Token, class Use>
+  void each_list(int32_t n, Where where, Token token, Lists lists, const int32_t* mask, Use use) {
+    const auto first_living = [=](int32_t i) {
+      const Best* const list = lists.of(token(i));
+      for (int32_t k = 0; k < lists.length; ++k) {
+        if (mask[list[k].index] == kLives) return list[k];
+      }
+      return kNobody;
+    };
+    each_row(n, where, first_living, use);
   }
   int32_t row_max(const int32_t* row, const int32_t* mask, int64_t n) {
     return simd.row_max(row, mask, n);
@@ -47,12 +54,6 @@ struct Block {
     each(n, [&](int32_t p) {
       for (int32_t q = 0; q < n; ++q) out[p * width + q] = sim[tokens[p] * ld + tokens[q]];
     });
-  }
-  Best first_living(const Best* list, int32_t length, const int32_t* mask) {
-    for (int32_t k = 0; k < length; ++k) {
-      if (mask[list[k].index] == kLives) return list[k];
-    }
-    return kNobody;
   }
   // Values up to which counting the larger ones is faster than a sort.
   static constexpr int32_t kCountTo = 1024;

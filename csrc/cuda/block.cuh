@@ -1,6 +1,8 @@
 // A thread block of passes.h on a GPU.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/ptx.cuh"
 #include "passes.h"
 
@@ -8,7 +10,7 @@ namespace vispruner {
 
 constexpr int32_t kWarp = 32;
 constexpr uint32_t kAllLanes = 0xffffffffu;
-// Lanes that look through a list together; lists are a multiple as long.
+// Lanes that look through a list; lists are a multiple as long.
 constexpr int32_t kListLanes = 8;
 
 __device__ inline int32_t lane_id() { return static_cast<int32_t>(threadIdx.x) % kWarp; }
@@ -34,38 +36,55 @@ struct CudaBlock {
     __syncthreads();
   }
 
-  // A warp asks for 32 numbers at once, then takes those that apply, kLanes lanes for each. Numbers
-  // that follow each other are asked for by different warps: those that apply are often neighbours.
-  template <int32_t kLanes, class Where, class F, class Use>
-  __device__ void each_group(int32_t n, Where where, F f, Use use) {
-    const int32_t group = lane_id() / kLanes;
+  // A warp asks for 32 numbers at once, then takes those that apply. Numbers that follow each other
+  // are asked for by different warps, because those that apply are often neighbours, and those of
+  // a warp lie in different banks.
+  __device__ static int32_t number(int32_t asked) {
+    return asked * kWarps + (warp_id() + asked) % kWarps;
+  }
+  template <class Where, class F, class Use>
+  __device__ void each_row(int32_t n, Where where, F f, Use use) {
     for (int32_t first = 0; first < n; first += kThreads) {
-      const int32_t asked = first + lane_id() * kWarps + warp_id();
+      const int32_t asked = first + number(lane_id());
       uint32_t left = __ballot_sync(kAllLanes, asked < n && where(asked));
-      while (left) {
-        int32_t mine = -1;
-        for (int32_t g = 0; g < kWarp / kLanes; ++g) {
-          if (g == group) mine = __ffs(left) - 1;
-          left &= left - 1;
-        }
-        if (mine < 0) continue;
-        const int32_t i = first + mine * kWarps + warp_id();
+      for (; left; left &= left - 1) {
+        const int32_t i = first + number(__ffs(left) - 1);
         const auto result = f(i);
-        if (lane_id() % kLanes == 0) use(i, result);
+        if (lane_id() == 0) use(i, result);
       }
     }
     __syncthreads();
   }
-  template <class Where, class F, class Use>
-  __device__ void each_row(int32_t n, Where where, F f, Use use) {
-    each_group<kWarp>(n, where, f, use);
-  }
-  template <class Where, class F, class Use>
-  __device__ void each_list(int32_t n, Where where, F f, Use use) {
-    each_group<kListLanes>(n, where, f, use);
+
+  // Eight lanes look through a list, all lanes of a warp at once: votes of parts of it are slow.
+  template <class Where, class Token, class Use>
+  __device__ void each_list(int32_t n, Where where, Token token, Lists lists, const int32_t* mask,
+                            Use use) {
+    constexpr int32_t kGroups = kWarp / kListLanes;
+    const int32_t group = lane_id() / kListLanes;
+    if constexpr (std::is_same_v<Where, Everyone>) {
+      for (int32_t first = kGroups * warp_id(); first < n; first += kGroups * kWarps) {
+        const int32_t i = first + group;
+        look(i < n ? i : -1, token, lists, mask, use);
+      }
+    } else {
+      for (int32_t first = 0; first < n; first += kThreads) {
+        const int32_t asked = first + number(lane_id());
+        uint32_t left = __ballot_sync(kAllLanes, asked < n && where(asked));
+        while (left) {
+          int32_t mine = -1;
+          for (int32_t g = 0; g < kGroups; ++g) {
+            if (g == group) mine = __ffs(left) - 1;
+            left &= left - 1;
+          }
+          look(mine < 0 ? -1 : first + number(mine), token, lists, mask, use);
+        }
+      }
+    }
+    __syncthreads();
   }
 
-  __device__ int32_t row_max(const int32_t* row, const int32_t* mask, int64_t n) {
+  __device__ int32_t row_max(const int32_t* row, const int32_t* mask, int32_t n) {
     int32_t best = kDead;
     for (int32_t j = 4 * lane_id(); j < n; j += 4 * kWarp) {
       const int4 value = *reinterpret_cast<const int4*>(row + j);
@@ -75,7 +94,7 @@ struct CudaBlock {
     }
     return __reduce_max_sync(kAllLanes, best);
   }
-  __device__ Best row_argmax(const int32_t* row, const int32_t* mask, int64_t n) {
+  __device__ Best row_argmax(const int32_t* row, const int32_t* mask, int32_t n) {
     Best best = kNobody;
     for (int32_t j = 4 * lane_id(); j < n; j += 4 * kWarp) {
       const int4 value = *reinterpret_cast<const int4*>(row + j);
@@ -90,48 +109,62 @@ struct CudaBlock {
     const int32_t index = best.value == value ? best.index : INT32_MAX;
     return {value, __reduce_min_sync(kAllLanes, index)};
   }
-  __device__ Best first_living(const Best* list, int32_t length, const int32_t* mask) {
-    const int32_t lane = lane_id() % kListLanes;
-    const uint32_t group = ((1u << kListLanes) - 1) << (lane_id() - lane);
-    for (int32_t k = lane; k - lane < length; k += kListLanes) {
-      const Best best = list[k];
-      const uint32_t living = __ballot_sync(group, mask[best.index] == kLives) & group;
-      if (living) {
-        const int32_t first = __ffs(living) - 1;
-        return {__shfl_sync(group, best.value, first), __shfl_sync(group, best.index, first)};
-      }
-    }
-    return kNobody;
-  }
-
   __device__ void gather(const int32_t* sim, int64_t ld, const int32_t* tokens, int32_t n,
                          int32_t* out, int64_t width) {
-    for (int32_t p = warp_id(); p < n; p += kWarps) {
-      const int32_t* const row = sim + tokens[p] * ld;
-      for (int32_t q = lane_id(); q < n; q += kWarp) out[p * width + q] = row[tokens[q]];
+    // Loaded in batches before anything is stored, for the compiler must take one for the other.
+    constexpr int32_t kColumns = 8, kRows = 2;
+    for (int32_t first = 0; first < n; first += kColumns * kWarp) {
+      int32_t columns[kColumns];
+#pragma unroll
+      for (int32_t c = 0; c < kColumns; ++c) {
+        const int32_t q = first + c * kWarp + lane_id();
+        columns[c] = q < n ? tokens[q] : -1;
+      }
+      for (int32_t p = kRows * warp_id(); p < n; p += kRows * kWarps) {
+        int32_t values[kRows][kColumns];
+#pragma unroll
+        for (int32_t r = 0; r < kRows; ++r) {
+          const int32_t* const row = sim + tokens[p + r < n ? p + r : p] * ld;
+#pragma unroll
+          for (int32_t c = 0; c < kColumns; ++c) {
+            values[r][c] = columns[c] >= 0 ? row[columns[c]] : kDead;
+          }
+        }
+#pragma unroll
+        for (int32_t r = 0; r < kRows; ++r) {
+          int32_t* const to = out + (p + r) * width + first + lane_id();
+#pragma unroll
+          for (int32_t c = 0; c < kColumns; ++c) {
+            if (columns[c] >= 0 && p + r < n) to[c * kWarp] = values[r][c];
+          }
+        }
+      }
     }
     __syncthreads();
   }
 
   // To rank is to count. A lane has a value, a warp its 32 and a slice of those they are compared
-  // with: what all lanes read is one load.
+  // with: what all lanes read is one load. Up to eight tasks a warp, a power of two of slices: a
+  // division would take as long as a slice.
   template <class F>
   __device__ void each_ranked(const int32_t* values, int32_t n, F f) {
     const int32_t groups = (n + kWarp - 1) / kWarp;
-    // About four tasks a warp, so that all have as much to do.
-    const int32_t slices = larger(1, 4 * kWarps / groups);
-    const int32_t slice = ((n + slices - 1) / slices + 3) / 4 * 4;
-    for (int32_t task = warp_id(); task < groups * slices; task += kWarps) {
-      const int32_t begin = task / groups * slice;
+    const int32_t tasks_log2 = 31 - __clz(8 * kWarps);
+    const int32_t groups_log2 = groups > 1 ? 32 - __clz(groups - 1) : 0;
+    const int32_t shift = larger(0, tasks_log2 - groups_log2);
+    const int32_t slice = (((n + (1 << shift) - 1) >> shift) + 3) & ~3;
+    for (int32_t task = warp_id(); task < groups << shift; task += kWarps) {
+      const int32_t begin = (task & ((1 << shift) - 1)) * slice;
       const int32_t end = smaller(begin + slice, n);
       if (begin >= end) continue;
-      const int32_t first = task % groups * kWarp;
+      const int32_t first = (task >> shift) * kWarp;
       const int32_t i = first + lane_id();
       const int32_t value = values[smaller(i, n - 1)];
       // Of equal values those before count too.
       const int32_t own = larger(begin, smaller(first, end));
       const int32_t behind = larger(begin, smaller(first + kWarp, end));
       int32_t rank = count_above(values, begin, own, value - 1);
+#pragma unroll 4
       for (int32_t j = own; j < behind; ++j) {
         rank += values[j] > value || (values[j] == value && j < i);
       }
@@ -145,17 +178,24 @@ struct CudaBlock {
       f(i, rank);
     });
   }
-  // `begin` is a multiple of 4.
+  // `begin` is a multiple of 4. The sign of a difference is two instructions, a comparison three;
+  // keys of similarities are so small that none overflows.
   __device__ static int32_t count_above(const int32_t* values, int32_t begin, int32_t end,
                                         int32_t bound) {
-    int32_t above = 0;
+    const auto above = [=](int32_t x) { return static_cast<uint32_t>(bound - x) >> 31; };
+    uint32_t counts[4] = {};
     int32_t j = begin;
+#pragma unroll 4
     for (; j + 4 <= end; j += 4) {
       const int4 four = *reinterpret_cast<const int4*>(values + j);
-      above += (four.x > bound) + (four.y > bound) + (four.z > bound) + (four.w > bound);
+      counts[0] += above(four.x);
+      counts[1] += above(four.y);
+      counts[2] += above(four.z);
+      counts[3] += above(four.w);
     }
-    for (; j < end; ++j) above += values[j] > bound;
-    return above;
+#pragma unroll 1
+    for (; j < end; ++j) counts[0] += above(values[j]);
+    return static_cast<int32_t>(counts[0] + counts[1] + counts[2] + counts[3]);
   }
 
   __device__ void next_living(const int32_t* mask, int32_t n, int32_t* next) {
@@ -220,6 +260,24 @@ struct CudaBlock {
   }
 
  private:
+  // A group of lanes looks through the list of i, or of nobody where i is negative.
+  template <class Token, class Use>
+  __device__ static void look(int32_t i, Token token, Lists lists, const int32_t* mask, Use use) {
+    const int32_t lane = lane_id() % kListLanes;
+    const Best* const list = i < 0 ? nullptr : lists.of(token(i)) + lane;
+    bool found = i < 0;
+    for (int32_t k = 0; k < lists.length; k += kListLanes) {
+      const Best best = found ? kNobody : list[k];
+      const bool living = !found && mask[best.index] == kLives;
+      const uint32_t lanes = __ballot_sync(kAllLanes, living) >> (lane_id() - lane);
+      const uint32_t mine = lanes & ((1u << kListLanes) - 1);
+      if (mine && __ffs(mine) - 1 == lane) use(i, best);
+      found = found || mine != 0;
+      if (!__any_sync(kAllLanes, !found)) return;
+    }
+    if (!found && lane == 0) use(i, kNobody);
+  }
+
   // The value of every warp, after a barrier.
   __device__ const int64_t* share(int64_t value) {
     turn ^= 1;

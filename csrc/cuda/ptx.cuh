@@ -20,6 +20,17 @@ __device__ inline float half_to_float(uint16_t bits) {
   return x;
 }
 
+// *word += 1; returns what it was. What this thread has seen or stored comes before it for who adds
+// after it.
+__device__ inline uint64_t arrive_at(uint64_t* word) {
+  uint64_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.u64 %0, [%1], 1;"
+               : "=l"(before)
+               : "l"(__cvta_generic_to_global(word))
+               : "memory");
+  return before;
+}
+
 // sums[16][8] += a[16][32] * b[32][8] of int8 by tensor cores. With g = lane / 4 and t = lane % 4:
 // a[0]: row g, a[1]: row g + 8, columns 4 t to 4 t + 3; a[2] and a[3]: the same rows 16 columns on;
 // b[0]: column g, rows 4 t to 4 t + 3; b[1]: 16 rows on; sums[0] and [1]: row g, columns 2 t and

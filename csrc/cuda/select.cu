@@ -5,6 +5,7 @@
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "cuda/block.cuh"
 #include "cuda/neighbours.cuh"
@@ -53,13 +54,15 @@ struct Scratch {
 struct SelectArgs {
   CudaSelect call;
   bool removes;
-  // Whether rows of features, and of kept ones, begin at multiples of 16 bytes.
+  // Whether rows of features begin at multiples of 16 bytes.
   bool aligned;
   int32_t shared_bytes;
   uint64_t tag;
 };
 
-// Arrays for the passes: in shared memory while there is some.
+// Arrays for the passes: in shared memory, or while there is some. Where all are, the compiler
+// knows that they are.
+template <bool kShared>
 struct Arena {
   char* shared;
   char* shared_end;
@@ -68,7 +71,7 @@ struct Arena {
   template <class T>
   __device__ T* take(int64_t count) {
     const int64_t bytes = rounded(count * sizeof(T), 16);
-    const bool fits = bytes <= shared_end - shared;
+    const bool fits = kShared || bytes <= shared_end - shared;
     T* const array = reinterpret_cast<T*>(fits ? shared : global);
     shared += fits ? bytes : 0;
     global += fits ? 0 : bytes;
@@ -92,10 +95,8 @@ __device__ bool arrive(uint64_t* counter, int32_t expected) {
   __syncthreads();
   bool last = false;
   if (threadIdx.x == 0) {
-    __threadfence();
-    const uint64_t before = atomicAdd(reinterpret_cast<unsigned long long*>(counter), 1ull);
+    const uint64_t before = arrive_at(counter);
     last = static_cast<int32_t>(before & ((1u << kCountBits) - 1)) == expected - 1;
-    __threadfence();
     // Tag 0 belongs to no call.
     if (last) *counter = 0;
   }
@@ -142,42 +143,63 @@ __device__ void rank_scores(const Tokens& scores, const char* row, int32_t n, in
   __syncthreads();
 }
 
-// What is kept of an image: those of the `important` best by score that are not many, and those of
-// the rest that are left when the rule has removed all but keep - important.
-template <Matching kMatching>
-__device__ void remove_duplicates(Block& block, const SelectArgs& args, Arena arena,
+// Copies of the first `length` of kListed neighbours of each token, a power of two.
+__device__ void copy_lists(const Best* lists, int32_t n, int32_t length, Best* copy) {
+  static_assert(sizeof(uint4) == 2 * sizeof(Best), "two entries at a time");
+  // Loaded in batches before anything is stored, for the compiler must take one for the other.
+  constexpr int32_t kBatch = 8;
+  const int32_t log2 = 30 - __clz(length);
+  const int32_t count = n << log2;
+  const uint4* const from = reinterpret_cast<const uint4*>(lists);
+  uint4* const to = reinterpret_cast<uint4*>(copy);
+  for (int32_t first = threadIdx.x; first < count; first += kBatch * kThreads) {
+    uint4 two[kBatch];
+#pragma unroll
+    for (int32_t b = 0; b < kBatch; ++b) {
+      const int32_t v = first + b * kThreads;
+      const int32_t token = v >> log2;
+      if (v < count) two[b] = from[int64_t{token} * (kListed / 2) + (v - (token << log2))];
+    }
+#pragma unroll
+    for (int32_t b = 0; b < kBatch; ++b) {
+      if (first + b * kThreads < count) to[first + b * kThreads] = two[b];
+    }
+  }
+  __syncthreads();
+}
+
+// The `important` best by score, and those of the rest that are left when the rule has removed all
+// but keep - important: out[keep], ascending.
+template <Matching kMatching, bool kShared>
+__device__ void remove_duplicates(Block& block, const SelectArgs& args, Arena<kShared> arena,
                                   const int32_t* sim, const Best* lists, const int32_t* order,
                                   int32_t n, int32_t keep, int32_t important, int64_t* out,
-                                  int64_t first_index) {
+                                  int32_t first_index) {
   const int32_t ld = static_cast<int32_t>(rounded(n, 16));
-  int32_t* const mask = arena.take<int32_t>(ld);
-  int32_t* const first = arena.take<int32_t>(n);
-  int32_t* const second = arena.take<int32_t>(n + 1);
+  int32_t* const mask = arena.template take<int32_t>(ld);
+  int32_t* const first = arena.template take<int32_t>(n);
+  int32_t* const second = arena.template take<int32_t>(n + 1);
   // Whole lists in shared memory, half of each, or where they are.
-  const auto listed = [&](Arena& arena) {
+  const auto listed = [&](Arena<kShared>& arena) {
     const int64_t free = arena.shared_end - arena.shared;
     const int64_t size = n * sizeof(Best);
     const int32_t length = size * kListed <= free ? kListed : kListed / 2;
-    if (size * length > free) return Lists{const_cast<Best*>(lists), kListed};
-    Best* const copy = arena.take<Best>(int64_t{n} * length);
-    for (int32_t t = warp_id(); t < n; t += kWarps) {
-      const int64_t token = t;
-      if (lane_id() < length) copy[token * length + lane_id()] = lists[token * kListed + lane_id()];
-    }
-    __syncthreads();
+    if (!kShared && size * length > free) return Lists{const_cast<Best*>(lists), kListed};
+    Best* const copy = arena.template take<Best>(int64_t{n} * length);
+    copy_lists(lists, n, length, copy);
     return Lists{copy, length};
   };
   if constexpr (kMatching == Matching::kPairwise) {
-    int64_t* const pair = arena.take<int64_t>(n);
-    int32_t* const places = arena.take<int32_t>(n);
+    int64_t* const pair = arena.template take<int64_t>(n);
+    int32_t* const places = arena.template take<int32_t>(n);
     block.each(n, [=](int32_t t) { places[t] = order[t]; });
     block.each(ld, [=](int32_t t) { mask[t] = t < n && places[t] >= important ? kLives : kDead; });
     pairwise(block, sim, ld, n, n - keep, args.call.eager_rounds, places, first, second, pair, mask,
              listed(arena));
   } else {
     const int32_t half = (n + 1) / 2;
-    int32_t* const values = arena.take<int32_t>(half);
-    int32_t* const ranks = arena.take<int32_t>(half);
+    int32_t* const values = arena.template take<int32_t>(half);
+    int32_t* const ranks = arena.template take<int32_t>(half);
     block.each(half, [=](int32_t i) { ranks[i] = 0; });
     block.ranks = ranks;
     block.each(n, [=](int32_t t) {
@@ -192,9 +214,11 @@ __device__ void remove_duplicates(Block& block, const SelectArgs& args, Arena ar
     }
     compact.sim = reinterpret_cast<int32_t*>(arena.shared);
     compact.names = compact.sim + compact.most * compact.most;
+    // Where tokens move at once, nobody reads a list.
+    const Lists copies = n - important > compact.most ? listed(arena) : Lists{nullptr, kListed};
     const int32_t* const left =
         bipartite(block, sim, ld, n - important, keep - important, args.call.step, first, second,
-                  values, mask, listed(arena), compact);
+                  values, mask, copies, compact);
     block.each(n, [=](int32_t t) { mask[t] = order[t] < important ? kLives : kDead; });
     block.each(keep - important, [=](int32_t p) { mask[left[p]] = kLives; });
   }
@@ -219,10 +243,11 @@ __device__ int2 range_of(Block& block, const Offsets& offsets, int64_t image, in
 // Moves: features 2 * (N / 64 + 1) times, from L2 but for the first; similarities once out, and in
 //   for the lists.
 // Deterministic: all sums and comparisons are of integers; arrival decides only who goes on.
-template <DType kDType, Matching kMatching>
+// kShared: shared memory holds all that the passes need, for an image of any size there is.
+template <Matching kMatching, bool kShared>
 __global__ void __launch_bounds__(kThreads, 1) select_kernel(const SelectArgs args) {
   const CudaSelect& call = args.call;
-  constexpr int64_t kSize = Slice<kDType>::kSize;
+  const int64_t size = call.features.dtype == DType::kFloat32 ? 4 : 2;
   const Scratch scratch(call.images, call.tokens, call.total, args.removes);
   const int32_t most_blocks = (call.tokens + kTile - 1) / kTile;
   const int32_t tiles = most_blocks * (most_blocks + 1) / 2;
@@ -233,12 +258,21 @@ __global__ void __launch_bounds__(kThreads, 1) select_kernel(const SelectArgs ar
 
   // Which image: its tokens, where its answer goes, how many are kept.
   int32_t n = call.tokens, keep = call.keep, important = call.important;
-  int64_t start = image * n, first_index = 0;
+  int64_t start = image * n;
+  int32_t first_index = 0;
   const char* features = call.features.data;
   const char* scores = call.scores.data;
   const int64_t score_size = call.scores.dtype == DType::kFloat32 ? 4 : 2;
   int64_t* out = call.indices;
   if (call.cu_seqlens.data) {
+    if (tile > 0) {
+      // Most blocks, where most images are smaller than the largest. No image is longer than its
+      // offsets say.
+      const int32_t* const offset = call.cu_seqlens.data + image * call.cu_seqlens.stride;
+      const int64_t length = int64_t{offset[call.cu_seqlens.stride]} - offset[0];
+      const int64_t sides = ((length < n ? length : n) + kTile - 1) / kTile;
+      if (length <= 0 || tile >= sides * (sides + 1) / 2) return;
+    }
     // Whatever the offsets say, images are disjoint and within the tensors.
     const int64_t most = call.total < INT32_MAX ? call.total : INT32_MAX;
     const int2 range = range_of(block, call.cu_seqlens, image, static_cast<int32_t>(most));
@@ -260,10 +294,10 @@ __global__ void __launch_bounds__(kThreads, 1) select_kernel(const SelectArgs ar
     out += slots.x;
   } else {
     out += image * keep;
-    features += image * call.features.batch * kSize;
+    features += image * call.features.batch * size;
     scores += image * call.scores.batch * score_size;
   }
-  features += first_index * call.features.token * kSize;
+  features += first_index * call.features.token * size;
   scores += first_index * call.scores.token * score_size;
   const int32_t blocks = (n + kTile - 1) / kTile;
   // Where the score alone decides, or nothing does, the tiles on the diagonal are enough.
@@ -290,8 +324,17 @@ __global__ void __launch_bounds__(kThreads, 1) select_kernel(const SelectArgs ar
     rank_scores(call.scores, scores, n, block_a * kTile, reinterpret_cast<int32_t*>(memory), place);
   }
   if (removes) {
-    similarity_tile<kDType>(features, call.features.token, call.channels, args.aligned, n, block_a,
-                            block_b, memory, sim, ld);
+    const auto tile_of = [&](auto dtype) {
+      similarity_tile<decltype(dtype)::value>(features, call.features.token, call.channels,
+                                              args.aligned, n, block_a, block_b, memory, sim, ld);
+    };
+    if (call.features.dtype == DType::kFloat32) {
+      tile_of(std::integral_constant<DType, DType::kFloat32>{});
+    } else if (call.features.dtype == DType::kFloat16) {
+      tile_of(std::integral_constant<DType, DType::kFloat16>{});
+    } else {
+      tile_of(std::integral_constant<DType, DType::kBFloat16>{});
+    }
   }
 
   // Phase 2: whose tile was the last of a block lists the neighbours of its tokens. Rows are copied
@@ -324,26 +367,39 @@ __global__ void __launch_bounds__(kThreads, 1) select_kernel(const SelectArgs ar
   // Phase 3: whose block was the last of an image removes duplicates and writes the result.
   if (removes) {
     char* const passes = call.scratch + scratch.passes + start * kTokenBytes;
-    const Arena arena = {memory, shared_memory() + args.shared_bytes,
-                         reinterpret_cast<char*>(
-                             rounded(reinterpret_cast<int64_t>(passes) + image * kSlackBytes, 16))};
-    remove_duplicates<kMatching>(block, args, arena, sim, lists, place, n, keep, important, out,
-                                 first_index);
+    const Arena<kShared> arena = {
+        memory, shared_memory() + args.shared_bytes,
+        reinterpret_cast<char*>(
+            rounded(reinterpret_cast<int64_t>(passes) + image * kSlackBytes, 16))};
+    remove_duplicates<kMatching, kShared>(block, args, arena, sim, lists, place, n, keep, important,
+                                          out, first_index);
   } else {
     block.each_in_order(
         n, [=](int32_t t) { return place[t] < keep; },
         [=](int32_t t, int32_t k) { out[k] = first_index + t; });
   }
   if (!call.kept) return;
-  const int64_t row_bytes = call.channels * kSize;
+  const int64_t row_bytes = call.channels * size;
   char* const kept = call.kept + image * keep * row_bytes;
+  const int64_t vectors = args.aligned && row_bytes % 16 == 0 ? row_bytes / 16 : 0;
   for (int32_t k = warp_id(); k < keep; k += kWarps) {
-    const char* const from = features + out[k] * call.features.token * kSize;
+    const char* const from = features + out[k] * call.features.token * size;
     char* const to = kept + k * row_bytes;
-    const int64_t vectors = args.aligned && row_bytes % 16 == 0 ? row_bytes / 16 : 0;
-    for (int64_t v = lane_id(); v < vectors; v += kWarp) {
-      reinterpret_cast<uint4*>(to)[v] = reinterpret_cast<const uint4*>(from)[v];
+    constexpr int32_t kBatch = 4;
+    for (int64_t first = lane_id(); first < vectors; first += kBatch * kWarp) {
+      uint4 vector[kBatch];
+#pragma unroll
+      for (int32_t b = 0; b < kBatch; ++b) {
+        const int64_t v = first + b * kWarp;
+        if (v < vectors) vector[b] = reinterpret_cast<const uint4*>(from)[v];
+      }
+#pragma unroll
+      for (int32_t b = 0; b < kBatch; ++b) {
+        const int64_t v = first + b * kWarp;
+        if (v < vectors) reinterpret_cast<uint4*>(to)[v] = vector[b];
+      }
     }
+#pragma unroll 4
     for (int64_t h = 8 * vectors + lane_id(); h < row_bytes / 2; h += kWarp) {
       reinterpret_cast<uint16_t*>(to)[h] = reinterpret_cast<const uint16_t*>(from)[h];
     }
@@ -355,19 +411,30 @@ void check(cudaError_t error, const char* what) {
   // The next call is not to find it.
   cudaGetLastError();
   throw std::runtime_error(std::string("vispruner_kernels: ") + what + ": " +
-                           cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
+                           cudaGetErrorName(error) + ": " + cudaGetErrorString(error) +
+                           "; VISPRUNER_KERNELS_BACKEND=triton does without the CUDA kernels");
 }
 
 using Kernel = void (*)(const SelectArgs);
 
-Kernel kernel_of(DType dtype, Matching matching) {
+Kernel kernel_of(Matching matching, bool shared) {
   constexpr Matching kFirst = Matching::kBipartite, kSecond = Matching::kPairwise;
-  static constexpr Kernel kKernels[3][2] = {
-      {select_kernel<DType::kFloat32, kFirst>, select_kernel<DType::kFloat32, kSecond>},
-      {select_kernel<DType::kFloat16, kFirst>, select_kernel<DType::kFloat16, kSecond>},
-      {select_kernel<DType::kBFloat16, kFirst>, select_kernel<DType::kBFloat16, kSecond>}};
-  return kKernels[static_cast<int>(dtype)][static_cast<int>(matching)];
+  if (matching == kFirst)
+    return shared ? select_kernel<kFirst, true> : select_kernel<kFirst, false>;
+  return shared ? select_kernel<kSecond, true> : select_kernel<kSecond, false>;
 }
+
+// A first call may come while a graph is captured: what it asks for is not part of it.
+class CaptureMode {
+ public:
+  CaptureMode() { check(cudaThreadExchangeStreamCaptureMode(&mode_), "the capture mode"); }
+  ~CaptureMode() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  CaptureMode(const CaptureMode&) = delete;
+  CaptureMode& operator=(const CaptureMode&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
 
 // Bytes of shared memory that a block may have; asked for once a device, which is the current one.
 int shared_limit(int device) {
@@ -375,14 +442,15 @@ int shared_limit(int device) {
   static std::atomic<int> known[kDevices];
   const int found = device < kDevices ? known[device].load(std::memory_order_acquire) : 0;
   if (found) return found;
+  const CaptureMode relaxed;
   int limit = 0;
   check(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
         "shared memory of the device");
-  for (int dtype = 0; dtype < 3; ++dtype) {
-    for (int matching = 0; matching < 2; ++matching) {
-      const Kernel kernel = kernel_of(static_cast<DType>(dtype), static_cast<Matching>(matching));
-      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit),
-            "no kernel for this device; set VISPRUNER_KERNELS_BACKEND=triton, or build for it");
+  for (const Matching matching : {Matching::kBipartite, Matching::kPairwise}) {
+    for (const bool shared : {false, true}) {
+      check(cudaFuncSetAttribute(kernel_of(matching, shared),
+                                 cudaFuncAttributeMaxDynamicSharedMemorySize, limit),
+            "a kernel for this device");
     }
   }
   if (device < kDevices) known[device].store(limit, std::memory_order_release);
@@ -439,10 +507,14 @@ void cuda_select(const CudaSelect& call, int device, void* stream) {
   args.aligned = aligned(reinterpret_cast<int64_t>(call.features.data)) &&
                  aligned(call.features.batch * size) && aligned(call.features.token * size);
   // All that the passes of an image can use; registers let no second block on a multiprocessor.
-  const int64_t useful =
-      kTotalsBytes + kSlackBytes + int64_t{call.tokens} * (kTokenBytes + kListed * sizeof(Best));
+  const auto needed = [&](int32_t listed) {
+    return rounded(
+        kTotalsBytes + kSlackBytes + int64_t{call.tokens} * (kTokenBytes + listed * sizeof(Best)),
+        16);
+  };
   int64_t shared = shared_limit(device) / 16 * 16;
-  if (shared > useful) shared = rounded(useful, 16);
+  const bool all_shared = needed(kListed / 2) <= shared;
+  if (shared > needed(kListed)) shared = needed(kListed);
   if (shared < kSharedBytes) shared = kSharedBytes;
   args.shared_bytes = static_cast<int32_t>(shared);
   args.tag = new_tag();
@@ -452,7 +524,7 @@ void cuda_select(const CudaSelect& call, int device, void* stream) {
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = static_cast<size_t>(shared);
   config.stream = static_cast<cudaStream_t>(stream);
-  check(cudaLaunchKernelEx(&config, kernel_of(call.features.dtype, call.matching), args),
+  check(cudaLaunchKernelEx(&config, kernel_of(call.matching, all_shared), args),
         "the launch of select");
 }
 

@@ -39,19 +39,23 @@ struct Slice {
     return __int_as_float(static_cast<int32_t>(kSize == 4 ? bits : bits << 16));
   }
 
-  // Zeros where there is no token, or no channel. `aligned`: rows begin at multiples of 16 bytes.
-  __device__ void load(const char* row, int32_t channel, int32_t channels, bool aligned) {
-    constexpr int32_t kVectors = kSlice * kSize / 16;
-    if (row && aligned && channel + kSlice <= channels) {
-      const uint4* const vectors = reinterpret_cast<const uint4*>(row + int64_t{channel} * kSize);
+  // Of a row that begins at a multiple of 16 bytes.
+  __device__ void load_vectors(const char* row, int32_t channel) {
+    const uint4* const vectors = reinterpret_cast<const uint4*>(row + int64_t{channel} * kSize);
 #pragma unroll
-      for (int32_t v = 0; v < kVectors; ++v) {
-        const uint4 vector = vectors[v];
-        words[4 * v] = vector.x;
-        words[4 * v + 1] = vector.y;
-        words[4 * v + 2] = vector.z;
-        words[4 * v + 3] = vector.w;
-      }
+    for (int32_t v = 0; v < kSlice * kSize / 16; ++v) {
+      const uint4 vector = vectors[v];
+      words[4 * v] = vector.x;
+      words[4 * v + 1] = vector.y;
+      words[4 * v + 2] = vector.z;
+      words[4 * v + 3] = vector.w;
+    }
+  }
+
+  // Zeros where there is no token, or no channel.
+  __device__ void load(const char* row, int32_t channel, int32_t channels, bool aligned) {
+    if (row && aligned && channel + kSlice <= channels) {
+      load_vectors(row, channel);
       return;
     }
 #pragma unroll
@@ -117,8 +121,22 @@ __device__ void similarity_tile(const char* features, int64_t stride, int32_t ch
   const char* const row = token < n ? features + token * stride * Slice<kDType>::kSize : nullptr;
   Slice<kDType> slice;
   uint32_t most = 0;
-#pragma unroll 4
-  for (int32_t c = channel; c < channels; c += kStep) {
+  int32_t c = channel;
+  // 128 bytes at a time: with a condition between them loads would wait for each other.
+  constexpr int32_t kAhead = 8 / Slice<kDType>::kSize;
+  const int32_t whole = row && aligned ? channels - (kAhead - 1) * kStep - kSlice : -1;
+  for (; c <= whole; c += kAhead * kStep) {
+    Slice<kDType> slices[kAhead];
+#pragma unroll
+    for (int32_t a = 0; a < kAhead; ++a) slices[a].load_vectors(row, c + a * kStep);
+#pragma unroll
+    for (int32_t a = 0; a < kAhead; ++a) {
+      const uint32_t magnitude = slices[a].magnitude();
+      most = magnitude > most ? magnitude : most;
+    }
+  }
+#pragma unroll 1
+  for (; c < channels; c += kStep) {
     slice.load(row, c, channels, aligned);
     const uint32_t magnitude = slice.magnitude();
     most = magnitude > most ? magnitude : most;

@@ -80,6 +80,7 @@ enum cudaDeviceAttr {
   cudaDevAttrComputeCapabilityMajor = 75,
   cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
 };
+enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal = 0, cudaStreamCaptureModeRelaxed = 2 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 typedef struct CUstream_st* cudaStream_t;
 struct cudaLaunchAttribute;
@@ -519,6 +520,9 @@ inline cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuc
 inline cudaError_t cudaGetDevice(int* device) { return *device = current_device, cudaSuccess; }
 inline cudaError_t cudaSetDevice(int device) {
   return device < 0 ? refuse("a negative device") : (current_device = device, cudaSuccess);
+}
+inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) {
+  return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   *value = attribute == cudaDevAttrMultiProcessorCount            ? machine.multiprocessors

@@ -12,6 +12,9 @@ namespace vispruner {
 // Of the calling block, as many bytes as the launch says.
 inline char* shared_memory() { return cuda_on_cpu::machine.shared; }
 
+// Blocks run one after another.
+inline uint64_t arrive_at(uint64_t* word) { return (*word)++; }
+
 inline float half_to_float(uint16_t bits) {
   const int sign = bits >> 15, exponent = bits >> 10 & 31, fraction = bits & 1023;
   const float x = exponent == 31 ? (fraction ? NAN : INFINITY)
