@@ -15,7 +15,7 @@ LLAVA_ARGS ?=
 # On all cores, but not on more than pay.
 XDIST := -n auto --maxprocesses 8 --dist worksteal
 # For a second run of the tests that changes nothing about these.
-NO_TRITON := $(foreach t,triton triton_attention races aot launches gpu_command,--ignore=tests/test_$(t).py)
+UNCHANGED := $(foreach t,triton triton_attention races aot launches gpu_command cuda_on_cpu,--ignore=tests/test_$(t).py)
 
 PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
@@ -37,7 +37,7 @@ test: dev ## the quick tests, on the CPU (PYTEST_ARGS=...)
 	$(PY) -m pytest $(XDIST) $(PYTEST_ARGS)
 
 test-again: dev ## the same without those of the Triton kernels, for another backend
-	$(PY) -m pytest $(XDIST) $(NO_TRITON) $(PYTEST_ARGS)
+	$(PY) -m pytest $(XDIST) $(UNCHANGED) $(PYTEST_ARGS)
 
 test-slow: dev ## the long tests that need no GPU
 	$(PY) -m pytest -m "slow and not gpu" $(XDIST) $(PYTEST_ARGS)
@@ -106,7 +106,7 @@ dist-test: dev ## build the sdist and the wheel, install each in a new environme
 	  rm -rf sources; mkdir sources; \
 	  tar -xzf "$$repo"/dist/*.tar.gz -C sources --strip-components 1; \
 	  rm -r sources/vispruner_kernels; ln -s "$$installed" sources/vispruner_kernels; \
-	  (cd sources; ../$$1/bin/python -m pytest $(XDIST) $(NO_TRITON) $(PYTEST_ARGS)); \
+	  (cd sources; ../$$1/bin/python -m pytest $(XDIST) $(UNCHANGED) $(PYTEST_ARGS)); \
 	}; \
 	try wheel "$$repo"/dist/*.whl 1; \
 	export CXX=/nonexistent VISPRUNER_KERNELS_NATIVE=auto VISPRUNER_KERNELS_CUDA=auto; \

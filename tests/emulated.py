@@ -71,9 +71,10 @@ class Memory:
         self.guarded.clear()
 
 
-def load(library: str, seed: int, shared: int) -> Memory:
+def load(library: str, seed: int, shared: int, device: int) -> Memory:
     """Puts the kernels in the place of those for a GPU: threads run in an order that depends on the
-    seed, in blocks that may have so many bytes of shared memory."""
+    seed, in blocks that may have so many bytes of shared memory. All devices are alike; what is
+    known of one is only kept below 64."""
     # The operators for the CPU are not in this build: they would be looked for when called.
     flags = sys.getdlopenflags()
     sys.setdlopenflags(os.RTLD_LAZY)
@@ -85,7 +86,7 @@ def load(library: str, seed: int, shared: int) -> Memory:
     memory = Memory(seed)
     cuda._C = module
     cuda.torch = memory
-    cuda._device_and_stream = lambda tensor: (0, 0)
+    cuda._device_and_stream = lambda tensor: (device, 0)
     cuda._scratch_bytes.cache_clear()
     return memory
 
@@ -190,7 +191,7 @@ def stay_in_bounds(seeds: range, total: int, memory: Memory) -> int:
 def main(library: str, task: str) -> int:
     todo = json.loads(task)
     torch.set_num_threads(1)
-    memory = load(library, todo["seed"], todo["shared"])
+    memory = load(library, todo["seed"], todo["shared"], todo.get("device", 0))
     _native._EAGER_ROUNDS = todo.get("eager_rounds", _native._EAGER_ROUNDS)
     count = 0
     if "random" in todo:

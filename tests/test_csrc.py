@@ -10,6 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 from vispruner_kernels import _native
 
@@ -66,6 +67,31 @@ def test_every_architecture_is_in_the_build_and_nothing_spills():
         assert int(kernel["REG"]) <= 128, kernel
     if "VISPRUNER_KERNELS_CUDA_ARCHITECTURES" not in os.environ:
         assert set(names) <= {"80", "86", "89", "90", "100", "120"}
+
+
+# The launch path, as far as it goes without a GPU.
+
+
+def launch(images: int) -> None:
+    tokens = (0, 1, 16384 * 8, 8)
+    shape = (images, 16384, 8, images * 16384)
+    rule = (0.5, 8, 0, 64)
+    _native._C.cuda_select(tokens, tokens, (0, 0), (0, 0), *shape, 9, 4, rule, 0, 0, 0, 0, 0)
+
+
+@needs_cuda_build
+def test_a_grid_that_is_too_large():
+    with pytest.raises(ValueError, match="2155872256 blocks, expected at most 2147483647"):
+        launch(2**16)
+
+
+@needs_cuda_build
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_an_error_of_cuda_is_an_exception():
+    message = r"^vispruner_kernels: the current device: cudaError\w+: .*; VISPRUNER_KERNELS_BACKEND"
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=message):
+            launch(1)
 
 
 # setup.py

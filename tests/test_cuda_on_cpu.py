@@ -96,7 +96,7 @@ def test_random_cases(library, seed, shared):
 
 @pytest.mark.parametrize("rounds", [0, 1])
 def test_pairwise_without_eager_rounds(library, rounds):
-    task = {"random": [5000, 5150, 90], "eager_rounds": rounds}
+    task = {"random": [5000, 5150, 90], "eager_rounds": rounds, "device": 3 + 80 * rounds}
     assert run(library, **task, seed=2 + rounds, shared=SHARED["most"]) > 150
 
 
@@ -129,7 +129,7 @@ def test_other_keys(library):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shared", SHARED)
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_thousands_of_random_cases(library, seed, shared):
     begin = 10_000 + 10_000 * list(SHARED).index(shared) + 1000 * seed
     task = {"random": [begin, begin + 800, 200], "seed": 10 + seed, "shared": SHARED[shared]}
