@@ -14,7 +14,7 @@ BENCH_ARGS ?=
 LLAVA_ARGS ?=
 # On all cores, but not on more than pay.
 XDIST := -n auto --maxprocesses 8 --dist worksteal
-# For a second run of the tests that changes nothing about these.
+# For a second run of the tests, which changes nothing about these.
 UNCHANGED := $(foreach t,triton triton_attention races aot launches gpu_command cuda_on_cpu,--ignore=tests/test_$(t).py)
 
 PY := .venv/bin/python
@@ -36,7 +36,7 @@ demo: dev ## prune a picture with every method, ask about it; writes demo.png (D
 test: dev ## the quick tests, on the CPU (PYTEST_ARGS=...)
 	$(PY) -m pytest $(XDIST) $(PYTEST_ARGS)
 
-test-again: dev ## the same without those of the Triton kernels, for another backend
+test-again: dev ## the same without those of the GPU kernels, for another backend
 	$(PY) -m pytest $(XDIST) $(UNCHANGED) $(PYTEST_ARGS)
 
 test-slow: dev ## the long tests that need no GPU

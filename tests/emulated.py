@@ -71,7 +71,7 @@ class Memory:
         self.guarded.clear()
 
 
-def load(library: str, seed: int, shared: int, device: int) -> Memory:
+def load(library: str, seed: int, shared: int, device: int = 0) -> Memory:
     """Puts the kernels in the place of those for a GPU: threads run in an order that depends on the
     seed, in blocks that may have so many bytes of shared memory. All devices are alike; what is
     known of one is only kept below 64."""
