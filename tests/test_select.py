@@ -186,9 +186,13 @@ def test_important_count_is_pythons(backend, ratio):
 
 
 @needs_native
-@pytest.mark.parametrize("threads", [2, 32, 128, 1024])
-def test_passes_do_not_depend_on_the_threads_of_a_block(monkeypatch, threads):
+@pytest.mark.parametrize(
+    ("threads", "compact_to"), [(2, 0), (32, 16), (512, 0), (512, 144), (512, 192), (1, 1024)]
+)
+def test_passes_do_not_depend_on_the_block(monkeypatch, threads, compact_to):
+    """The threads that a loop stands for, 512 as on a GPU, and from which on tokens move."""
     monkeypatch.setattr(_native, "_BLOCK_THREADS", threads)
+    monkeypatch.setattr(_native, "_COMPACT_TO", compact_to)
     for seed in range(150):
         case = random_case(seed, max_tokens=150)
         assert_same_bits(_native.select(*case), reference.select(*case))
