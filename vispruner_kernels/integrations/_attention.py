@@ -1,7 +1,9 @@
 """Scores out of one layer of a model of transformers, by its own interface for attention.
 
-The layer's attention module gets a config of its own that names our function, for as long as the
-tower runs. Every other layer keeps the implementation it has, and no map of attention is made.
+The layer's attention module gets a config of its own that names our function, for as long as a
+tower runs that we read. Every other layer keeps the implementation it has, and no map of attention
+is made unless the tower makes maps itself (eager attention). A reading belongs to a thread: others
+may read or run the same model meanwhile, also from hooks of the tower.
 """
 
 from __future__ import annotations
@@ -10,10 +12,9 @@ import copy
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -32,31 +33,55 @@ class Reading:
     num_prefix: int
     # Multiply a score, a mean over queries, by their number: windows of different sizes compare.
     sums: bool = False
+    # The module that computes them.
+    attention: Any = None
     # In the order of calls.
     scores: list[Tensor] = field(default_factory=list)
     # The features.
     hidden: Any = None
+    # What modules call in place of their own forward.
+    instead: dict[Any, Callable[..., Any]] = field(default_factory=dict)
 
 
-# Of this thread. Others may run the model meanwhile and must not notice.
+# Of this thread.
 _READING: ContextVar[Reading | None] = ContextVar("vispruner_reading", default=None)
-# The model is switched for one reading at a time.
+# Held while a model is changed, never while it runs.
 _LOCK = threading.Lock()
+# How many readings need the change of a module, and what to undo after the last.
+_CHANGED: dict[tuple[Any, Any], tuple[int, Callable[[], None]]] = {}
+# On the config of an attention module that names our function: the config before.
+_BEFORE = "_vispruner_before"
+
+
+@contextmanager
+def _changed(module: Any, change: Callable[[Any], Callable[[], None]]) -> Iterator[None]:
+    """`change(module)` for as long as any reading needs it; it returns how to undo it."""
+    key = module, change
+    with _LOCK:
+        count, undo = _CHANGED.get(key) or (0, change(module))
+        _CHANGED[key] = count + 1, undo
+    try:
+        yield
+    finally:
+        with _LOCK:
+            count, undo = _CHANGED.pop(key)
+            if count > 1:
+                _CHANGED[key] = count - 1, undo
+            else:
+                undo()
 
 
 @contextmanager
 def reading(attention: Any, result: Reading) -> Iterator[Reading]:
     """Scores of what `attention` computes meanwhile, in this thread."""
-    with _LOCK:
+    result.attention = attention
+    with ExitStack() as stack:
+        if result.needs is not None:
+            stack.enter_context(_changed(attention, _use_our_function))
         token = _READING.set(result)
-        config = attention.config
         try:
-            if result.needs is not None:
-                attention.config = copy.copy(config)
-                attention.config._attn_implementation = _register(attention, config)
             yield result
         finally:
-            attention.config = config
             _READING.reset(token)
 
 
@@ -78,32 +103,59 @@ def watching(module: Any, result: Reading) -> Iterator[None]:
 @contextmanager
 def standing_in(module: Any, result: Reading, forward: Callable[..., Any]) -> Iterator[None]:
     """`module` calls `forward` meanwhile, in this thread."""
-    own, original = module.__dict__.get("forward"), module.forward
+    result.instead[module] = forward
+    with _changed(module, _stand_in):
+        yield
+
+
+def _stand_in(module: Any) -> Callable[[], None]:
+    own, original = vars(module).get("forward"), module.forward
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        return (forward if _READING.get() is result else original)(*args, **kwargs)
+        result = _READING.get()
+        instead = None if result is None else result.instead.get(module)
+        return (instead or original)(*args, **kwargs)
 
-    module.forward = call
-    try:
-        yield
-    finally:
+    def undo() -> None:
         del module.forward
         if own is not None:
             module.forward = own
 
+    module.forward = call
+    return undo
 
-def _register(attention: Any, config: Any) -> str:
-    """The name of our attention function around the implementation that the module has."""
+
+def has_hooks(module: Any) -> bool:
+    """Whether users put hooks on it. Those of libraries do not look at what it computes."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    libraries = ("torch", "transformers", "accelerate")
+    return any((getattr(x, "__module__", "") or "").split(".")[0] not in libraries for x in hooks)
+
+
+def _use_our_function(attention: Any) -> Callable[[], None]:
+    config = attention.config
+    name = config._attn_implementation or "eager"
+    # Models ask whether a name contains "flash" and then pack images for it.
+    ours = f"vispruner_{name}"
+    ALL_ATTENTION_FUNCTIONS.register(ours, _attention)
+    switched = copy.copy(config)
+    switched._attn_implementation = ours
+    setattr(switched, _BEFORE, config)
+    attention.config = switched
+
+    def undo() -> None:
+        attention.config = config
+
+    return undo
+
+
+def _own_function(module: Any, config: Any) -> Callable[..., Any]:
+    """What the module would call without us."""
     name = config._attn_implementation or "eager"
     if name in ALL_ATTENTION_FUNCTIONS:
-        base = ALL_ATTENTION_FUNCTIONS[name]
-    else:
-        # Each model has an eager function of its own.
-        base = sys.modules[type(attention).__module__].eager_attention_forward
-        name = f"eager_{type(attention).__name__}"
-    # Models ask whether a name contains "flash" and then pack images for it.
-    ALL_ATTENTION_FUNCTIONS.register(f"vispruner_{name}", partial(_attention, base, config))
-    return f"vispruner_{name}"
+        return ALL_ATTENTION_FUNCTIONS[name]
+    # Each model has an eager function of its own.
+    return sys.modules[type(module).__module__].eager_attention_forward
 
 
 class _AsBefore:
@@ -118,8 +170,6 @@ class _AsBefore:
 
 
 def _attention(
-    base: Callable[..., Any],
-    config: Any,
     module: Any,
     query: Tensor,
     key: Tensor,
@@ -128,36 +178,49 @@ def _attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Any, Any]:
     """A transformers attention function: [B, H, S, D] -> [B, S, H, D]; scores to the reading."""
     result = _READING.get()
+    wanted = result is not None and result.attention is module and result.needs
+    # Another thread may have undone the change already.
+    config = getattr(module.config, _BEFORE, module.config)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    if result is None or result.needs != "cls" or dropout or differentiable:
-        before = _AsBefore(module, config)
-        out, weights = base(
-            before, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+    # Who asked for eager attention may look at its maps.
+    maps = (config._attn_implementation or "eager") == "eager"
+    fused = wanted == "cls" and not (dropout or differentiable or maps)
+    out, weights = None, None
+    if not fused:
+        out, weights = _own_function(module, config)(
+            _AsBefore(module, config),
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=scaling,
+            dropout=dropout,
+            **kwargs,
         )
-    if result is None:
+    if not result or not wanted:
         return out, weights
     if attention_mask is not None:
         raise ValueError("the vision tower masks its attention: its scores are not supported")
     q, k = q.detach(), k.detach()
     cu_seqlens = kwargs.get("cu_seq_lens_q")
-    if result.needs == "received" and cu_seqlens is not None:
+    if wanted == "received" and cu_seqlens is not None:
         cu_seqlens = cu_seqlens.int()
         longest = int(kwargs["max_length_q"])
         scores = ops.received_scores_varlen(q[0], k[0], cu_seqlens, longest, scaling)
         if result.sums:
             counts = cu_seqlens.diff()
             scores = scores * counts.repeat_interleave(counts, output_size=len(scores))
-    elif result.needs == "received":
+    elif wanted == "received":
         scores = ops.received_scores(q, k, scaling, result.num_prefix)
         if result.sums:
             scores = scores * q.shape[1]
-    elif dropout or differentiable:
-        scores = ops.cls_scores(q, k, scaling, result.num_prefix)
-    else:
+    elif fused:
         out, scores = ops.cls_attention(q, k, v, scaling, result.num_prefix)
+    else:
+        scores = ops.cls_scores(q, k, scaling, result.num_prefix)
     result.scores.append(scores)
-    return out, None
+    return out, weights

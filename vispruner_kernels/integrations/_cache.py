@@ -1,20 +1,71 @@
-"""Caches that hold a pruned prompt, and callers who go on as if it were not.
+"""Caches: what their argument is called, and callers who go on as if nothing had been pruned.
 
 What a cache holds is written on it, so that a copy of it has it too, and another handle sees it.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 
 from vispruner_kernels.integrations._prompt import given
 from vispruner_kernels.integrations._visual import send
 
-_NAME = "_vispruner_held"
+VERSION = tuple(int(x) for x in transformers.__version__.split(".")[:2])
+# What transformers calls the argument for a cache: the name since 5.24, and the one before it.
+NEW_NAME, OLD_NAME = "cache", "past_key_values"
+NAMES = (NEW_NAME, OLD_NAME)
+# The versions from which on methods of models take the new name only.
+_OLD_NAME_ENDS = {"forward": (5, 40), "generate": (6, 0)}
+# On a cache.
+_HELD = "_vispruner_held"
+
+
+@functools.cache
+def cache_name(cls: type) -> str:
+    """What the forward of a class of models calls its cache."""
+    parameters = inspect.signature(cls.forward).parameters  # type: ignore[attr-defined]
+    return next((name for name in NAMES if name in parameters), NEW_NAME)
+
+
+def cache_in(arguments: dict[str, Any], cls: type, method: str = "forward") -> tuple[Any, str]:
+    """The cache that a call of a method of `cls` is given, or None, and the name of the argument.
+
+    Raises ValueError where it is given under a name that the method would ignore, or under both.
+    """
+    names = [name for name in NAMES if arguments.get(name) is not None]
+    if not names:
+        return None, ""
+    own = cache_name(cls)
+    if len(names) == 2:
+        raise ValueError(f"{NEW_NAME} and {OLD_NAME} are both given, expected {own} alone")
+    (name,) = names
+    renamed = name == OLD_NAME and own == NEW_NAME and VERSION < _OLD_NAME_ENDS[method]
+    if name != own and not renamed:
+        raise ValueError(
+            f"{name} is given, expected {own}, as transformers {transformers.__version__} calls it"
+        )
+    # transformers would prefer the new name even with None.
+    for other in NAMES:
+        if other != name:
+            arguments.pop(other, None)
+    return arguments[name], name
+
+
+def cache_of(output: Any) -> Any:
+    """The cache among the outputs of a model, or None; by its type, whatever its name is."""
+    values = output.values() if isinstance(output, Mapping) else output
+    if isinstance(values, Tensor):
+        return None
+    return next((x for x in values if isinstance(x, transformers.Cache)), None)
 
 
 @dataclass
@@ -35,7 +86,7 @@ class HeldPrompt:
     @classmethod
     def of(
         cls,
-        model: Any,
+        core: Any,
         pruned: Any,
         length: int,
         before: HeldPrompt | None = None,
@@ -47,28 +98,27 @@ class HeldPrompt:
         dropped = length - embeds.shape[1] + (before.dropped if before else 0)
         removed = send(pruned.removed, embeds.device)
         removed = removed + before.removed if before else removed
-        space = hasattr(model.model, "get_rope_index")
+        space = hasattr(core, "get_rope_index")
         if space:
             tokens = embeds.shape[1] if mask is None else mask.sum(-1)
             # The next position is that of the next token, padding left out, and the delta.
-            shift = model.model.rope_deltas[:, 0] + tokens - embeds.shape[1]
+            shift = core.rope_deltas[:, 0] + tokens - embeds.shape[1]
         else:
             shift = dropped - removed
         rows = [x.repeat_interleave(copies, 0) for x in (removed, shift)]
         mask = None if mask is None else mask.repeat_interleave(copies, 0)
         return cls(dropped, rows[0], rows[1], space, mask)
 
-    def translate(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """The caller's mask and positions, which count what was removed, as those of the cache."""
+    def translate(self, arguments: dict[str, Any], cache: Any, name: str) -> None:
+        """Makes the caller's mask and positions, which count what was removed, those of the cache,
+        which is the argument of that name."""
         ids, embeds, mask, positions = given(
             arguments, "input_ids", "inputs_embeds", "attention_mask", "position_ids"
         )
         x = embeds if ids is None else ids
-        (batch, new), cached = x.shape[:2], arguments["past_key_values"].get_seq_length()
+        (batch, new), cached = x.shape[:2], cache.get_seq_length()
         if batch != len(self.removed):
-            raise ValueError(
-                f"past_key_values holds {len(self.removed)} pruned prompts, expected {batch}"
-            )
+            raise ValueError(f"{name} holds {len(self.removed)} pruned prompts, expected {batch}")
         arguments.pop("cache_position", None)
         if mask is not None:
             expected = cached + self.dropped + new
@@ -96,18 +146,30 @@ class HeldPrompt:
             # The first row counts the text.
             text = positions[:1] - self.removed[:, None]
             arguments["position_ids"] = torch.cat([text, positions[1:]])
-        return arguments
 
 
 def held(cache: Any) -> HeldPrompt | None:
     """What a cache holds of a pruned prompt, unless it was emptied since."""
-    prompt = getattr(cache, _NAME, None)
+    prompt = getattr(cache, _HELD, None)
     if prompt is not None and not cache.get_seq_length():
-        delattr(cache, _NAME)
+        delattr(cache, _HELD)
         return None
     return prompt
 
 
 def hold(cache: Any, prompt: HeldPrompt) -> None:
     """Writes on the cache what it holds."""
-    setattr(cache, _NAME, prompt)
+    setattr(cache, _HELD, prompt)
+
+
+@contextmanager
+def released(cache: Any, prompt: HeldPrompt | None) -> Iterator[None]:
+    """For a call whose arguments are translated: what is called translates nothing again. Unless it
+    writes something new, the cache holds afterwards what it held."""
+    if prompt is not None:
+        delattr(cache, _HELD)
+    try:
+        yield
+    finally:
+        if prompt is not None and not hasattr(cache, _HELD):
+            hold(cache, prompt)

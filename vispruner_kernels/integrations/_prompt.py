@@ -36,8 +36,11 @@ def placeholders(model: Any, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     return found
 
 
-def check_placeholders(found: Tensor, kind: str, lengths: list[int], name: str) -> None:
+def check_placeholders(
+    found: Tensor, kind: str, lengths: list[int], inputs: Mapping[str, Any]
+) -> None:
     """As many as there are tokens, and those of an image in one prompt."""
+    name = "inputs_embeds" if inputs.get("input_ids") is None else "input_ids"
     prompt, counts = found.nonzero()[:, 0], torch.tensor(lengths)
     ends = counts.cumsum(0)
     if len(prompt) != ends[-1] or not torch.equal(prompt[ends - counts], prompt[ends - 1]):
@@ -57,8 +60,10 @@ class Prompt:
         placeholders: list[Tensor],
         kept: list[Kept],
         device: torch.device,
+        padding: str,
     ) -> None:
-        """`mask` [B, L] and `placeholders` on the host; tokens on `device`."""
+        """`mask` [B, L] and `placeholders` on the host; tokens on `device`. Padding goes to the
+        "left", or to the "same" side as in `mask`."""
         is_visual = torch.stack(placeholders).any(0)
         batch, self.length = is_visual.shape
         real = torch.ones_like(is_visual) if mask is None else mask.bool() | is_visual
@@ -75,8 +80,8 @@ class Prompt:
         self.removed = inside.sum(-1) - lengths
         self.new_length = int(lengths.max())
 
-        # Generation wants padding at the left, so it goes there unless the caller has it elsewhere.
-        left = bool((~real[:, 0]).any()) or bool(real[:, -1].all())
+        # Where there was none, at the left, as generation wants it.
+        left = padding == "left" or bool((~real[:, 0]).any()) or bool(real[:, -1].all())
         spare = self.new_length - lengths
         column = torch.arange(self.new_length)
         valid = column >= spare[:, None] if left else column < lengths[:, None]
@@ -113,26 +118,34 @@ class Prompt:
 
 
 def positions_before(
-    model: Any, inputs: Mapping[str, Any], mask: Tensor | None, found: Mapping[str, Tensor]
+    model: Any,
+    inputs: Mapping[str, Any],
+    mask: Tensor | None,
+    found: Mapping[str, Tensor],
+    held: str | None,
 ) -> Tensor | None:
-    """Position ids of the prompts before pruning: the caller's, or those in space of Qwen2.5-VL."""
+    """Position ids of the prompts before pruning: the caller's, or those in space of Qwen2.5-VL.
+    `held` is the name of the argument that holds earlier tokens, if one does."""
     ids, embeds, positions = given(inputs, "input_ids", "inputs_embeds", "position_ids")
     batch, length = (embeds if ids is None else ids).shape[:2]
     if positions is not None:
         return positions.expand(*positions.shape[:-2], batch, length)
     if not hasattr(model.model, "get_rope_index"):
         return None
-    cache = inputs.get("past_key_values")
-    if cache is not None and cache.get_seq_length():
-        raise ValueError("position_ids are missing: they go on from what past_key_values holds")
+    if held is not None:
+        raise ValueError(f"position_ids are missing: they go on from what {held} holds")
+    grids: dict[str, Any] = {"image_grid_thw": None, "video_grid_thw": None}
+    for kind, name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+        if given_pixels(inputs, name):
+            grid = grids[f"{kind}_grid_thw"] = needed(inputs, f"{kind}_grid_thw")
+            # Of other counts it makes wrong positions, or fails somewhere inside.
+            merged = model.model.visual.spatial_merge_size**2
+            lengths = [t * h * w // merged for t, h, w in torch.as_tensor(grid).tolist()]
+            check_placeholders(found[kind], kind, lengths, inputs)
     if ids is None:
         # Read for its shape.
         ids = torch.zeros(batch, length, dtype=torch.int64, device=embeds.device)
     types = found["image"].int() + 2 * found["video"].int()
-    grids = {}
-    for kind, name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
-        grid = f"{kind}_grid_thw"
-        grids[grid] = needed(inputs, grid) if given_pixels(inputs, name) else None
     return model.model.get_rope_index(
         ids,
         mm_token_type_ids=types.to(ids.device),

@@ -10,17 +10,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from vispruner_kernels._schemas import MAX_TOKENS
-from vispruner_kernels.integrations._attention import Reading, reading, standing_in, watching
+from vispruner_kernels.integrations._attention import (
+    Reading,
+    has_hooks,
+    reading,
+    standing_in,
+    watching,
+)
 from vispruner_kernels.integrations._visual import NEWLINE, Visual, grids_of, send
 from vispruner_kernels.methods import Method
 
 PIXELS = ("pixel_values", "pixel_values_images", "pixel_values_videos")
+# Options of a call for the vision tower, and the core models that hand them on to it.
+TOWER_OPTIONS = ("interpolate_pos_encoding",)
+_HAND_ON_OPTIONS = ("LlavaModel",)
 # Prefix tokens ([CLS]) of the vision towers.
 TOWERS = {"CLIPVisionModel": 1, "SiglipVisionModel": 0}
 
@@ -41,6 +50,23 @@ def _layers(tower: Any, index: Any) -> tuple[Any, Sequence[Any]]:
             f"1 to {count}, or -{count} to -1"
         )
     return layers[number - 1], layers[number:]
+
+
+def _around_layers(tower: Any) -> list[Any]:
+    """The tower and the modules in it, without the layers."""
+    layers = getattr(tower, "vision_model", tower).encoder.layers
+    inside = {id(module) for module in layers.modules()}
+    return [module for module in tower.modules() if id(module) not in inside]
+
+
+def _tower_options(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    options = {name: inputs[name] for name in TOWER_OPTIONS if inputs.get(name)}
+    if options and not set(_HAND_ON_OPTIONS) & set(_names(model.model)):
+        raise ValueError(
+            f"{next(iter(options))} is given, but a {type(model.model).__name__} does not hand it "
+            "on to its vision tower: leave it out"
+        )
+    return options
 
 
 def _prefix(tower: Any, method: Method) -> int:
@@ -84,8 +110,12 @@ def _tower(
     strategy: str | None = None,
 ) -> tuple[Tensor, Tensor | None, int]:
     """Features [G, S, C] as the projector would get them, scores [G, S - first], and `first`."""
-    prefix = _prefix(tower, method)
+    prefix, options = _prefix(tower, method), _tower_options(model, inputs)
     layer, unread = _layers(tower, _setting(model, inputs, "vision_feature_layer"))
+    # They see what the tower computes without us.
+    before = [module for skipped in unread for module in skipped.modules()]
+    if any(map(has_hooks, (*_around_layers(tower), *before))):
+        unread = ()
     strategy = strategy or _setting(model, inputs, "vision_feature_select_strategy")
     if strategy not in ("default", "full"):
         raise ValueError(
@@ -95,7 +125,7 @@ def _tower(
     with reading(layer.self_attn, result), watching(layer, result), ExitStack() as stack:
         for later in unread:
             stack.enter_context(standing_in(later, result, lambda hidden, *_, **__: hidden))
-        tower(pixels, return_dict=True)
+        tower(pixels, return_dict=True, **options)
     hidden = result.hidden
     # SigLIP's hidden states keep the layout of its convolution, channels outermost.
     hidden = hidden if hidden.stride(-1) == 1 else hidden.contiguous()
@@ -329,6 +359,7 @@ def _llava_onevision(model: Any, inputs: Mapping[str, Any], method: Method) -> l
 
 def _qwen(model: Any, inputs: Mapping[str, Any], method: Method) -> list[Visual]:
     visuals = []
+    _tower_options(model, inputs)
     for kind, name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
         if given_pixels(inputs, name):
             grids = needed(inputs, f"{kind}_grid_thw")
@@ -341,11 +372,22 @@ def _merged(model: Any, kind: str, pixels: Tensor, grids: Tensor, method: Method
     if method.needs == "cls":
         raise _no_cls("the vision tower of Qwen2.5-VL", method)
     tower = model.model.visual
+    if has_hooks(tower) or has_hooks(tower.merger):
+        raise ValueError(
+            "hooks on the vision tower of Qwen2.5-VL or on its merger are not supported: the "
+            "merger sees kept tokens only. Put them on the blocks or within the merger"
+        )
     merge = tower.spatial_merge_size
     unit = merge * merge
     windowed = len(tower.blocks) - 1 not in tower.fullatt_block_indexes
     # Before the tower, so that nothing waits for it.
-    shapes = grids.tolist()
+    shapes = torch.as_tensor(grids).tolist()
+    patches = sum(t * h * w for t, h, w in shapes)
+    if len(pixels) != patches:
+        raise ValueError(
+            f"the pixels of the {kind}s have {len(pixels)} patches, expected the {patches} that "
+            f"{kind}_grid_thw asks for"
+        )
     for number, (_, h, w) in enumerate(shapes):
         if h * w > MAX_TOKENS and method.needs and not windowed:
             raise ValueError(
@@ -387,7 +429,9 @@ def _merged(model: Any, kind: str, pixels: Tensor, grids: Tensor, method: Method
     )
 
 
-READERS: dict[str, Callable[[Any, Mapping[str, Any], Method], list[Visual]]] = {
+Reader: TypeAlias = Callable[[Any, Mapping[str, Any], Method], list[Visual]]
+
+READERS: dict[str, Reader] = {
     "LlavaForConditionalGeneration": _llava,
     "LlavaNextForConditionalGeneration": _llava_next,
     "LlavaOnevisionForConditionalGeneration": _llava_onevision,
@@ -396,15 +440,47 @@ READERS: dict[str, Callable[[Any, Mapping[str, Any], Method], list[Visual]]] = {
 }
 
 
-def has_pixels(inputs: Mapping[str, Any]) -> bool:
+class CoreAlone:
+    """The core of a model (`model.model`), as readers want a whole one."""
+
+    generation_config = None
+
+    def __init__(self, core: Any) -> None:
+        self.model, self.config = core, core.config
+        self.get_input_embeddings = core.get_input_embeddings
+
+
+def asks_for_pruning(inputs: Mapping[str, Any]) -> bool:
     """Whether there is anything to prune."""
+    features = inputs.get("mm_encoder_outputs") or {}
+    if any(value is not None for value in features.values()):
+        raise ValueError("mm_encoder_outputs: there are no scores to prune by; give pixel_values")
     return any(given_pixels(inputs, name) for name in PIXELS)
 
 
-def reader(model: Any) -> Callable[[Any, Mapping[str, Any], Method], list[Visual]]:
+def reader(model: Any) -> Reader:
     """The reader of the model's class, or of a class it inherits from."""
-    names = [cls.__name__ for cls in type(model).__mro__]
-    for name in names:
-        if name in READERS:
+    inner, path = model, "model"
+    while True:
+        name = next((name for name in _names(inner) if name in READERS), None)
+        if name is not None and inner is model:
             return READERS[name]
-    raise TypeError(f"model is a {names[0]}, expected one of {', '.join(READERS)}")
+        if name is not None:
+            raise TypeError(
+                f"model is a {type(model).__name__} around a {type(inner).__name__}, expected what "
+                f"is inside: pass {path}"
+            )
+        step = next((step for step in _UNWRAP if hasattr(inner, step)), None)
+        if step is None:
+            break
+        inner, path = getattr(inner, step), f"{path}.{_UNWRAP[step]}"
+        inner = inner() if _UNWRAP[step].endswith("()") else inner
+    raise TypeError(f"model is a {type(model).__name__}, expected one of {', '.join(READERS)}")
+
+
+# What leads out of a wrapper: peft; DataParallel, DistributedDataParallel, FSDP; torch.compile.
+_UNWRAP = {"get_base_model": "get_base_model()", "module": "module", "_orig_mod": "_orig_mod"}
+
+
+def _names(model: Any) -> list[str]:
+    return [cls.__name__ for cls in type(model).__mro__]

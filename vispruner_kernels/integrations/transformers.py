@@ -8,10 +8,9 @@ docs/transformers.md has the models, what counts as a token, and what is not sup
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
-from functools import update_wrapper
+from collections.abc import Mapping
 from itertools import accumulate
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,7 +24,6 @@ except ImportError as error:
         "pip install vispruner_kernels[transformers]"
     ) from error
 
-from vispruner_kernels.integrations._cache import HeldPrompt, held, hold
 from vispruner_kernels.integrations._prompt import (
     Prompt,
     check_placeholders,
@@ -33,7 +31,13 @@ from vispruner_kernels.integrations._prompt import (
     placeholders,
     positions_before,
 )
-from vispruner_kernels.integrations._vision import PIXELS, has_pixels, reader
+from vispruner_kernels.integrations._vision import (
+    PIXELS,
+    TOWER_OPTIONS,
+    Reader,
+    asks_for_pruning,
+    reader,
+)
 from vispruner_kernels.integrations._visual import keep, lengths_of, send
 from vispruner_kernels.methods import Method
 
@@ -45,6 +49,10 @@ if tuple(int(x) for x in transformers.__version__.split(".")[:2]) < MINIMUM:
         f"transformers is {transformers.__version__}, expected at least "
         f"{'.'.join(map(str, MINIMUM))}: pip install -U transformers"
     )
+
+# They need a transformers that is new enough.
+from vispruner_kernels.integrations._attach import Handle  # noqa: E402
+from vispruner_kernels.integrations._cache import cache_in  # noqa: E402
 
 # What describes images or the prompt before pruning, and must not reach the model after it.
 _SPENT = (
@@ -59,16 +67,10 @@ _SPENT = (
     "vision_feature_layer",
     "vision_feature_select_strategy",
     "vision_aspect_ratio",
+    *TOWER_OPTIONS,
     "token_type_ids",
     "mm_token_type_ids",
     "cache_position",
-)
-# Decoding that goes back and forth in the cache by the length of the prompt, or fills it in parts.
-_REFUSED = (
-    "assistant_model",
-    "assistant_early_exit",
-    "prompt_lookup_num_tokens",
-    "prefill_chunk_size",
 )
 
 
@@ -82,11 +84,14 @@ class PrunedInputs(dict[str, Any]):
         input_ids: [B, L'] the prompt with the placeholders that are left; none where the caller
             gave only embeddings.
         removed: [B] how many tokens each prompt lost.
+        features: by kind ("image", "video"), for each image or video the projected features of its
+            kept tokens, [K, D]. Empty if there was nothing to prune.
     """
 
     kept: list[Tensor] | None = None
     input_ids: Tensor | None = None
     removed: Tensor | None = None
+    features: Mapping[str, list[Tensor]] = MappingProxyType({})
 
 
 def _check(method: Any, budget: Any, newlines: Any) -> None:
@@ -155,8 +160,21 @@ def prune_inputs(
     """
     read = reader(model)
     _check(method, budget, newlines)
-    if not _any_pixels(inputs):
+    if not asks_for_pruning(inputs):
         return PrunedInputs(inputs)
+    return _prune(model, read, dict(inputs), "left", method, budget, newlines)
+
+
+def _prune(
+    model: Any,
+    read: Reader,
+    inputs: dict[str, Any],
+    padding: str,
+    method: Method,
+    budget: str,
+    newlines: str,
+) -> PrunedInputs:
+    """`prune_inputs` of inputs with pixels; `padding` is "left", or "same" as in the inputs."""
     ids, embeds, mask = given(inputs, "input_ids", "inputs_embeds", "attention_mask")
     if ids is None and embeds is None:
         raise ValueError("inputs has neither input_ids nor inputs_embeds")
@@ -167,7 +185,9 @@ def prune_inputs(
 
     # All that waits for the device comes before the tower; the selection is queued behind it.
     found = placeholders(model, inputs)
-    positions = positions_before(model, inputs, mask, found)
+    cache, cache_name = cache_in(inputs, type(model.model))
+    held = cache_name if cache is not None and cache.get_seq_length() else None
+    positions = positions_before(model, inputs, mask, found, held)
     mask_on_host = None if mask is None else mask.cpu()
     visuals = read(model, inputs, method)
     if budget == "tile" and not all(visual.tiles for visual in visuals):
@@ -178,14 +198,12 @@ def prune_inputs(
     kept = []
     for kind in kinds:
         of_kind = [visual for visual in visuals if visual.kind == kind]
-        lengths = lengths_of(of_kind)
-        check_placeholders(
-            found[kind], kind, lengths, "inputs_embeds" if ids is None else "input_ids"
-        )
+        check_placeholders(found[kind], kind, lengths_of(of_kind), inputs)
         per_grid = budget == "tile" or kind == "video"
         kept.append(keep(of_kind, method, per_grid, newlines == "keep"))
     where = [found[kind] for kind in kinds]
-    prompt = Prompt(mask_on_host, where, kept, (embeds if ids is None else ids).device)
+    device = (embeds if ids is None else ids).device
+    prompt = Prompt(mask_on_host, where, kept, device, padding)
 
     pruned = PrunedInputs({k: v for k, v in inputs.items() if k not in _SPENT and v is not None})
     if ids is not None:
@@ -205,172 +223,22 @@ def prune_inputs(
     if hasattr(model.model, "rope_deltas") and positions is not None and positions.dim() == 3:
         # From these the model's own forward goes on: the next position less the tokens before it.
         last = positions[-3:] if mask is None else positions[-3:].masked_fill(mask == 0, -1)
-        held = prompt.length if mask is None else mask.sum(-1)
+        tokens_before = prompt.length if mask is None else mask.sum(-1)
         removed = send(prompt.removed, positions.device)
-        model.model.rope_deltas = (last.amax((0, 2)) + 1 - held + removed)[:, None]
+        model.model.rope_deltas = (last.amax((0, 2)) + 1 - tokens_before + removed)[:, None]
     if inputs.get("labels") is not None:
         pruned["labels"] = prompt.take(inputs["labels"], -100)
     pruned.removed = prompt.removed
+    pruned.features = {
+        kind: list(tokens.embeds.split(tokens.counts))
+        for kind, tokens in zip(kinds, kept, strict=True)
+    }
     pruned.kept = []
     for tokens in kept:
         starts = [0, *accumulate(tokens.lengths)]
         images = zip(tokens.places.split(tokens.counts), starts, strict=False)
         pruned.kept += [places - start for places, start in images]
     return pruned
-
-
-class Handle:
-    """What `attach` returns. Also a context manager that removes itself at the end."""
-
-    def __init__(self, model: Any, **settings: Any) -> None:
-        self._model = model
-        self._settings = settings
-        # Instance attributes of the model that ours stand before, if there were any.
-        self._before: dict[str, Any] = {}
-        self._ours: dict[str, Any] = {}
-        for name, wrapper in (("forward", self._forward), ("generate", self._generate)):
-            original = getattr(model, name)
-            if isinstance(original, _Wrapped):
-                raise RuntimeError("the model prunes already: call remove() of its handle first")
-            self._ours[name] = _Wrapped(original, wrapper)
-        for name, ours in self._ours.items():
-            if name in model.__dict__:
-                self._before[name] = model.__dict__[name]
-            setattr(model, name, ours)
-
-    def remove(self) -> None:
-        """Makes `generate` and `forward` what they were. Does nothing the second time."""
-        replaced = [n for n, ours in self._ours.items() if self._model.__dict__.get(n) is not ours]
-        if replaced:
-            raise RuntimeError(
-                f"model.{replaced[0]} was replaced after attach: undo that before remove()"
-            )
-        for name in self._ours:
-            delattr(self._model, name)
-            if name in self._before:
-                setattr(self._model, name, self._before[name])
-        self._ours = {}
-
-    def __enter__(self) -> Handle:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.remove()
-
-    def _forward(self, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-        before = held(arguments.get("past_key_values"))
-        if before is not None:
-            arguments = before.translate(arguments)
-        if not _any_pixels(arguments):
-            return original(**arguments)
-        if isinstance(arguments.get("logits_to_keep"), Tensor):
-            raise ValueError("logits_to_keep is a tensor of positions before pruning, expected int")
-        cache = arguments.get("past_key_values")
-        cached = 0 if cache is None else cache.get_seq_length()
-        ids, embeds, positions = given(arguments, "input_ids", "inputs_embeds", "position_ids")
-        prompt = embeds if ids is None else ids
-        if positions is None and not hasattr(self._model.model, "get_rope_index"):
-            # What the model would take them for, so that padding made anew does not count.
-            columns = torch.arange(cached, cached + prompt.shape[1], device=prompt.device)
-            arguments["position_ids"] = columns.expand(len(prompt), -1)
-        pruned = prune_inputs(self._model, arguments, **self._settings)
-        out = original(**pruned)
-        values = out if isinstance(out, tuple) else out.values()
-        cache = next((x for x in (cache, *values) if isinstance(x, transformers.Cache)), None)
-        if cache is not None:
-            hold(cache, HeldPrompt.of(self._model, pruned, prompt.shape[1], before))
-        return out
-
-    @torch.no_grad()
-    def _generate(self, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-        cache = arguments.get("past_key_values")
-        if held(cache) is not None:
-            raise ValueError(
-                "past_key_values holds a pruned prompt: generate from the whole conversation "
-                "without it, or go on by forward"
-            )
-        if arguments.get("inputs") is not None:
-            if arguments.get("input_ids") is not None:
-                raise ValueError("inputs and input_ids are given, expected one of them")
-            arguments["input_ids"] = arguments.pop("inputs")
-        if not _any_pixels(arguments):
-            return original(**arguments)
-        if cache is not None and cache.get_seq_length():
-            raise ValueError(
-                "past_key_values holds tokens, and there are new images: generate from the whole "
-                "conversation without it"
-            )
-
-        # As transformers resolves them.
-        configs = (arguments.get("generation_config"), self._model.generation_config)
-
-        def setting(name: str) -> Any:
-            values = (arguments.get(name), *(getattr(config, name, None) for config in configs))
-            return next((value for value in values if value is not None), None)
-
-        for name in _REFUSED:
-            if setting(name) is not None:
-                raise ValueError(f"{name} is given: not supported with a pruned prompt")
-        ids = arguments.get("input_ids")
-        if ids is not None and arguments.get("attention_mask") is None:
-            arguments["attention_mask"] = _inferred_mask(ids, setting)
-        pruned = prune_inputs(self._model, arguments, **self._settings)
-        embeds = pruned["inputs_embeds"]
-        if pruned.get("attention_mask") is None:
-            # transformers would make one of the caller's length.
-            pruned["attention_mask"] = torch.ones_like(embeds[..., 0], dtype=torch.int64)
-        old, new = (arguments["inputs_embeds"] if ids is None else ids).shape[1], embeds.shape[1]
-        if old != new:
-            # transformers takes the length of the embeddings off, where ids differ from it.
-            shift = new - old if ids is None else new
-            for name in ("max_length", "min_length"):
-                if setting(name) is not None:
-                    pruned[name] = max(setting(name) + shift, 0)
-        if ids is not None:
-            # Beside the embeddings of what is left: sequences, processors of logits, criteria and
-            # streamers go by the caller's prompt.
-            pruned["input_ids"] = ids
-        out = original(**pruned)
-        cache = getattr(out, "past_key_values", None)
-        if cache is not None:
-            copies = max(setting("num_beams") or 1, setting("num_return_sequences") or 1)
-            hold(cache, HeldPrompt.of(self._model, pruned, old, copies=copies))
-        return out
-
-
-class _Wrapped:
-    """A method of the model, called through `wrapper` with all arguments by name."""
-
-    def __init__(
-        self,
-        original: Callable[..., Any],
-        wrapper: Callable[[Callable[..., Any], dict[str, Any]], Any],
-    ) -> None:
-        self._original, self._wrapper = original, wrapper
-        # transformers reads it.
-        self.__signature__ = inspect.signature(original)
-        update_wrapper(self, original)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        arguments = dict(self.__signature__.bind(*args, **kwargs).arguments)
-        for parameter in self.__signature__.parameters.values():
-            if parameter.kind is parameter.VAR_KEYWORD:
-                arguments.update(arguments.pop(parameter.name, {}))
-        return self._wrapper(self._original, arguments)
-
-    def __deepcopy__(self, memo: Any) -> Any:
-        raise RuntimeError("the model prunes: call remove() of its handle before copying it")
-
-    def __reduce__(self) -> Any:
-        raise RuntimeError("the model prunes: call remove() of its handle before saving it whole")
-
-
-def _any_pixels(inputs: Mapping[str, Any]) -> bool:
-    """Whether there is something to prune."""
-    features = inputs.get("mm_encoder_outputs") or {}
-    if any(value is not None for value in features.values()):
-        raise ValueError("mm_encoder_outputs: there are no scores to prune by; give pixel_values")
-    return has_pixels(inputs)
 
 
 def _check_shapes(inputs: Mapping[str, Any], batch: int, length: int) -> None:
@@ -399,14 +267,6 @@ def _padding_id(model: Any) -> int:
         if token is not None and token >= 0:
             return token
     return 0
-
-
-def _inferred_mask(ids: Tensor, setting: Callable[[str], Any]) -> Tensor | None:
-    """The mask that generate makes where it gets none."""
-    pad, eos = setting("pad_token_id"), setting("eos_token_id")
-    if pad is None or pad in (eos if isinstance(eos, list) else [eos]):
-        return None
-    return ids.ne(pad).long() if bool((ids == pad).any()) else None
 
 
 def attach(
@@ -449,6 +309,10 @@ def attach(
     Example:
         docs/transformers.md
     """
-    reader(model)
+    read = reader(model)
     _check(method, budget, newlines)
-    return Handle(model, method=method, budget=budget, newlines=newlines)
+
+    def prune(model: Any, inputs: dict[str, Any], padding: str) -> PrunedInputs:
+        return _prune(model, read, inputs, padding, method, budget, newlines)
+
+    return Handle(model, prune)

@@ -1,0 +1,180 @@
+"""What `attach` does: calls of a model prune first, and their results are put right.
+
+A call goes from the method of the model to a method here, which is given the original method to go
+on with. `_switch` makes it so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from vispruner_kernels.integrations._cache import (
+    HeldPrompt,
+    cache_in,
+    cache_of,
+    held,
+    hold,
+    released,
+)
+from vispruner_kernels.integrations._prompt import given
+from vispruner_kernels.integrations._switch import is_switched, switch, switch_back
+from vispruner_kernels.integrations._vision import CoreAlone, asks_for_pruning
+
+# Decoding that goes back and forth in the cache by the length of the prompt, or fills it in parts.
+_REFUSED = (
+    "assistant_model",
+    "assistant_early_exit",
+    "prompt_lookup_num_tokens",
+    "prefill_chunk_size",
+)
+
+
+class Handle:
+    """What `attach` returns. Also a context manager that removes itself at the end."""
+
+    def __init__(self, model: Any, prune: Callable[..., Any]) -> None:
+        """`prune(model, arguments, padding)` is `prune_inputs` with the settings of `attach`."""
+        self._modules: tuple[Any, ...] = (model, model.model)
+        self._prune = prune
+        if any(map(is_switched, self._modules)):
+            raise RuntimeError("the model prunes already: call remove() of its handle first")
+        for module in self._modules:
+            switch(module, self)
+
+    def remove(self) -> None:
+        """Makes `generate` and `forward` what they were. Does nothing the second time."""
+        for module in self._modules:
+            switch_back(module)
+        self._modules = ()
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+    def forward(self, module: Any, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        """Of the model, and of its core where that is called by itself. The model calls its core
+        with what was pruned already, which passes."""
+        cache, name = cache_in(arguments, type(module))
+        before = held(cache)
+        if before is not None:
+            before.translate(arguments, cache, name)
+        with released(cache, before):
+            if asks_for_pruning(arguments):
+                return self._pruned(module, original, arguments, cache, before)
+            return original(**arguments)
+
+    def _pruned(
+        self,
+        module: Any,
+        original: Callable[..., Any],
+        arguments: dict[str, Any],
+        cache: Any,
+        before: HeldPrompt | None,
+    ) -> Any:
+        if isinstance(arguments.get("logits_to_keep"), Tensor):
+            raise ValueError("logits_to_keep is a tensor of positions before pruning, expected int")
+        model = module if hasattr(module, "model") else CoreAlone(module)
+        cached = 0 if cache is None else cache.get_seq_length()
+        ids, embeds, positions = given(arguments, "input_ids", "inputs_embeds", "position_ids")
+        prompt = embeds if ids is None else ids
+        if positions is None and prompt is not None and not hasattr(model.model, "get_rope_index"):
+            # What the model would take them for, so that padding made anew does not count.
+            columns = torch.arange(cached, cached + prompt.shape[1], device=prompt.device)
+            arguments["position_ids"] = columns.expand(len(prompt), -1)
+        as_dict = arguments.pop("return_dict", None)
+        if as_dict is None:
+            as_dict = getattr(model.config, "return_dict", True)
+        pruned = self._prune(model, arguments, "same")
+        out = original(**pruned, return_dict=True)
+        filled = cache_of(out) if cache is None else cache
+        if filled is not None:
+            hold(filled, HeldPrompt.of(model.model, pruned, prompt.shape[1], before))
+        _add_features(out, pruned.features)
+        if pruned.get("labels") is not None:
+            # Beside the fields of the output, which others go through.
+            out.labels = pruned["labels"]
+        return out if as_dict else out.to_tuple()
+
+    @torch.no_grad()
+    def generate(self, model: Any, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        """Of the model."""
+        cache, name = cache_in(arguments, type(model), "generate")
+        if held(cache) is not None:
+            raise ValueError(
+                f"{name} holds a pruned prompt: generate from the whole conversation without it, "
+                "or go on by forward"
+            )
+        if arguments.get("inputs") is not None:
+            if arguments.get("input_ids") is not None:
+                raise ValueError("inputs and input_ids are given, expected one of them")
+            arguments["input_ids"] = arguments.pop("inputs")
+        if not asks_for_pruning(arguments):
+            return original(**arguments)
+        if cache is not None and cache.get_seq_length():
+            raise ValueError(
+                f"{name} holds tokens, and there are new images: generate from the whole "
+                "conversation without it"
+            )
+
+        # As transformers resolves them.
+        configs = (arguments.get("generation_config"), model.generation_config)
+
+        def setting(name: str) -> Any:
+            values = (arguments.get(name), *(getattr(config, name, None) for config in configs))
+            return next((value for value in values if value is not None), None)
+
+        for option in _REFUSED:
+            if setting(option) is not None:
+                raise ValueError(f"{option} is given: not supported with a pruned prompt")
+        ids = arguments.get("input_ids")
+        if ids is not None and arguments.get("attention_mask") is None:
+            arguments["attention_mask"] = _inferred_mask(ids, setting)
+        pruned = self._prune(model, arguments, "left")
+        embeds = pruned["inputs_embeds"]
+        if pruned.get("attention_mask") is None:
+            # transformers would make one of the caller's length.
+            pruned["attention_mask"] = torch.ones_like(embeds[..., 0], dtype=torch.int64)
+        old, new = (arguments["inputs_embeds"] if ids is None else ids).shape[1], embeds.shape[1]
+        if old != new:
+            # transformers takes the length of the embeddings off, where ids differ from it.
+            shift = new - old if ids is None else new
+            for option in ("max_length", "min_length"):
+                if setting(option) is not None:
+                    pruned[option] = max(setting(option) + shift, 0)
+        if ids is not None:
+            # Beside the embeddings of what is left: sequences, processors of logits, criteria and
+            # streamers go by the caller's prompt.
+            pruned["input_ids"] = ids
+        out = original(**pruned)
+        filled = cache_of(out)
+        if filled is not None:
+            copies = max(setting("num_beams") or 1, setting("num_return_sequences") or 1)
+            hold(filled, HeldPrompt.of(model.model, pruned, old, copies=copies))
+        return out
+
+
+def _add_features(out: Any, features: Mapping[str, list[Tensor]]) -> None:
+    """The projected features, which the model returns where it makes them itself."""
+    names = [field.name for field in fields(out)]
+    for kind, images in features.items():
+        if f"{kind}_outputs" in names:
+            out[f"{kind}_outputs"] = BaseModelOutputWithPooling(pooler_output=images)  # type: ignore[arg-type]
+        elif f"{kind}_hidden_states" in names:
+            # Before transformers 5.23.
+            out[f"{kind}_hidden_states"] = torch.cat(images)
+
+
+def _inferred_mask(ids: Tensor, setting: Callable[[str], Any]) -> Tensor | None:
+    """The mask that generate makes where it gets none."""
+    pad, eos = setting("pad_token_id"), setting("eos_token_id")
+    if pad is None or pad in (eos if isinstance(eos, list) else [eos]):
+        return None
+    return ids.ne(pad).long() if bool((ids == pad).any()) else None

@@ -1,0 +1,118 @@
+"""Modules whose methods go through a handle, by a class of their own.
+
+A module's class becomes a subclass of the same name, as FSDP2 and `torch.nn.utils.parametrize` do
+it. Copies that PyTorch makes of a module, such as the replicas of DataParallel, have the class too
+and run on their own weights. The methods are data descriptors, so they come first whatever others
+(accelerate, a user) store on the module as `module.forward`, before or after.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import cache, wraps
+from types import MethodType
+from typing import Any
+
+METHODS = ("forward", "generate")
+# In the `__dict__` of a module: an object whose methods, named as those above, take
+# (module, original method, arguments by name).
+_HANDLE = "_vispruner_handle"
+
+
+class _Method:
+    """One method of a class that goes through a handle."""
+
+    def __init__(self, cls: type, name: str) -> None:
+        self._class, self._name, self._known = cls, name, f"_vispruner_{name}"
+
+        @wraps(getattr(cls.__mro__[1], name))
+        def unbound(module: Any, *args: Any, **kwargs: Any) -> Any:
+            return getattr(module, name)(*args, **kwargs)
+
+        self._unbound = unbound
+
+    def __get__(self, module: Any, owner: type | None = None) -> Any:
+        if module is None:
+            return self._unbound
+        entries = vars(module)
+        original = entries.get(self._name)
+        if original is None:
+            original = getattr(super(self._class, module), self._name)
+        known = entries.get(self._known)
+        # A replica begins with the entries of the module it was made of.
+        if known is None or known[0] != original or known[1].__self__ is not module:
+            known = original, MethodType(_through_handle(self._name, original), module)
+            entries[self._known] = known
+        return known[1]
+
+    def __set__(self, module: Any, value: Any) -> None:
+        vars(module)[self._name] = value
+
+    def __delete__(self, module: Any) -> None:
+        if self._name not in vars(module):
+            raise AttributeError(self._name)
+        del vars(module)[self._name]
+
+
+def _through_handle(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    """`original` through the handle that the module has when it is called."""
+    signature = inspect.signature(original)
+    variadic = [p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
+
+    # `__wrapped__` is what others follow when they undo what they did to a model.
+    @wraps(original)
+    def call(module: Any, /, *args: Any, **kwargs: Any) -> Any:
+        handle = vars(module).get(_HANDLE)
+        if handle is None:
+            return original(*args, **kwargs)
+        if args:
+            kwargs = dict(signature.bind(*args, **kwargs).arguments)
+            for extra in variadic:
+                kwargs.update(kwargs.pop(extra, {}))
+        return getattr(handle, name)(module, original, kwargs)
+
+    first = inspect.Parameter("module_", inspect.Parameter.POSITIONAL_ONLY)
+    parameters = [first, *signature.parameters.values()]
+    call.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return call
+
+
+@cache
+def _subclass(base: Any) -> type:
+    """Of the same name, which transformers writes into configurations."""
+
+    def reduce(module: Any, protocol: Any) -> Any:
+        if _HANDLE in vars(module):
+            raise RuntimeError(
+                "the model prunes: call remove() of its handle before copying it or saving it whole"
+            )
+        return base.__reduce_ex__(module, protocol)
+
+    copied = ("__module__", "__qualname__", "__doc__")
+    cls = type(base.__name__, (base,), {name: getattr(base, name) for name in copied})
+    for name in METHODS:
+        if hasattr(base, name):
+            setattr(cls, name, _Method(cls, name))
+    cls.__reduce_ex__ = reduce  # type: ignore[assignment, method-assign]
+    return cls
+
+
+def switch(module: Any, handle: Any) -> None:
+    """Lets the methods of the module go through the handle."""
+    vars(module)[_HANDLE] = handle
+    module.__class__ = _subclass(type(module))
+
+
+def switch_back(module: Any) -> None:
+    """Undoes `switch`. A class that others derived from ours (FSDP2) stays, and passes calls on."""
+    for name in (_HANDLE, *(f"_vispruner_{name}" for name in METHODS)):
+        vars(module).pop(name, None)
+    base = type(module).__mro__[1]
+    if type(module) is _subclass(base):
+        module.__class__ = base
+
+
+def is_switched(module: Any) -> bool:
+    """Whether the methods of the module go through a handle."""
+    return _HANDLE in vars(module)
