@@ -10,6 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("transformers")
 
+import vlms
+
 from benchmarks import llava
 
 
@@ -50,10 +52,11 @@ def test_flops_are_those_that_pytorch_counts(bench):
 def test_the_cache_has_the_bytes_that_are_said(bench):
     visual = torch.zeros(64, bench.model.config.text_config.hidden_size)
     with torch.no_grad():
-        cache = bench.model.model.language_model(
+        out = bench.model.model.language_model(
             inputs_embeds=torch.cat([visual, torch.zeros(llava.TEXT, visual.shape[1])])[None],
             use_cache=True,
-        ).past_key_values
+        )
+    cache = vlms.cache_of(out)
     layers = [(layer.keys, layer.values) for layer in cache.layers]
     held = sum(x.nbytes for layer in layers for x in layer)
     assert held == llava.cache_bytes(bench.model.config, 64, 4)

@@ -152,7 +152,7 @@ def test_end_to_end_with_output_attentions(case):
                         vlm_oracle.select(_noisy(grids, generator), n, method, kind == "video"),
                         expected,
                     )
-                    for _ in range(4)
+                    for _ in range(64)
                 )
                 compared += steady
                 unstable += not steady
@@ -161,8 +161,10 @@ def test_end_to_end_with_output_attentions(case):
 
 
 def _noisy(grids, generator):
+    """Noise as large as the largest differences between eager attention and SDPA."""
+
     def noisy(x: Tensor) -> Tensor:
-        return x + x.abs().mean() * 1e-5 * torch.randn(x.shape, generator=generator)
+        return x + x.abs().mean() * 3e-6 * torch.randn(x.shape, generator=generator)
 
     return [(places, noisy(f), noisy(s), column) for places, f, s, column in grids]
 
@@ -238,7 +240,9 @@ def test_layers_after_the_feature_do_not_run(index, runs):
     layers = getattr(tower, "vision_model", tower).encoder.layers
     ran = []
     for i, layer in enumerate(layers):
-        layer.mlp.register_forward_hook(lambda m, args, out, i=i: ran.append(i))
+        # Not by a hook: layers that users watch run.
+        forward = layer.mlp.forward
+        layer.mlp.forward = lambda x, i=i, forward=forward: (ran.append(i), forward(x))[1]
     inputs = prompts("llava", [3, picture("llava", 1), 5])
     prune_inputs(model, inputs, VisPruner(4))
     assert ran == [*range(runs)]
@@ -256,14 +260,23 @@ def test_only_one_layer_changes_its_attention(family):
     before = [(m.config, m.config._attn_implementation, dict(vars(m.config))) for m in modules]
     used, outputs, inputs = [], [], prompts(family, [picture(family, 1)])
 
-    def note(module, args, out):
-        used.append(module.config._attn_implementation)
-        outputs.append(out)
+    def noting(module):
+        # Not a hook: layers that users watch run.
+        forward = module.forward
 
-    hooks = [m.register_forward_hook(note) for m in modules]
+        def note(*args, **kwargs):
+            out = forward(*args, **kwargs)
+            used.append(module.config._attn_implementation)
+            outputs.append(out)
+            return out
+
+        return note
+
+    for module in modules:
+        module.forward = noting(module)
     prune_inputs(model, inputs, methods(family)[0])
-    for hook in hooks:
-        hook.remove()
+    for module in modules:
+        del module.forward
     target = {"llava-onevision": -1, "llava-siglip": -1, "qwen2.5-vl": -1}.get(family, -2)
     count = len(modules) if target == -1 else len(modules) - 1
     assert used == ["sdpa"] * (count - 1) + ["vispruner_sdpa"]

@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 import vlms
 from vlms import picture, prompts
 
-from vispruner_kernels.integrations import _vision
+from vispruner_kernels.integrations import _cache, _vision
 from vispruner_kernels.integrations import transformers as integration
 from vispruner_kernels.integrations.transformers import attach, prune_inputs
 from vispruner_kernels.methods import FasterVLM, FoPru, Random, VisPruner
@@ -110,6 +110,41 @@ def test_placeholders_that_do_not_match():
         prune_inputs(model, {"pixel_values": two["pixel_values"]}, VisPruner(4))
 
 
+@pytest.mark.parametrize("family", vlms.FAMILIES)
+@pytest.mark.parametrize("how", ["cut", "one", "more", "none"])
+@pytest.mark.parametrize("frames", [0, 3])
+def test_placeholders_that_a_prompt_lost(family, how, frames):
+    """Cut at the left, as harnesses do; one for an image, as old processors make; one too many."""
+    if frames and family not in ("video-llava", "llava-onevision", "qwen2.5-vl"):
+        pytest.skip("it has no videos")
+    part = picture(family, 1, frames=frames)
+    inputs = prompts(family, [3, part, 5])
+    ids, token = inputs["input_ids"], vlms.VIDEO if frames else vlms.IMAGE
+    columns = [torch.arange(6, ids.shape[1])]
+    if how != "cut":
+        count = {"one": 1, "more": part.tokens + 1, "none": 0}[how]
+        text = torch.arange(4 + part.tokens, ids.shape[1])
+        columns = [torch.arange(4), torch.full((count,), 4), text]
+    columns = torch.cat(columns)
+    for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+        if name in inputs:
+            inputs[name] = inputs[name][:, columns]
+    found = int((inputs["input_ids"] == token).sum())
+    kind = "video" if frames else "image"
+    words = rf"input_ids has \[{found}\] {kind} placeholders by prompt, expected those of 1 {kind}"
+    method = Random(1)
+    fails(vlms.shared(family), inputs, method, ValueError, words, rf"\[{part.tokens}\] tokens")
+    with attach(vlms.shared(family), method), pytest.raises(ValueError, match=words):
+        vlms.shared(family)(**inputs)
+
+
+def test_pixels_that_do_not_match_their_grid():
+    inputs = one("qwen2.5-vl")
+    bad = inputs | {"pixel_values": inputs["pixel_values"][:-4]}
+    words = "pixels of the images have 92 patches, expected the 96 that image_grid_thw"
+    fails(vlms.shared("qwen2.5-vl"), bad, Random(4), ValueError, words)
+
+
 def test_a_keep_above_the_tokens_of_the_smallest_image():
     words = "image 0 of the batch", "keep is 17, expected 1 <= keep <= 16"
     fails(vlms.shared("llava"), one("llava"), VisPruner(17), ValueError, *words)
@@ -174,9 +209,10 @@ def test_what_cannot_be_pruned():
     with attach(model, VisPruner(4)), torch.no_grad():
         with pytest.raises(ValueError, match="logits_to_keep is a tensor"):
             model(**inputs, logits_to_keep=torch.tensor([1, 2]))
-        cache = model(**prompts("llava", [9]), use_cache=True).past_key_values
-        with pytest.raises(ValueError, match="past_key_values holds tokens"):
-            model.generate(**inputs, past_key_values=cache, max_new_tokens=1)
+        cache = vlms.cache_of(model(**prompts("llava", [9]), use_cache=True))
+        for name in vlms.CACHE_NAMES:
+            with pytest.raises(ValueError, match=f"{name} holds tokens"):
+                model.generate(**inputs, **{name: cache}, max_new_tokens=1)
 
 
 def test_shapes():
@@ -239,10 +275,36 @@ def test_decoding_that_is_not_supported(name):
 def test_images_after_a_cached_prompt_in_space():
     model = vlms.shared("qwen2.5-vl")
     with torch.no_grad():
-        cache = model(**prompts("qwen2.5-vl", [9]), use_cache=True).past_key_values
-    inputs = one("qwen2.5-vl") | {"past_key_values": cache}
-    with pytest.raises(ValueError, match="position_ids are missing: they go on from"):
-        prune_inputs(model, inputs, FoPru(4))
+        cache = vlms.cache_of(model(**prompts("qwen2.5-vl", [9]), use_cache=True))
+    for name in vlms.CACHE_NAMES:
+        inputs = one("qwen2.5-vl") | {name: cache}
+        words = f"position_ids are missing: they go on from what {name} holds"
+        with pytest.raises(ValueError, match=words):
+            prune_inputs(model, inputs, FoPru(4))
+
+
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
+def test_a_cache_under_a_name_that_would_be_ignored(monkeypatch):
+    model = vlms.shared("llava")
+    with torch.no_grad():
+        cache = vlms.cache_of(model(**prompts("llava", [9]), use_cache=True))
+    step = dict(input_ids=torch.tensor([[5]]))
+
+    def refused(of, names, words):
+        with attach(model, VisPruner(4)), pytest.raises(ValueError, match=words):
+            of()(**step, **dict.fromkeys(names, cache))
+
+    refused(lambda: model, ("cache", "past_key_values"), "cache and past_key_values are both given")
+    if vlms.VERSION >= (5, 24):
+        words = "past_key_values is given, expected cache, as transformers .* calls it"
+        for version in ((5, 40), (6, 0)):
+            monkeypatch.setattr(_cache, "VERSION", version)
+            refused(lambda: model, ("past_key_values",), words)
+            refused(lambda: model.model, ("past_key_values",), words)
+        refused(lambda: model.generate, ("past_key_values",), words)
+    else:
+        words = "cache is given, expected past_key_values, as transformers .* calls it"
+        refused(lambda: model, ("cache",), words)
 
 
 def test_a_version_that_is_too_old(monkeypatch):

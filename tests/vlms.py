@@ -5,11 +5,15 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor
 
+VERSION = tuple(int(x) for x in version("transformers").split(".")[:2])
+# What the argument for a cache may be called, the name of this version first.
+CACHE_NAMES = ("cache", "past_key_values") if VERSION >= (5, 24) else ("past_key_values",)
 IMAGE, VIDEO, PAD = 90, 91, 0
 SIDE, PATCH = 4, 14
 TILE = SIDE * PATCH
@@ -127,6 +131,11 @@ def make(
 def shared(family: str) -> Any:
     """A model that no test may change."""
     return make(family)
+
+
+def cache_of(out: Any) -> Any:
+    """The cache that a model returns."""
+    return getattr(out, CACHE_NAMES[0])
 
 
 @dataclass

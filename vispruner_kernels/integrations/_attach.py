@@ -41,7 +41,7 @@ class Handle:
     def __init__(self, model: Any, prune: Callable[..., Any]) -> None:
         """`prune(model, arguments, padding)` is `prune_inputs` with the settings of `attach`."""
         self._modules: tuple[Any, ...] = (model, model.model)
-        self._prune = prune
+        self._prune = torch.compiler.disable(prune)
         if any(map(is_switched, self._modules)):
             raise RuntimeError("the model prunes already: call remove() of its handle first")
         for module in self._modules:
@@ -64,6 +64,8 @@ class Handle:
         with what was pruned already, which passes."""
         cache, name = cache_in(arguments, type(module))
         before = held(cache)
+        if before is None and not asks_for_pruning(arguments):
+            return original(**arguments)
         if before is not None:
             before.translate(arguments, cache, name)
         with released(cache, before):
@@ -71,6 +73,8 @@ class Handle:
                 return self._pruned(module, original, arguments, cache, before)
             return original(**arguments)
 
+    # Compilers go on with what it calls.
+    @torch.compiler.disable(recursive=False)
     def _pruned(
         self,
         module: Any,
@@ -168,7 +172,7 @@ def _add_features(out: Any, features: Mapping[str, list[Tensor]]) -> None:
         if f"{kind}_outputs" in names:
             out[f"{kind}_outputs"] = BaseModelOutputWithPooling(pooler_output=images)  # type: ignore[arg-type]
         elif f"{kind}_hidden_states" in names:
-            # Before transformers 5.23.
+            # Before transformers 5.24.
             out[f"{kind}_hidden_states"] = torch.cat(images)
 
 

@@ -2,8 +2,8 @@
 
 The layer's attention module gets a config of its own that names our function, for as long as a
 tower runs that we read. Every other layer keeps the implementation it has, and no map of attention
-is made unless the tower makes maps itself (eager attention). A reading belongs to a thread: others
-may read or run the same model meanwhile, also from hooks of the tower.
+is made, except for hooks of users on eager attention. A reading belongs to a thread: others may
+read or run the same model meanwhile, also from hooks of the tower.
 """
 
 from __future__ import annotations
@@ -186,8 +186,8 @@ def _attention(
     config = getattr(module.config, _BEFORE, module.config)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    # Who asked for eager attention may look at its maps.
-    maps = (config._attn_implementation or "eager") == "eager"
+    # Users may look at the maps of eager attention.
+    maps = (config._attn_implementation or "eager") == "eager" and has_hooks(module)
     fused = wanted == "cls" and not (dropout or differentiable or maps)
     out, weights = None, None
     if not fused:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import cache, wraps
+from functools import cache, update_wrapper, wraps
 from types import MethodType
 from typing import Any
 
@@ -36,15 +36,19 @@ class _Method:
         if module is None:
             return self._unbound
         entries = vars(module)
-        original = entries.get(self._name)
-        if original is None:
-            original = getattr(super(self._class, module), self._name)
+        stored, function = entries.get(self._name), getattr(self._class.__mro__[1], self._name)
         known = entries.get(self._known)
         # A replica begins with the entries of the module it was made of.
-        if known is None or known[0] != original or known[1].__self__ is not module:
-            known = original, MethodType(_through_handle(self._name, original), module)
-            entries[self._known] = known
-        return known[1]
+        if (
+            known is None
+            or known[0] is not stored
+            or known[1] is not function
+            or known[2].__self__ is not module
+        ):
+            original = MethodType(function, module) if stored is None else stored
+            method = MethodType(_through_handle(self._name, original, module), module)
+            known = entries[self._known] = stored, function, method
+        return known[2]
 
     def __set__(self, module: Any, value: Any) -> None:
         vars(module)[self._name] = value
@@ -55,13 +59,11 @@ class _Method:
         del vars(module)[self._name]
 
 
-def _through_handle(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-    """`original` through the handle that the module has when it is called."""
+def _through_handle(name: str, original: Callable[..., Any], module: Any) -> Callable[..., Any]:
+    """A method that calls `original` through the handle that the module has at that time."""
     signature = inspect.signature(original)
     variadic = [p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
 
-    # `__wrapped__` is what others follow when they undo what they did to a model.
-    @wraps(original)
     def call(module: Any, /, *args: Any, **kwargs: Any) -> Any:
         handle = vars(module).get(_HANDLE)
         if handle is None:
@@ -72,10 +74,20 @@ def _through_handle(name: str, original: Callable[..., Any]) -> Callable[..., An
                 kwargs.update(kwargs.pop(extra, {}))
         return getattr(handle, name)(module, original, kwargs)
 
-    first = inspect.Parameter("module_", inspect.Parameter.POSITIONAL_ONLY)
-    parameters = [first, *signature.parameters.values()]
-    call.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    return call
+    # Others follow `__wrapped__` when they undo what they did to a model, and for the signature.
+    # They copy `__dict__`, so nothing else stands there.
+    unbound: Any = getattr(original, "__func__", None)
+    if unbound is None or original.__self__ is not module:  # type: ignore[attr-defined]
+
+        def stored(module: Any, /, *args: Any, **kwargs: Any) -> Any:
+            return original(*args, **kwargs)
+
+        unbound = stored
+        update_wrapper(unbound, original, updated=())
+        first = inspect.Parameter("module_", inspect.Parameter.POSITIONAL_ONLY)
+        parameters = [first, *signature.parameters.values()]
+        unbound.__signature__ = signature.replace(parameters=parameters)
+    return update_wrapper(call, unbound, updated=())
 
 
 @cache
@@ -101,7 +113,11 @@ def _subclass(base: Any) -> type:
 def switch(module: Any, handle: Any) -> None:
     """Lets the methods of the module go through the handle."""
     vars(module)[_HANDLE] = handle
-    module.__class__ = _subclass(type(module))
+    cls: Any = type(module)
+    module.__class__ = _subclass(cls)
+    # Made here, not while a compiler traces.
+    for name in METHODS:
+        getattr(module, name, None)
 
 
 def switch_back(module: Any) -> None:
