@@ -157,7 +157,7 @@ def test_hooks_that_would_see_something_else_are_refused(which):
     inputs = prompts("qwen2.5-vl", [3, picture("qwen2.5-vl", 1), 5])
     tower = tower_of(model)
     hook = (tower if which == "tower" else tower.merger).register_forward_hook(lambda *_: None)
-    with pytest.raises(ValueError, match="hooks on the vision tower .* or on its merger are not"):
+    with pytest.raises(ValueError, match=r"hooks on the vision tower .* or on its merger"):
         prune_inputs(model, inputs, Random(4))
     hook.remove()
     assert len(prune_inputs(model, inputs, Random(4)).kept[0]) == 4

@@ -171,6 +171,9 @@ def test_a_class_derived_from_ours():
     handle.remove()
     assert length(model) == LENGTH
     copy.deepcopy(model)
+    with attach(model, VisPruner(2)):
+        assert length(model) == PRUNED - 2
+    assert length(model) == LENGTH
 
 
 def test_a_model_of_a_subclass():

@@ -45,7 +45,8 @@ class _Method:
             or known[1] is not function
             or known[2].__self__ is not module
         ):
-            original = MethodType(function, module) if stored is None else stored
+            inherited = getattr(super(self._class, module), self._name)
+            original = inherited if stored is None else stored
             method = MethodType(_through_handle(self._name, original, module), module)
             known = entries[self._known] = stored, function, method
         return known[2]
