@@ -89,13 +89,15 @@ class PrunedInputs(dict[str, Any]):
     removed: Tensor | None = None
 
 
-def _check(method: Any, budget: Any, newlines: Any) -> None:
+def _check(method: Any, budget: Any, newlines: Any, small: Any) -> None:
     if not isinstance(method, Method):
         raise TypeError(f"method is {method!r}, expected one of vispruner_kernels.methods")
     if budget not in ("image", "tile"):
         raise ValueError(f"budget is {budget!r}, expected 'image' or 'tile'")
     if newlines not in ("keep", "drop"):
         raise ValueError(f"newlines is {newlines!r}, expected 'keep' or 'drop'")
+    if small not in ("error", "keep"):
+        raise ValueError(f"small is {small!r}, expected 'error' or 'keep'")
 
 
 def prune_inputs(
@@ -105,6 +107,7 @@ def prune_inputs(
     *,
     budget: str = "image",
     newlines: str = "keep",
+    small: str = "error",
 ) -> PrunedInputs:
     """Prune what a processor returned, for `model.generate` and `model.forward`.
 
@@ -122,6 +125,8 @@ def prune_inputs(
             or LLaVA-OneVision, after unpadding, as VisPruner was published. Videos always have it
             per frame.
         newlines: "keep" or "drop" the tokens that end a row of an image, which are in no budget.
+        small: what has no more tokens than the count (an image; a tile or a frame that has its own
+            budget): "keep" keeps all of them, "error" refuses a count above them.
 
     Returns:
         PrunedInputs: `inputs_embeds`, `attention_mask`, where needed `position_ids` and `labels`,
@@ -129,8 +134,9 @@ def prune_inputs(
 
     Raises:
         TypeError: a model or a method that is not supported.
-        ValueError: a keep above the tokens of an image, placeholders that do not match the images,
-            a vision tower without the layer asked for, or without the [CLS] token needed.
+        ValueError: a count above the tokens of an image (see `small`), placeholders that do not
+            match the images, a vision tower without the layer asked for, or without the [CLS] token
+            needed.
 
     Contract:
         Indices are those of `method.select` on the features and scores of this call; patches are
@@ -154,7 +160,7 @@ def prune_inputs(
         docs/transformers.md
     """
     read = reader(model)
-    _check(method, budget, newlines)
+    _check(method, budget, newlines, small)
     if not _any_pixels(inputs):
         return PrunedInputs(inputs)
     ids, embeds, mask = given(inputs, "input_ids", "inputs_embeds", "attention_mask")
@@ -183,7 +189,7 @@ def prune_inputs(
             found[kind], kind, lengths, "inputs_embeds" if ids is None else "input_ids"
         )
         per_grid = budget == "tile" or kind == "video"
-        kept.append(keep(of_kind, method, per_grid, newlines == "keep"))
+        kept.append(keep(of_kind, method, per_grid, newlines == "keep", small == "keep"))
     where = [found[kind] for kind in kinds]
     prompt = Prompt(mask_on_host, where, kept, (embeds if ids is None else ids).device)
 
@@ -415,6 +421,7 @@ def attach(
     *,
     budget: str = "image",
     newlines: str = "keep",
+    small: str = "error",
 ) -> Handle:
     """`model.generate(**inputs)` and `model(**inputs)` prune by themselves until `remove()`.
 
@@ -423,6 +430,7 @@ def attach(
         method: as in `prune_inputs`.
         budget: as in `prune_inputs`.
         newlines: as in `prune_inputs`.
+        small: as in `prune_inputs`.
 
     Returns:
         Handle: `remove()` leaves the model as it was; `with attach(...):` does so by itself.
@@ -450,5 +458,5 @@ def attach(
         docs/transformers.md
     """
     reader(model)
-    _check(method, budget, newlines)
-    return Handle(model, method=method, budget=budget, newlines=newlines)
+    _check(method, budget, newlines, small)
+    return Handle(model, method=method, budget=budget, newlines=newlines, small=small)
