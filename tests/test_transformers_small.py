@@ -194,6 +194,14 @@ def test_a_fraction_is_not_a_count():
 # ---- what stays an error ----
 
 
+@pytest.mark.parametrize("method", [FasterVLM(12), FasterVLM(0.5), FoPru(12)], ids=str)
+def test_an_image_without_patches(method):
+    """There is nothing to select; the error says so."""
+    with pytest.raises(ValueError, match=r"^image 1 of the batch: keep is .*, expected 1 <= keep"):
+        _visual.select(visual_of(GRIDS["no patches"]), method, False)
+    assert _visual.select(visual_of(GRIDS["no patches"]), method, False, True)[1][1] == 0
+
+
 def test_the_error_names_the_remedies():
     inputs = prompts("qwen2.5-vl", [picture("qwen2.5-vl", 1, (6, 8)), 3])
     model, method = vlms.shared("qwen2.5-vl"), VisPruner(32, scores="received")

@@ -145,6 +145,8 @@ def test_all_of_a_small_image():
     """A count above its tokens keeps them; a request never gets more than the server's count."""
     settings = Settings.of(config("llava-next", keep=70, small="keep"))
     settings.check()
+    refuses = dataclasses.replace(settings, small="error")
+    assert settings.identity(settings.method) != refuses.identity(settings.method)
     assert settings.most == 70 + 8
     assert settings.count((112, 112)) == 70 + 8
     small = settings.count((56, 56))

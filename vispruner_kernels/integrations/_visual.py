@@ -97,7 +97,8 @@ class Budgets:
 def budgets(visual: Visual, method: Method, per_grid: bool, keep_small: bool = False) -> Budgets:
     """The units of all images; with `keep_small` small ones are whole instead of an error."""
     found = Budgets([], [], [], [0] * len(visual.layouts))
-    most_whole = method.keep if keep_small and not isinstance(method.keep, float) else -1
+    # A fraction is at most 1, so at most all of one token.
+    most_whole = method.keep if keep_small else -1
     for image in range(len(visual.layouts)):
         for rows in _units(visual, image, per_grid):
             if len(rows) <= most_whole:
