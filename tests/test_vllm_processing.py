@@ -132,7 +132,7 @@ REFUSED = [
     ),
     ("llava", dict(method="vispruner", keep=20, small=True), {}, "small is True, expected 'error'"),
     ("llava", dict(method="vispruner", keep=20, smal="keep"), {}, "smal is no option of vispruner"),
-    ("llava", dict(method="vispruner", keep=10**40), {}, "keep is 1000"),
+    ("llava", dict(method="vispruner", keep=10**40), {}, "keep is 1"),
     (
         "llava",
         dict(method="vispruner", keep=20),
