@@ -337,6 +337,39 @@ def test_llava_next(given, sizes, saved):
     assert answer.tokens == said.tolist()
 
 
+def test_small_images_in_a_batch(saved):
+    """Keep all of their tokens beside large ones, which keep what they keep alone."""
+    folder = saved("llava-next").folder
+    # Patches without newlines: 320, 128 (beside it a budget of its own), 128 and 64.
+    sizes = [(224, 224), (112, 112), (112, 112), (300, 1)]
+    budgets = [{}, {}, {"vispruner_keep": 20}, {"vispruner_keep": 1000}]
+    prompts = [
+        prompt(TEXT, picture(i, *size), **budget)
+        for i, (size, budget) in enumerate(zip(sizes, budgets, strict=True))
+    ]
+    prompts.append(
+        prompt(f"<image> <image> {words(9)}", picture(7, 112, 112), picture(8, 224, 224))
+    )
+    given = dict(method="vispruner", keep=150, matching="pairwise", newlines="drop", small="keep")
+    more = dict(enable_prefix_caching=False, mm_processor_cache_gb=0)
+    with engine(folder, given, **more) as llm:
+        alone = [ask(llm, one)[0] for one in prompts]
+        with watching(model_of(llm)) as seen:
+            together = ask(llm, *prompts)
+    counts = [150, 128, 20, 64, 128, 150]
+    assert [a.length for a in alone] == [a.length for a in together]
+    assert [a.length - 5 for a in together[:4]] == counts[:4]
+    assert together[4].length == 128 + 150 + 1
+    assert sorted(len(embeds) for embeds in seen.embeds) == sorted(counts)
+    assert [a.tokens for a in together] == [a.tokens for a in alone]
+    # A small image is answered as without pruning.
+    with engine(folder, dict(method="random", keep=1.0, newlines="drop"), **more) as llm:
+        unpruned = [ask(llm, prompts[1])[0], *ask(llm, prompt(TEXT, picture(3, 300, 1)))]
+    for before, after in zip(unpruned, (together[1], together[3]), strict=True):
+        assert (before.length, before.tokens) == (after.length, after.tokens)
+        assert before.logprobs == pytest.approx(after.logprobs, abs=1e-4)
+
+
 def packing(model: Any, sizes: list[tuple[int, int]]) -> list[tuple[Tensor, int]]:
     """By image, the row of each token or -1, as transformers packs them, and its tiles."""
     from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches

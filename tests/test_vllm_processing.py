@@ -6,6 +6,7 @@ import importlib.metadata
 import inspect
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -129,6 +130,9 @@ REFUSED = [
         dict(mm_processor_kwargs={"images_kwargs": {"vispruner_keep": 8}}),
         "mm_processor_kwargs of the server has vispruner_keep: give 'keep'",
     ),
+    ("llava", dict(method="vispruner", keep=20, small=True), {}, "small is True, expected 'error'"),
+    ("llava", dict(method="vispruner", keep=20, smal="keep"), {}, "smal is no option of vispruner"),
+    ("llava", dict(method="vispruner", keep=10**40), {}, "keep is 1"),
     (
         "llava",
         dict(method="vispruner", keep=20),
@@ -168,6 +172,33 @@ def test_pixtral_is_refused(folders, tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="the vision tower is a pixtral, expected one of"):
         configuration(folder, dict(method="vispruner", keep=20))
+
+
+BROKEN = [
+    ("llava", "image_size", 0),
+    ("llava", "image_size", 10**9),
+    ("llava", "patch_size", "14"),
+    ("llava", "patch_size", 15),
+    ("llava", "num_attention_heads", 0),
+    ("llava", "hidden_size", 30),
+    ("llava-next", "image_size", None),
+    ("llava-next", "image_grid_pinpoints", []),
+    ("llava-next", "image_grid_pinpoints", [[TILE, 0]]),
+    ("llava-next", "image_grid_pinpoints", [[TILE * 10**9, TILE]]),
+]
+
+
+@pytest.mark.parametrize(("family", "name", "value"), BROKEN)
+def test_a_broken_configuration(family, name, value, folders):
+    """One line of ours names the setting, unless vLLM or transformers refuse to read it before."""
+    config = configuration(folders / family, dict(method="vispruner", keep=20)).model_config
+    target = config.hf_config if "pinpoints" in name else config.hf_config.vision_config
+    vars(target)[name] = value
+    with pytest.raises(ValueError, match=f"^[a-z_.]*{name} (is|has) .*expected") as caught:
+        plugin.Check.verify_and_update_config(
+            SimpleNamespace(model_config=config, lora_config=None)
+        )
+    assert "\n" not in str(caught.value)
 
 
 def test_a_version_that_is_not_supported(folders, monkeypatch):
@@ -234,7 +265,13 @@ def test_pixels_that_do_not_fit_the_model(family, kwargs, folders):
 
 
 @pytest.mark.parametrize(
-    "kwargs", [dict(vispruner_kep=8), dict(images_kwargs=dict(vispruner_keep=8))]
+    "kwargs",
+    [
+        dict(vispruner_kep=8),
+        dict(images_kwargs=dict(vispruner_keep=8)),
+        dict(images_kwargs={3: 4}, vispruner_kep=8),
+    ],
+    ids=str,
 )
 def test_a_budget_in_the_wrong_place(kwargs, folders):
     made = processor(folders / "llava", dict(method="vispruner", keep=20))
@@ -253,6 +290,28 @@ def test_arrays_have_the_size_that_the_model_sees(shape, folders):
     assert place.length == made.info.settings.count((height, width))
 
 
+def test_small_images(folders):
+    """All of their tokens, in requests too, and never more than the server gives."""
+    given = dict(method="vispruner", keep=200, newlines="drop")
+    made = processor(folders / "llava-next", given | dict(small="keep"))
+
+    def count(*size, **kwargs):
+        (place,) = processed(made, picture(1, *size), **kwargs)["mm_placeholders"]["image"]
+        return place.length
+
+    assert count(2 * TILE, 2 * TILE) == 200
+    # Two tiles, of which unpadding leaves half, and the one of the whole image.
+    assert count(TILE, TILE) == count(TILE, TILE, vispruner_keep=1000) == 2 * N
+    assert count(TILE, TILE, vispruner_keep=2 * N - 1) == 2 * N - 1
+    assert count(2 * TILE, 2 * TILE, vispruner_keep=150) == 150
+    with pytest.raises(ValueError, match="vispruner_keep is 201, expected at most the server's"):
+        count(2 * TILE, 2 * TILE, vispruner_keep=201)
+    assert made.info.get_mm_max_tokens_per_item(640, {"image": 1}) == {"image": 200}
+    made = processor(folders / "llava-next", given)
+    with pytest.raises(ValueError, match=r"keep is 200, .* use a fraction, .* or small=\"keep\""):
+        count(TILE, TILE)
+
+
 # ---- identity ----
 
 
@@ -267,6 +326,7 @@ def test_settings_identify_an_image(folders):
         dict(method="vispruner", keep=20, scores="received"),
         dict(method="vispruner", keep=20, budget="tile"),
         dict(method="vispruner", keep=20, newlines="drop"),
+        dict(method="vispruner", keep=20, small="keep"),
         dict(method="fastervlm", keep=20),
         dict(method="fopru", keep=16),
         dict(method="fopru", keep=16, strategy="row"),

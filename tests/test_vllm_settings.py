@@ -55,7 +55,7 @@ def config(family: str = "llava", **given):
 def test_methods(given, method):
     settings = Settings.of(config(**given))
     assert settings.method == method
-    assert (settings.budget, settings.newlines) == ("image", "keep")
+    assert (settings.budget, settings.newlines, settings.small) == ("image", "keep", "error")
     assert len({settings.identity(m) for m in (method, VisPruner(5))}) == 2
 
 
@@ -86,13 +86,17 @@ def test_a_layout_is_the_packing_of_the_model(size):
         dict(keep=0.3, budget="tile"),
         dict(method="fastervlm", keep=3, newlines="drop"),
         dict(method="fopru", keep=0.5, strategy="row", budget="tile"),
+        dict(keep=60, small="keep"),
+        dict(keep=13, small="keep", budget="tile"),
+        dict(method="fopru", keep=10, strategy="row", small="keep", budget="tile"),
+        dict(method="fopru", keep=60, strategy="row", small="keep"),
     ],
     ids=str,
 )
 def test_counts_are_those_of_the_integration_in_transformers(size, given):
     settings = Settings.of(config("llava-next", **given))
     inputs = prompts("llava-next", [3, picture("llava-next", 1, size), 5])
-    options = dict(budget=settings.budget, newlines=settings.newlines)
+    options = dict(budget=settings.budget, newlines=settings.newlines, small=settings.small)
 
     def prompt() -> int:
         model = vlms.shared("llava-next")
@@ -135,6 +139,71 @@ def test_a_keep_that_only_large_images_have():
     assert settings.requested(20, (56, 56)) == 20 + 4
     with pytest.raises(ValueError, match="vispruner_keep: an image of 56 x 56 pixels: keep is 71"):
         settings.requested(71, (56, 56))
+
+
+def test_all_of_a_small_image():
+    """A count above its tokens keeps them; a request never gets more than the server's count."""
+    settings = Settings.of(config("llava-next", keep=70, small="keep"))
+    settings.check()
+    refuses = dataclasses.replace(settings, small="error")
+    assert settings.identity(settings.method) != refuses.identity(settings.method)
+    assert settings.most == 70 + 8
+    assert settings.count((112, 112)) == 70 + 8
+    small = settings.count((56, 56))
+    assert small == 16 + 4 * 4 + 4
+    for keep, size, count in (
+        (None, (56, 56), small),
+        (20, (56, 56), 20 + 4),
+        (70, (56, 56), small),
+        (1000, (56, 56), small),
+        (1.0, (56, 56), small),
+        (70, (112, 112), 70 + 8),
+    ):
+        assert settings.requested(keep, size) == count
+    with pytest.raises(ValueError, match="vispruner_keep is 71, expected at most the server's"):
+        settings.requested(71, (112, 112))
+    # More tokens than the server's fraction keeps.
+    fraction = Settings.of(config("llava-next", keep=0.5, small="keep"))
+    assert fraction.requested(16, (56, 56)) == fraction.count((56, 56)) == 16 + 4
+    with pytest.raises(ValueError, match="vispruner_keep is 1000, expected at most the server's"):
+        fraction.requested(1000, (56, 56))
+
+
+def test_rows_of_a_large_image_stay_an_error():
+    given = dict(method="fopru", strategy="row", keep=10, small="keep")
+    assert Settings.of(config("llava", **given | dict(keep=17))).count((9, 9)) == 16
+    with pytest.raises(ValueError, match="keep is 10, expected a multiple of the grid width 4"):
+        Settings.of(config("llava", **given)).check()
+    # Of tiles that are cut, those of no more than 10 tokens are whole.
+    settings = Settings.of(config("llava-next", **given, budget="tile"))
+    with pytest.raises(ValueError, match=r"keep is 10, expected a multiple of the grid width \d"):
+        settings.check()
+
+
+def test_tiles_of_which_unpadding_leaves_nothing():
+    """Have no budget; the rest has."""
+    settings = Settings.of(config("llava-next", keep=5, small="keep", budget="tile"))
+    size = (300, 1)
+    layout = settings.layout(size)
+    left = layout[layout != NEWLINE]
+    counts = (left // 16).bincount(minlength=settings.tiles(size))
+    assert 0 in counts
+    newlines = int((layout == NEWLINE).sum())
+    assert settings.count(size) == sum(min(5, n) for n in counts.tolist()) + newlines
+
+
+@pytest.mark.parametrize("small", ["error", "keep"])
+def test_no_image_gets_more_than_the_most(small):
+    """Also where those that fill the tallest tiles are refused, for 12 does not divide their 80
+    patches, and those that unpadding cuts to 72 are not."""
+    found = config("llava-next", method="fopru", strategy="row", width=12, keep=12, small=small)
+    vars(found)[PINPOINTS] = [[TILE, 5 * TILE], [4 * TILE, TILE]]
+    settings = Settings.of(found)
+    settings.check()
+    assert settings.count((TILE, 5 * TILE)) == 12 + 4
+    with pytest.raises(ValueError, match="width is 12, expected a divisor of the image's 80"):
+        settings.count((4 * TILE, TILE))
+    assert settings.count((140, 40)) == 12 + 14 <= settings.most
 
 
 def test_no_request_gets_more_than_the_most():
@@ -192,7 +261,12 @@ def test_one_token_is_not_all_of_them():
         (0, "vispruner_keep: keep is 0, expected at least 1"),
         (17, "vispruner_keep: an image of 9 x 9 pixels: keep is 17, expected 1 <= keep <= 16"),
         (1.5, "vispruner_keep: keep is 1.5, expected a fraction"),
-        (10**400, "vispruner_keep: int too large to convert to float"),
+        (10**40, "vispruner_keep: keep is "),
+        (10**400, "vispruner_keep: keep is "),
+        (-1, "vispruner_keep: keep is -1, expected at least 1"),
+        (-0.5, "vispruner_keep: keep is -0.5, expected a fraction"),
+        (math.inf, "vispruner_keep: keep is inf, expected a fraction"),
+        ({}, "vispruner_keep: keep is {}, expected an int or a float"),
         (math.nan, "vispruner_keep: keep is nan, expected a fraction"),
         ("4", "vispruner_keep: keep is '4', expected an int or a float"),
         (True, "vispruner_keep: keep is True, expected an int or a float"),
@@ -200,8 +274,15 @@ def test_one_token_is_not_all_of_them():
     ],
 )
 def test_a_bad_budget_of_a_request(keep, words):
-    with pytest.raises(ValueError, match="^" + re.escape(words)):
+    with pytest.raises(ValueError, match="^" + re.escape(words)) as caught:
         Settings.of(config()).requested(keep, (9, 9))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("keep", [10**40, True, "4", math.nan, [4], 0])
+def test_a_bad_budget_of_a_request_where_small_images_are_whole(keep):
+    with pytest.raises(ValueError, match=r"^vispruner_keep: keep is "):
+        Settings.of(config(small="keep")).requested(keep, (9, 9))
 
 
 BAD = [
@@ -225,27 +306,99 @@ BAD = [
     (dict(method=["vispruner"]), "method is ['vispruner'], expected one of vispruner"),
     (dict(budget="crop"), "budget is 'crop', expected 'image' or 'tile'"),
     (dict(newlines="no"), "newlines is 'no', expected 'keep' or 'drop'"),
+    (dict(newlines=["keep"]), "newlines is ['keep'], expected 'keep' or 'drop'"),
+    (dict(small="all"), "small is 'all', expected 'error' or 'keep'"),
+    (dict(small=True), "small is True, expected 'error' or 'keep'"),
+    (dict(budget=None), "budget is None, expected 'image' or 'tile'"),
+    ({3: 4}, "vispruner has the option 3, expected a string"),
+    (dict(keep=True), "keep is True, expected an int or a float"),
+    (dict(keep=10**40, small="keep"), "keep is "),
+    (dict(keep=10**400), "keep is "),
+    (dict(keep=math.nan), "keep is nan, expected a fraction"),
+    (dict(keep=[64]), "keep is [64], expected an int or a float"),
+    (dict(keep=None), "keep is None, expected an int or a float"),
+    (dict(step=True), "step is True, expected an int"),
+    (dict(important_ratio=math.nan), "VisPruner: important_ratio is nan, expected"),
+    (dict(method="random", seed=True), "seed is True, expected an int"),
 ]
 
 
 @pytest.mark.parametrize(("given", "words"), BAD, ids=[str(given) for given, _ in BAD])
 def test_bad_settings(given, words):
+    found = config()
+    found.vispruner |= given
     with pytest.raises((TypeError, ValueError)) as caught:
-        Settings.of(config(**given)).check()
+        Settings.of(found).check()
     assert str(caught.value).startswith(words), str(caught.value)
     assert "\n" not in str(caught.value)
 
 
+# Of any size of the vision tower.
+SIZES_OF_THE_TOWER = [
+    "image_size", "patch_size", "hidden_size", "num_attention_heads", "num_hidden_layers",
+]  # fmt: skip
+NO_SIZES = [
+    0, -4, 10**9, 10**40, 10**5000, math.inf, math.nan, 4.0, True, "4", None, [4, 4], {},
+]  # fmt: skip
+LAYER, STRATEGY = "vision_feature_layer", "vision_feature_select_strategy"
+TOWER, PINPOINTS = "vision_config__", "image_grid_pinpoints"
 MODELS = [
     ("llava-siglip", {}, "vispruner needs the attention of a [CLS] token, which a siglip"),
-    ("llava", dict(vision_feature_layer=[-2, -1]), "vision_feature_layer is [-2, -1], expected"),
-    ("llava", dict(vision_feature_layer=0), "vision_feature_layer is 0, expected one layer"),
-    ("llava", dict(vision_feature_layer=-4), "vision_feature_layer is -4, expected one layer"),
-    ("llava", dict(vision_feature_select_strategy="full"), "vision_feature_select_strategy is 'f"),
-    ("llava", dict(vision_feature_select_strategy="cls"), "vision_feature_select_strategy is 'c"),
-    ("llava", dict(vision_config__num_attention_heads=0.1), "the heads of the vision tower have 3"),
-    ("llava", dict(vision_config__model_type="pixtral"), "the vision tower is a pixtral, expected"),
-]
+    *(
+        ("llava", {LAYER: layer}, f"{LAYER} is {layer!r}, expected one layer of the vision tower")
+        for layer in ([-2, -1], 0, -4, 4, True, -2.0, None, "-2", 10**30)
+    ),
+    ("llava", {STRATEGY: "full"}, f"{STRATEGY} is 'full', expected 'default': it keeps the [CLS]"),
+    ("llava", {STRATEGY: "cls"}, f"{STRATEGY} is 'cls', expected 'default' or 'full'"),
+    ("llava", {STRATEGY: None}, f"{STRATEGY} is None, expected 'default' or 'full'"),
+    ("llava", dict(vision_config=None), "the vision tower is a None, expected one of clip_vision"),
+    ("llava", dict(vision_config={}), "the vision tower is a None, expected one of clip_vision_m"),
+    ("llava", {TOWER + "model_type": "pixtral"}, "the vision tower is a pixtral, expected one of"),
+    ("llava", {TOWER + "model_type": []}, "the vision tower is a [], expected one of clip_vision"),
+    *(
+        (family, {TOWER + name: value}, f"vision_config.{name} is ")
+        for family in ("llava", "llava-next")
+        for name in SIZES_OF_THE_TOWER
+        for value in NO_SIZES
+    ),
+    (
+        "llava",
+        {TOWER + "hidden_size": 30},
+        "vision_config.hidden_size is 30, expected a multiple of num_attention_heads, 4",
+    ),
+    (
+        "llava",
+        {TOWER + "hidden_size": 2048},
+        "the heads of the vision tower have 512 channels, expected at most 256",
+    ),
+    *(
+        (
+            "llava",
+            {TOWER + "patch_size": patch},
+            f"vision_config.patch_size is {patch}, expected a divisor of image_size, 56",
+        )
+        for patch in (15, 57, 112)
+    ),
+    (
+        "llava",
+        {TOWER + "image_size": 14 * 129},
+        "vision_config.image_size is 1806, 129 x 129 patches of patch_size 14, expected at most",
+    ),
+    ("llava", {TOWER + "image_size": 65536, TOWER + "patch_size": 1}, "vision_config.image_size"),
+    *(
+        ("llava-next", {PINPOINTS: given}, f"{PINPOINTS} is ")
+        for given in (None, [], {}, {"56": 56}, "56", 56, True, [[56, 56]] * 257)
+    ),
+    *(
+        ("llava-next", {PINPOINTS: [[56, 112], size]}, f"{PINPOINTS} has ")
+        for size in (
+            [], [56], [56, 112, 56], 56, "56", ["56", "56"], [0, 56], [-56, 56], [56, 57], [28, 28],
+            [56.0, 112.0], [math.inf, 56], [math.nan, 56], [True, 56], [None, 56], None,
+            {"height": 56, "width": 112}, [[56, 112]], [56 * 10**9, 56], [56 * 10**30] * 2,
+            [56 * 128, 56 * 64],
+        )
+    ),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("family", "changes", "words"), MODELS)
@@ -258,8 +411,57 @@ def test_models_that_are_not_supported(family, changes, words):
             target = getattr(target, part)
         # Past what transformers checks by itself.
         vars(target)[last] = value
-    with pytest.raises(ValueError, match="^" + re.escape(words)):
+    with pytest.raises(ValueError, match="^" + re.escape(words)) as caught:
         Settings.of(found)
+    assert re.search("expected|add", str(caught.value))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [*SIZES_OF_THE_TOWER, "model_type", LAYER, STRATEGY])
+def test_a_setting_of_the_model_is_missing(name):
+    full = config()
+    names = [*SIZES_OF_THE_TOWER, "model_type"]
+    vision = SimpleNamespace(**{each: getattr(full.vision_config, each) for each in names})
+    found = SimpleNamespace(
+        vispruner=full.vispruner,
+        vision_config=vision,
+        **{each: getattr(full, each) for each in (LAYER, STRATEGY)},
+    )
+    Settings.of(found).check()
+    delattr(vision if name in names else found, name)
+    name = "the vision tower" if name == "model_type" else name
+    with pytest.raises(ValueError, match=f"^(vision_config.)?{name} is (a )?None, expected"):
+        Settings.of(found)
+
+
+def test_a_tower_of_one_patch():
+    """SigLIP, of which the model drops the first."""
+    found = config("llava-siglip", scores="received", keep=0.5)
+    vars(found.vision_config)["image_size"] = 14
+    assert Settings.of(found).count((9, 9)) == 1
+    vars(found)[STRATEGY] = "default"
+    with pytest.raises(ValueError, match=r"vision_config\.image_size is 14, expected at least 2"):
+        Settings.of(found)
+
+
+def test_siglip_leaves_pixels_over():
+    """As so400m at 384 pixels; the CLIP of vLLM does not."""
+    found = config("llava-siglip", scores="received")
+    vars(found.vision_config)["image_size"] = 4 * 14 + 6
+    settings = Settings.of(found)
+    assert (settings.side, settings.pixels, settings.tokens) == (4, 62, 16)
+
+
+def test_the_largest_configuration_starts_soon():
+    """As many sizes of as many tiles as are accepted."""
+    found = config("llava-next", budget="tile")
+    vars(found.vision_config)["image_size"] = 64 * 14
+    sides = [[h, w] for h in range(1, 32) for w in range(1, 32) if h * w < 32]
+    vars(found)[PINPOINTS] = [[h * 896, w * 896] for h, w in sides * 3][:256]
+    assert len(found.image_grid_pinpoints) == 256
+    settings = Settings.of(found)
+    settings.check()
+    assert settings.most >= 31 * 4
 
 
 def test_a_keep_is_missing():
@@ -319,6 +521,7 @@ def test_the_commands_of_the_page():
     rows = re.findall(r"^\| (`\w+`) \| .*? \|(?: `(.*?)`)? \| .* \|$", text, re.MULTILINE)
     defaults = {name.strip("`"): default for name, default in rows}
     assert (defaults.pop("budget"), defaults.pop("newlines")) == ("image", "keep")
+    assert defaults.pop("small") == "error"
     for cls in methods.METHODS.values():
         for field in dataclasses.fields(cls):
             default = "" if field.default in (dataclasses.MISSING, None) else str(field.default)

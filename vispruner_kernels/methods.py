@@ -68,7 +68,10 @@ class Method:
         whole number, but never to none (0.1 of 576 is 58)."""
         keep = max(1, int(n * self.keep + 0.5)) if isinstance(self.keep, float) else int(self.keep)
         if not 1 <= keep <= n:
-            raise ValueError(f"keep is {keep}, expected 1 <= keep <= {n}, the tokens of the image")
+            raise ValueError(
+                f"keep is {keep}, expected 1 <= keep <= {n}, the tokens of the image: use a "
+                'fraction, for example keep=0.25, or small="keep" of the integrations'
+            )
         return keep
 
     def attention_scores(

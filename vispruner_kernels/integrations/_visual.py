@@ -72,6 +72,8 @@ def _units(visual: Visual, image: int, per_grid: bool) -> list[Tensor]:
 
 def _width(visual: Visual, rows: Tensor) -> int | None:
     """Tokens in a row of the grids, where all are as long."""
+    if not len(rows):
+        return None
     column, grid = visual.column[rows], visual.grid[rows]
     starts = (column.diff() <= 0) | (grid.diff() != 0)
     ends = torch.cat([starts.nonzero()[:, 0] + 1, torch.tensor([len(rows)])])
@@ -79,30 +81,59 @@ def _width(visual: Visual, rows: Tensor) -> int | None:
     return int(widths) if len(widths) == 1 and column[0] >= 0 else None
 
 
-def budgets(
-    visual: Visual, method: Method, per_grid: bool
-) -> tuple[list[Tensor], list[int | None], list[int]]:
-    """The units that have a budget, the width of each, and the tokens kept of each image."""
-    units, widths, counts = [], [], [0] * len(visual.layouts)
+@dataclass
+class Budgets:
+    """What has a budget, a unit, by its rows: an image, or a grid of it."""
+
+    # Units that the method prunes, and the width of each.
+    pruned: list[Tensor]
+    widths: list[int | None]
+    # Units that have no more tokens than the count, where such are kept whole.
+    whole: list[Tensor]
+    # By image: the tokens kept.
+    counts: list[int]
+
+
+def budgets(visual: Visual, method: Method, per_grid: bool, keep_small: bool = False) -> Budgets:
+    """The units of all images; with `keep_small` small ones are whole instead of an error."""
+    found = Budgets([], [], [], [0] * len(visual.layouts))
+    # A fraction is at most 1, so at most all of one token.
+    most_whole = method.keep if keep_small else -1
     for image in range(len(visual.layouts)):
         for rows in _units(visual, image, per_grid):
+            if len(rows) <= most_whole:
+                found.whole.append(rows)
+                found.counts[image] += len(rows)
+                continue
             width = _width(visual, rows)
             try:
                 if isinstance(method, FoPru) and not (method.strategy == "rank" or width):
                     raise ValueError("its rows have no common width; use strategy='rank'")
-                counts[image] += method.on_grid(width).retained_tokens(len(rows))
+                found.counts[image] += method.on_grid(width).retained_tokens(len(rows))
             except ValueError as error:
                 where = f"{visual.kind} {visual.numbers[image]}"
                 where += f", grid {int(visual.grid[rows[0]])}" if per_grid else ""
                 raise ValueError(f"{where} of the batch: {error}") from None
-            units.append(rows)
-            widths.append(width)
-    return units, widths, counts
+            found.pruned.append(rows)
+            found.widths.append(width)
+    return found
 
 
-def select(visual: Visual, method: Method, per_grid: bool) -> tuple[Tensor, list[int]]:
+def select(
+    visual: Visual, method: Method, per_grid: bool, keep_small: bool = False
+) -> tuple[Tensor, list[int]]:
     """Rows kept, and how many of each image."""
-    units, widths, counts = budgets(visual, method, per_grid)
+    found = budgets(visual, method, per_grid, keep_small)
+    kept = [send(torch.cat(found.whole), visual.source.device)] if found.whole else []
+    if found.pruned:
+        kept.append(_pruned(visual, method, found.pruned, found.widths))
+    return torch.cat(kept), found.counts
+
+
+def _pruned(
+    visual: Visual, method: Method, units: list[Tensor], widths: list[int | None]
+) -> Tensor:
+    """The rows that the method keeps of these units."""
     source, scores, first = visual.source, visual.scores, visual.first
     order, lengths = torch.cat(units), [len(rows) for rows in units]
     placed = send(order, source.device)
@@ -119,7 +150,7 @@ def select(visual: Visual, method: Method, per_grid: bool) -> tuple[Tensor, list
             scores = scores.flatten()[placed - (placed // tokens + 1) * first]
         features = source[placed // tokens, placed % tokens]
         chosen = method.select_varlen(features, scores, lengths, widths)
-    return placed[chosen], counts
+    return placed[chosen]
 
 
 @dataclass
@@ -141,14 +172,20 @@ def lengths_of(visuals: list[Visual]) -> list[int]:
     return [images[n] for n in range(len(images))]
 
 
-def keep(visuals: list[Visual], method: Method, per_grid: bool, newlines: bool) -> Kept:
+def keep(
+    visuals: list[Visual],
+    method: Method,
+    per_grid: bool,
+    newlines: bool,
+    keep_small: bool = False,
+) -> Kept:
     """Of the visuals of one kind, each with images of its own."""
     lengths = lengths_of(visuals)
     starts = [0, *accumulate(lengths)]
     counts = [0] * len(lengths)
     places, embeds = [], []
     for visual in visuals:
-        rows, chosen = select(visual, method, per_grid)
+        rows, chosen = select(visual, method, per_grid, keep_small)
         layout, device = torch.cat(visual.layouts), rows.device
         is_newline = layout == NEWLINE
         is_prefix = ~is_newline & (layout % visual.source.shape[1] < visual.first)

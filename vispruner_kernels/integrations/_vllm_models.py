@@ -121,7 +121,13 @@ class _Pruned(_Mixin):
                 newline=getattr(self, "image_newline", None),
             )
             method = replace(settings.method, keep=from_field(budget))
-            kept = keep([visual], method, settings.budget == "tile", settings.newlines == "keep")
+            kept = keep(
+                [visual],
+                method,
+                per_grid=settings.budget == "tile",
+                newlines=settings.newlines == "keep",
+                keep_small=settings.small == "keep",
+            )
             for i, own in zip(numbers, kept.embeds.split(kept.counts), strict=True):
                 embeds[i] = own
         return embeds

@@ -5,22 +5,28 @@ The counts come from the same `Visual` and `budgets` that choose the tokens late
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
-from vispruner_kernels._schemas import MAX_HEAD_DIM, MAX_TOKENS
+from vispruner_kernels._schemas import MAX_CHANNELS, MAX_HEAD_DIM, MAX_TOKENS
 from vispruner_kernels.integrations._visual import NEWLINE, Visual, budgets, grids_of
-from vispruner_kernels.methods import Method, by_name
+from vispruner_kernels.methods import Method, Random, by_name
 
 # Prefix tokens ([CLS]) of the vision towers, by `model_type`.
 TOWERS = {"clip_vision_model": 1, "siglip_vision_model": 0}
 # Of a request, in `mm_processor_kwargs`.
 KEEP = "vispruner_keep"
+# A count travels to the model as a float64.
+MAX_COUNT = 2**53
+# Of images in tiles: how many pinpoints, and how many patches of one image in all its tiles. What
+# follows from them is kept in memory.
+MAX_PINPOINTS, MAX_TILED = 256, 8 * MAX_TOKENS
 
 # Height, width.
 Size = tuple[int, int]
@@ -34,6 +40,7 @@ class Settings:
     # As `prune_inputs` of the integration in transformers has them.
     budget: str
     newlines: str
+    small: str
     # Tokens of the tower before the patches, and leading tokens that the model drops.
     prefix: int
     dropped: int
@@ -53,41 +60,48 @@ class Settings:
                 '"vispruner": {"method": "vispruner", "keep": 64}'
             )
         options = dict(given)
-        budget, newlines = options.pop("budget", "image"), options.pop("newlines", "keep")
-        if budget not in ("image", "tile"):
-            raise ValueError(f"budget is {budget!r}, expected 'image' or 'tile'")
-        if newlines not in ("keep", "drop"):
-            raise ValueError(f"newlines is {newlines!r}, expected 'keep' or 'drop'")
-        method = by_name(**options)
+        for name in options:
+            if not isinstance(name, str):
+                raise ValueError(f"vispruner has the option {_shown(name)}, expected a string")
+        budget = _choice(options, "budget", "image", "tile")
+        newlines = _choice(options, "newlines", "keep", "drop")
+        small = _choice(options, "small", "error", "keep")
+        method = _with_count(by_name(**options))
 
-        vision = config.vision_config
-        if vision.model_type not in TOWERS:
-            raise ValueError(
-                f"the vision tower is a {vision.model_type}, expected one of {', '.join(TOWERS)}"
-            )
-        prefix = TOWERS[vision.model_type]
+        vision = getattr(config, "vision_config", None)
+        tower = getattr(vision, "model_type", None)
+        if not isinstance(tower, str) or tower not in TOWERS:
+            raise ValueError(f"the vision tower is a {tower}, expected one of {', '.join(TOWERS)}")
+        prefix = TOWERS[tower]
         if method.needs == "cls" and not prefix:
             name = given["method"]
             raise ValueError(
-                f"{name} needs the attention of a [CLS] token, which a {vision.model_type} does "
+                f"{name} needs the attention of a [CLS] token, which a {tower} does "
                 'not have: add "scores": "received", or use fopru'
             )
-        channels = vision.hidden_size // vision.num_attention_heads
-        if channels > MAX_HEAD_DIM and method.needs:
+        hidden, heads = _size(vision, "hidden_size"), _size(vision, "num_attention_heads")
+        if hidden % heads:
             raise ValueError(
-                f"the heads of the vision tower have {channels} channels, expected at most "
-                f"{MAX_HEAD_DIM}"
+                f"vision_config.hidden_size is {hidden}, expected a multiple of "
+                f"num_attention_heads, {heads}"
             )
-        layer, layers = config.vision_feature_layer, vision.num_hidden_layers
-        if not isinstance(layer, int) or not (1 <= layer <= layers or -layers <= layer <= -1):
+        if hidden // heads > MAX_HEAD_DIM and method.needs:
             raise ValueError(
-                f"vision_feature_layer is {layer}, expected one layer of the vision tower: "
+                f"the heads of the vision tower have {hidden // heads} channels, expected at most "
+                f"{MAX_HEAD_DIM}: see vision_config.num_attention_heads"
+            )
+        layers = _size(vision, "num_hidden_layers")
+        layer = getattr(config, "vision_feature_layer", None)
+        if not _is_int(layer) or not (1 <= layer <= layers or -layers <= layer <= -1):
+            raise ValueError(
+                f"vision_feature_layer is {_shown(layer)}, expected one layer of the vision tower: "
                 f"1 to {layers}, or -{layers} to -1"
             )
-        strategy = config.vision_feature_select_strategy
+        strategy = getattr(config, "vision_feature_select_strategy", None)
         if strategy not in ("default", "full"):
             raise ValueError(
-                f"vision_feature_select_strategy is {strategy!r}, expected 'default' or 'full'"
+                f"vision_feature_select_strategy is {_shown(strategy)}, expected 'default' or "
+                "'full'"
             )
         dropped = 1 if strategy == "default" else 0
         if dropped < prefix:
@@ -95,10 +109,13 @@ class Settings:
                 "vision_feature_select_strategy is 'full', expected 'default': it keeps the [CLS] "
                 "token, which has no score"
             )
-        pinpoints = tuple(
-            (int(height), int(width))
-            for height, width in getattr(config, "image_grid_pinpoints", None) or ()
-        )
+        side, pixels = _side(vision), _size(vision, "image_size")
+        if prefix + side * side == dropped:
+            raise ValueError(
+                f"vision_config.image_size is {pixels}, expected at least 2 patches in a row: "
+                "vision_feature_select_strategy 'default' drops the only one"
+            )
+        pinpoints = _pinpoints(config, pixels, side * side)
         if pinpoints and dropped != prefix:
             raise ValueError(
                 "vision_feature_select_strategy is 'default', expected 'full': it drops a patch "
@@ -108,10 +125,11 @@ class Settings:
             method=method,
             budget=budget,
             newlines=newlines,
+            small=small,
             prefix=prefix,
             dropped=dropped,
-            side=vision.image_size // vision.patch_size,
-            pixels=vision.image_size,
+            side=side,
+            pixels=pixels,
             pinpoints=pinpoints,
         )
 
@@ -198,25 +216,24 @@ class Settings:
     def most(self) -> int:
         """The most placeholders that an image can have. Newlines are in no budget, so it may not be
         the largest image that has them."""
-        counts = []
-        for size in self.sizes:
-            try:
-                counts.append(self.count(size))
-            except ValueError:
-                # Images of this size are refused, one by one.
-                continue
-        return max(counts)
+        return max(map(self._bound, self.sizes))
+
+    def _bound(self, size: Size) -> int:
+        """The most placeholders of images that are put into tiles of that size."""
+        try:
+            return self.count(size)
+        except ValueError:
+            # It is refused, but unpadding cuts others of its tiles that are not.
+            keep = 1.0 if isinstance(self.method.keep, float) else self.method.keep
+            return replace(self, small="keep").count(size, Random(keep))
 
     def asked(self, keep: Any) -> Method:
         """The method with the budget of a request, if it has one."""
         if keep is None:
             return self.method
         try:
-            method = replace(self.method, keep=keep)
-            # As it travels to the model.
-            float(keep)
-            return method
-        except (OverflowError, TypeError, ValueError) as error:
+            return _with_count(replace(self.method, keep=keep))
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{KEEP}: {error}") from None
 
     def requested(self, keep: Any, size: Size) -> int:
@@ -241,7 +258,97 @@ class Settings:
 
     def identity(self, method: Method) -> str:
         """All that decides which tokens of an image are kept."""
-        return f"{method} {self.budget} {self.newlines}"
+        return f"{method} {self.budget} {self.newlines} {self.small}"
+
+
+# ---- what a server is given ----
+
+
+def _shown(value: Any) -> str:
+    """Of any value, on one line."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:
+        # Python does not print it.
+        return "an int of thousands of digits"
+
+
+def _is_int(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _choice(options: dict[str, Any], name: str, *values: str) -> str:
+    """An option, taken out; the first value is the default."""
+    value = options.pop(name, values[0])
+    if value not in values:
+        raise ValueError(f"{name} is {_shown(value)}, expected {' or '.join(map(repr, values))}")
+    return value
+
+
+def _with_count(method: Method) -> Method:
+    """The method, if its count can travel to the model."""
+    if method.keep > MAX_COUNT:
+        raise ValueError(f"keep is {_shown(method.keep)}, expected at most {MAX_COUNT}")
+    return method
+
+
+def _size(vision: Any, name: str) -> int:
+    """A size of the vision tower."""
+    value = getattr(vision, name, None)
+    if not _is_int(value) or not 1 <= value <= MAX_CHANNELS:
+        raise ValueError(
+            f"vision_config.{name} is {_shown(value)}, expected an int from 1 to {MAX_CHANNELS}"
+        )
+    return value
+
+
+def _side(vision: Any) -> int:
+    """Patches in a row of a tile."""
+    pixels, patch = _size(vision, "image_size"), _size(vision, "patch_size")
+    # The CLIP of vLLM wants whole patches, its SigLIP leaves pixels over.
+    if patch > pixels or (vision.model_type == "clip_vision_model" and pixels % patch):
+        raise ValueError(
+            f"vision_config.patch_size is {patch}, expected a divisor of image_size, {pixels}"
+        )
+    side = pixels // patch
+    if side * side > MAX_TOKENS:
+        raise ValueError(
+            f"vision_config.image_size is {pixels}, {side} x {side} patches of patch_size {patch}, "
+            f"expected at most {MAX_TOKENS} patches"
+        )
+    return side
+
+
+def _pinpoints(config: Any, pixels: int, patches: int) -> tuple[Size, ...]:
+    """The sizes that an image may be cut into tiles of; none for models without tiles."""
+    given = getattr(config, "image_grid_pinpoints", None)
+    if given is None and getattr(config, "model_type", None) != "llava_next":
+        return ()
+    if not isinstance(given, list | tuple) or not 1 <= len(given) <= MAX_PINPOINTS:
+        raise ValueError(
+            f"image_grid_pinpoints is {_shown(given)}, expected a list of 1 to {MAX_PINPOINTS} "
+            "sizes [height, width]"
+        )
+    for size in given:
+        if (
+            not isinstance(size, list | tuple)
+            or len(size) != 2
+            or any(not _is_int(x) or x < 1 or x % pixels for x in size)
+        ):
+            raise ValueError(
+                f"image_grid_pinpoints has {_shown(size)}, expected [height, width], multiples of "
+                f"vision_config.image_size, {pixels}"
+            )
+        tiles = 1 + (size[0] // pixels) * (size[1] // pixels)
+        if tiles * patches > MAX_TILED:
+            raise ValueError(
+                f"image_grid_pinpoints has {_shown(size)}, more than {MAX_TILED} patches in tiles "
+                f"of vision_config.image_size, {pixels}: expected smaller sizes"
+            )
+    return tuple((height, width) for height, width in given)
+
+
+# ---- what follows ----
 
 
 def _shape(settings: Settings, size: Size) -> tuple[int, int]:
@@ -274,10 +381,10 @@ def _count(settings: Settings, size: Size, method: Method, keep: int | float) ->
     source = torch.empty(settings.tiles(size), settings.tokens, 0)
     visual = settings.visual([size], source)
     try:
-        count = budgets(visual, method, settings.budget == "tile")[2][0]
+        found = budgets(visual, method, settings.budget == "tile", settings.small == "keep")
     except ValueError as error:
         height, width = size
         words = str(error).replace("image 0", f"an image of {height} x {width} pixels", 1)
         raise ValueError(words.replace(" of the batch", "", 1)) from None
     newlines = int((visual.layouts[0] == NEWLINE).sum())
-    return count + (newlines if settings.newlines == "keep" else 0)
+    return found.counts[0] + (newlines if settings.newlines == "keep" else 0)

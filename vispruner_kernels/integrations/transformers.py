@@ -9,6 +9,7 @@ docs/transformers.md has the models, what counts as a token, and what is not sup
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import accumulate
 from types import MappingProxyType
 from typing import Any
@@ -94,13 +95,26 @@ class PrunedInputs(dict[str, Any]):
     features: Mapping[str, list[Tensor]] = MappingProxyType({})
 
 
-def _check(method: Any, budget: Any, newlines: Any) -> None:
-    if not isinstance(method, Method):
-        raise TypeError(f"method is {method!r}, expected one of vispruner_kernels.methods")
-    if budget not in ("image", "tile"):
-        raise ValueError(f"budget is {budget!r}, expected 'image' or 'tile'")
-    if newlines not in ("keep", "drop"):
-        raise ValueError(f"newlines is {newlines!r}, expected 'keep' or 'drop'")
+@dataclass(frozen=True)
+class _Settings:
+    """What `prune_inputs` and `attach` are told."""
+
+    method: Method
+    budget: str
+    newlines: str
+    small: str
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.method, Method):
+            raise TypeError(f"method is {self.method!r}, expected one of vispruner_kernels.methods")
+        for name, values in (
+            ("budget", ("image", "tile")),
+            ("newlines", ("keep", "drop")),
+            ("small", ("error", "keep")),
+        ):
+            value = getattr(self, name)
+            if value not in values:
+                raise ValueError(f"{name} is {value!r}, expected {values[0]!r} or {values[1]!r}")
 
 
 def prune_inputs(
@@ -110,6 +124,7 @@ def prune_inputs(
     *,
     budget: str = "image",
     newlines: str = "keep",
+    small: str = "error",
 ) -> PrunedInputs:
     """Prune what a processor returned, for `model.generate` and `model.forward`.
 
@@ -127,6 +142,8 @@ def prune_inputs(
             or LLaVA-OneVision, after unpadding, as VisPruner was published. Videos always have it
             per frame.
         newlines: "keep" or "drop" the tokens that end a row of an image, which are in no budget.
+        small: what has no more tokens than the count (an image; a tile or a frame that has its own
+            budget): "keep" keeps all of them, "error" refuses a count above them.
 
     Returns:
         PrunedInputs: `inputs_embeds`, `attention_mask`, where needed `position_ids` and `labels`,
@@ -134,8 +151,9 @@ def prune_inputs(
 
     Raises:
         TypeError: a model or a method that is not supported.
-        ValueError: a keep above the tokens of an image, placeholders that do not match the images,
-            a vision tower without the layer asked for, or without the [CLS] token needed.
+        ValueError: a count above the tokens of an image (see `small`), placeholders that do not
+            match the images, a vision tower without the layer asked for, or without the [CLS] token
+            needed.
 
     Contract:
         Indices are those of `method.select` on the features and scores of this call; patches are
@@ -159,10 +177,10 @@ def prune_inputs(
         docs/transformers.md
     """
     read = reader(model)
-    _check(method, budget, newlines)
+    settings = _Settings(method, budget, newlines, small)
     if not asks_for_pruning(inputs):
         return PrunedInputs(inputs)
-    return _prune(model, read, dict(inputs), "left", method, budget, newlines)
+    return _prune(model, read, dict(inputs), "left", settings)
 
 
 def _prune(
@@ -170,9 +188,7 @@ def _prune(
     read: Reader,
     inputs: dict[str, Any],
     padding: str,
-    method: Method,
-    budget: str,
-    newlines: str,
+    settings: _Settings,
 ) -> PrunedInputs:
     """`prune_inputs` of inputs with pixels; `padding` is "left", or "same" as in the inputs."""
     ids, embeds, mask = given(inputs, "input_ids", "inputs_embeds", "attention_mask")
@@ -189,8 +205,9 @@ def _prune(
     held = cache_name if cache is not None and cache.get_seq_length() else None
     positions = positions_before(model, inputs, mask, found, held)
     mask_on_host = None if mask is None else mask.cpu()
+    method, tiles = settings.method, settings.budget == "tile"
     visuals = read(model, inputs, method)
-    if budget == "tile" and not all(visual.tiles for visual in visuals):
+    if tiles and not all(visual.tiles for visual in visuals):
         raise ValueError(
             "budget is 'tile', expected 'image': an image is interpolated, so it has no tiles"
         )
@@ -199,8 +216,8 @@ def _prune(
     for kind in kinds:
         of_kind = [visual for visual in visuals if visual.kind == kind]
         check_placeholders(found[kind], kind, lengths_of(of_kind), inputs)
-        per_grid = budget == "tile" or kind == "video"
-        kept.append(keep(of_kind, method, per_grid, newlines == "keep"))
+        per_grid, newlines = tiles or kind == "video", settings.newlines == "keep"
+        kept.append(keep(of_kind, method, per_grid, newlines, settings.small == "keep"))
     where = [found[kind] for kind in kinds]
     device = (embeds if ids is None else ids).device
     prompt = Prompt(mask_on_host, where, kept, device, padding)
@@ -275,6 +292,7 @@ def attach(
     *,
     budget: str = "image",
     newlines: str = "keep",
+    small: str = "error",
 ) -> Handle:
     """`model.generate(**inputs)` and `model(**inputs)` prune by themselves until `remove()`.
 
@@ -283,6 +301,7 @@ def attach(
         method: as in `prune_inputs`.
         budget: as in `prune_inputs`.
         newlines: as in `prune_inputs`.
+        small: as in `prune_inputs`.
 
     Returns:
         Handle: `remove()` leaves the model as it was; `with attach(...):` does so by itself.
@@ -310,9 +329,9 @@ def attach(
         docs/transformers.md
     """
     read = reader(model)
-    _check(method, budget, newlines)
+    settings = _Settings(method, budget, newlines, small)
 
     def prune(model: Any, inputs: dict[str, Any], padding: str) -> PrunedInputs:
-        return _prune(model, read, inputs, padding, method, budget, newlines)
+        return _prune(model, read, inputs, padding, settings)
 
     return Handle(model, prune)

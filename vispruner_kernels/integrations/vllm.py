@@ -64,9 +64,8 @@ def check_version() -> None:
 def names_of(kwargs: Mapping[str, Any]) -> Iterator[str]:
     """Of options, also of those within scopes such as `images_kwargs`."""
     for name, value in kwargs.items():
-        yield name
-        if isinstance(value, Mapping):
-            yield from value
+        for own in (name, *(value if isinstance(value, Mapping) else ())):
+            yield str(own)
 
 
 class Check:
