@@ -96,7 +96,7 @@ def test_code_of_the_transformers_page_runs(monkeypatch, capsys):
     code = blocks(page(ROOT / "docs" / "transformers.md"), "python")
     for block in code:
         exec(compile(block, "docs/transformers.md", "exec"), names)
-    assert len(code) == 3
+    assert len(code) == 4
     assert names["answer"].shape == (1, 20)
     assert names["logits"].shape[1] == 1 + 5 + 64 + 7
     assert "generate" not in vars(model)

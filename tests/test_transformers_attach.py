@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from typing import Any
 
 import pytest
@@ -548,6 +549,8 @@ def test_a_copy_without_a_handle_is_refused(tmp_path):
         with pytest.raises(RuntimeError, match=r"call remove\(\) .* saving it whole"):
             torch.save(model, tmp_path / "model.pt")
         model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["architectures"] == ["LlavaForConditionalGeneration"]
     copy.deepcopy(model)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import re
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -268,3 +270,45 @@ def test_accelerate(first):
     assert length(unwrapped) == PRUNED
     handle.remove()
     assert length(unwrapped) == LENGTH
+
+
+def test_a_trainer_that_smooths_labels(tmp_path):
+    """By the class that docs/transformers.md shows."""
+    pytest.importorskip("accelerate")
+    from transformers import TrainingArguments
+    from transformers.trainer_pt_utils import LabelSmoother
+
+    page = (Path(__file__).parent.parent / "docs" / "transformers.md").read_text()
+    (block,) = [x for x in re.findall(r"```python\n(.*?)```", page, re.S) if "Trainer" in x]
+    names: dict[str, Any] = {}
+    exec(compile(block, "docs/transformers.md", "exec"), names)
+    model, inputs = vlms.make("llava"), one()
+    inputs["labels"] = inputs["input_ids"].clone()
+    pruned = prune_inputs(model, inputs, METHOD)
+    with torch.no_grad():
+        smoother = LabelSmoother(epsilon=0.1)
+        expected = smoother(model(**pruned), pruned["labels"], shift_labels=True)
+    settings = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=1,
+        label_smoothing_factor=0.1,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+    )
+    trainer = names["PruningTrainer"](
+        model=model,
+        args=settings,
+        train_dataset=[inputs],
+        eval_dataset=[inputs],
+        data_collator=lambda rows: rows[0],
+    )
+    with attach(model, METHOD):
+        before = trainer.evaluate()["eval_loss"]
+        loss = trainer.train().training_loss
+    assert before == pytest.approx(float(expected), rel=1e-4)
+    assert loss == pytest.approx(float(expected), rel=1e-4)
+    assert length(model) == LENGTH

@@ -45,7 +45,7 @@ class Handle:
         if any(map(is_switched, self._modules)):
             raise RuntimeError("the model prunes already: call remove() of its handle first")
         for module in self._modules:
-            switch(module, self)
+            switch(module, {"forward": self._forward, "generate": self._generate})
 
     def remove(self) -> None:
         """Makes `generate` and `forward` what they were. Does nothing the second time."""
@@ -59,7 +59,7 @@ class Handle:
     def __exit__(self, *exception: object) -> None:
         self.remove()
 
-    def forward(self, module: Any, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    def _forward(self, module: Any, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         """Of the model, and of its core where that is called by itself. The model calls its core
         with what was pruned already, which passes."""
         cache, name = cache_in(arguments, type(module))
@@ -108,7 +108,7 @@ class Handle:
         return out if as_dict else out.to_tuple()
 
     @torch.no_grad()
-    def generate(self, model: Any, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    def _generate(self, model: Any, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         """Of the model."""
         cache, name = cache_in(arguments, type(model), "generate")
         if held(cache) is not None:

@@ -1,4 +1,4 @@
-"""Modules whose methods go through a handle, by a class of their own.
+"""Modules whose methods are replaced, by a class of their own.
 
 A module's class becomes a subclass of the same name, as FSDP2 and `torch.nn.utils.parametrize` do
 it. Copies that PyTorch makes of a module, such as the replicas of DataParallel, have the class too
@@ -9,19 +9,21 @@ and run on their own weights. The methods are data descriptors, so they come fir
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache, update_wrapper, wraps
 from types import MethodType
-from typing import Any
+from typing import Any, TypeAlias
+
+# Takes the module, its original method and the arguments by name.
+Replacement: TypeAlias = Callable[[Any, Callable[..., Any], dict[str, Any]], Any]
 
 METHODS = ("forward", "generate")
-# In the `__dict__` of a module: an object whose methods, named as those above, take
-# (module, original method, arguments by name).
-_HANDLE = "_vispruner_handle"
+# In the `__dict__` of a module: replacements by the names of methods.
+_REPLACED = "_vispruner_replaced"
 
 
 class _Method:
-    """One method of a class that goes through a handle."""
+    """One method of a class, which the module may have replaced."""
 
     def __init__(self, cls: type, name: str) -> None:
         self._class, self._name, self._known = cls, name, f"_vispruner_{name}"
@@ -47,7 +49,7 @@ class _Method:
         ):
             inherited = getattr(super(self._class, module), self._name)
             original = inherited if stored is None else stored
-            method = MethodType(_through_handle(self._name, original, module), module)
+            method = MethodType(_replaceable(self._name, original, module), module)
             known = entries[self._known] = stored, function, method
         return known[2]
 
@@ -60,20 +62,20 @@ class _Method:
         del vars(module)[self._name]
 
 
-def _through_handle(name: str, original: Callable[..., Any], module: Any) -> Callable[..., Any]:
-    """A method that calls `original` through the handle that the module has at that time."""
+def _replaceable(name: str, original: Callable[..., Any], module: Any) -> Callable[..., Any]:
+    """A method that calls what the module has in place of `original` at that time."""
     signature = inspect.signature(original)
     variadic = [p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
 
     def call(module: Any, /, *args: Any, **kwargs: Any) -> Any:
-        handle = vars(module).get(_HANDLE)
-        if handle is None:
+        replaced = vars(module).get(_REPLACED)
+        if replaced is None:
             return original(*args, **kwargs)
         if args:
             kwargs = dict(signature.bind(*args, **kwargs).arguments)
             for extra in variadic:
                 kwargs.update(kwargs.pop(extra, {}))
-        return getattr(handle, name)(module, original, kwargs)
+        return replaced[name](module, original, kwargs)
 
     # Others follow `__wrapped__` when they undo what they did to a model, and for the signature.
     # They copy `__dict__`, so nothing else stands there.
@@ -96,7 +98,7 @@ def _subclass(base: Any) -> type:
     """Of the same name, which transformers writes into configurations."""
 
     def reduce(module: Any, protocol: Any) -> Any:
-        if _HANDLE in vars(module):
+        if _REPLACED in vars(module):
             raise RuntimeError(
                 "the model prunes: call remove() of its handle before copying it or saving it whole"
             )
@@ -111,9 +113,9 @@ def _subclass(base: Any) -> type:
     return cls
 
 
-def switch(module: Any, handle: Any) -> None:
-    """Lets the methods of the module go through the handle."""
-    vars(module)[_HANDLE] = handle
+def switch(module: Any, replacements: Mapping[str, Replacement]) -> None:
+    """Replaces methods of the module."""
+    vars(module)[_REPLACED] = replacements
     cls: Any = type(module)
     module.__class__ = _subclass(cls)
     # Made here, not while a compiler traces.
@@ -123,7 +125,7 @@ def switch(module: Any, handle: Any) -> None:
 
 def switch_back(module: Any) -> None:
     """Undoes `switch`. A class that others derived from ours (FSDP2) stays, and passes calls on."""
-    for name in (_HANDLE, *(f"_vispruner_{name}" for name in METHODS)):
+    for name in (_REPLACED, *(f"_vispruner_{name}" for name in METHODS)):
         vars(module).pop(name, None)
     base = type(module).__mro__[1]
     if type(module) is _subclass(base):
@@ -131,5 +133,5 @@ def switch_back(module: Any) -> None:
 
 
 def is_switched(module: Any) -> bool:
-    """Whether the methods of the module go through a handle."""
-    return _HANDLE in vars(module)
+    """Whether methods of the module are replaced."""
+    return _REPLACED in vars(module)

@@ -159,8 +159,9 @@ def prune_inputs(
         Indices are those of `method.select` on the features and scores of this call; patches are
         numbered tile by tile. Other layers keep their attention implementation; the model is as it
         was when this returns or raises, but for `rope_deltas` of Qwen2.5-VL, which belongs to the
-        last prompt as after its own forward. Differentiable with respect to features, projector
-        and embeddings. Calls from several threads take turns in the tower.
+        last prompt as after its own forward. Padding is at the left. Differentiable with respect to
+        features, projector and embeddings. Several threads may prune at once, and hooks of the
+        model may call this.
 
     Cost:
         One run of the tower for the images and one for the videos, of the layers up to the one that
@@ -316,8 +317,12 @@ def attach(
     Contract:
         For `generate` the prompt is the caller's: sequences begin with its `input_ids`,
         `max_length` counts them, and processors of logits, stopping criteria and streamers see
-        them. `forward` returns logits of the pruned length and uses labels of that length. Decoding
-        by hand goes on with the mask and the positions of the unpruned prompt, or without.
+        them. Padding moves to the left. `forward` of the model and of its core (`model.model`)
+        returns logits of the pruned length; labels of that length are in `out.labels`, projected
+        features of kept tokens where the model returns them. Decoding by hand goes on with the mask
+        and the positions of the unpruned prompt, or without.
+        The model and its core get a subclass of their class, so that pruning stays on when others
+        wrap `model.forward`, and replicas of DataParallel prune with their own weights.
 
     Cost:
         That of `prune_inputs` in each call that has images, none in others.
