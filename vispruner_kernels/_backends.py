@@ -93,22 +93,26 @@ def _implementation(op: str, backend: str, device: str = "cpu") -> Callable[...,
     return torch.no_grad()(function) if backend == "reference" else function
 
 
-def _checked(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Argument check, then the implementation."""
-    check = _schemas.SCHEMAS[op].check
+def _checked(op: str, function: Callable[..., Any], memory: bool = True) -> Callable[..., Any]:
+    """Argument check, then the implementation. `memory`: the tensors have some."""
+    check, check_memory = _schemas.SCHEMAS[op].check, _schemas.check_memory
 
     def entry(*args: Any, **kwargs: Any) -> Any:
         check(*args, **kwargs)
         return function(*args, **kwargs)
 
-    return entry
+    def entry_to_memory(*args: Any, **kwargs: Any) -> Any:
+        check(*args, **kwargs)
+        check_memory(op, *args, *kwargs.values())
+        return function(*args, **kwargs)
+
+    return entry_to_memory if memory else entry
 
 
 def _compared(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """VISPRUNER_KERNELS_CHECK=1: finite inputs, and the reference's answer beside the kernel's."""
     expected = _implementation(op, "reference")
-    signature = torch._C.parse_schema(f"{op}{_schemas.SCHEMAS[op].signature}")
-    names = [argument.name for argument in signature.arguments]
+    names = [name for name, _ in _schemas.ARGUMENTS[op]]
 
     @torch.no_grad()
     def entry(*args: Any, **kwargs: Any) -> Any:
@@ -153,8 +157,9 @@ def _register() -> torch.library.Library:
                 function = _compared(op, function)
             library.impl(op, _checked(op, function), key)
         # Other devices: the check names the device; nothing comes behind it.
-        library.impl(op, _checked(op, _unreachable), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"vispruner::{op}", _checked(op, schema.fake), lib=library)
+        library.impl(op, _checked(op, _unreachable, memory=False), "CompositeExplicitAutograd")
+        fake = _checked(op, schema.fake, memory=False)
+        torch.library.register_fake(f"vispruner::{op}", fake, lib=library)
         if schema.raises_on_backward:
             torch.library.register_autograd(
                 f"vispruner::{op}",
