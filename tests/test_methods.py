@@ -132,7 +132,7 @@ def test_budgets():
         (lambda: FoPru(600, "row").retained_tokens(576), ValueError, "keep is 600"),
         (lambda: FoPru(8, "row").retained_tokens(575), ValueError, "width is None"),
         (lambda: FoPru(8, "row", width=7).retained_tokens(576), ValueError, "width is 7"),
-        (lambda: FoPru(8, "row", width=2.5), ValueError, "width is 2.5"),
+        (lambda: FoPru(8, "row", width=2.5), TypeError, "width is 2.5"),
         (lambda: FasterVLM(3).select(torch.ones(1, 9, 2), None), ValueError, "scores is None"),
         (
             lambda: FasterVLM(3).select(torch.ones(1, 9, 2), torch.ones(1, 8)),

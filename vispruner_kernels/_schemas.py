@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-import sys
+import reprlib
 from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any, NamedTuple
@@ -67,36 +67,41 @@ def _outside(value: Any, low: Any, high: Any) -> bool:
 
 
 def shown(value: object) -> str:
-    """A value for a message: short, and only the type of what may be large or on a device."""
-    if value is not None and not isinstance(value, Integral | Real | complex | str | bytes):
-        return f"of type {type(value).__name__}"
+    """A value for a message, on one short line; only the type of what may lie on a device."""
     if isinstance(value, int) and value.bit_length() > 200:
+        # Python refuses to print one of 4300 digits.
         return f"an int of {value.bit_length()} bits"
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    if isinstance(value, list | tuple | dict):
+        return reprlib.repr(value)
+    if value is None or isinstance(value, Integral | Real | complex | str | bytes):
+        text = repr(value)
+        return text if len(text) <= 80 else f"{text[:77]}..."
+    return f"of type {type(value).__name__}"
 
 
-def _refuse(where: str, name: str, value: object, expected: str) -> TypeError:
-    hint = "; call .item() on it" if isinstance(value, Tensor) else ""
+def _wrong_type(where: str, name: str, value: object, expected: str) -> TypeError:
+    hint = "; call .item() on it" if isinstance(value, Tensor) and expected != "a str" else ""
     return TypeError(f"{where}{name} is {shown(value)}, expected {expected}{hint}")
 
 
-def check_int(where: str, name: str, value: Any, expected: str = "an int") -> None:
+def check_int(where: str, name: str, value: Any) -> None:
     """An int of 64 bits, also NumPy's; no bool, and no tensor, which would have to be copied."""
     if isinstance(value, bool) or not isinstance(value, Integral | torch.SymInt):
-        raise _refuse(where, name, value, expected)
+        raise _wrong_type(where, name, value, "an int")
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise ValueError(f"{where}{name} is {shown(value)}, expected an int of 64 bits")
 
 
-def check_float(where: str, name: str, value: Any, expected: str = "a number") -> None:
+def check_float(where: str, name: str, value: Any) -> None:
     """A number that a double can hold, also NumPy's; NaN is left to the check of a range."""
     if isinstance(value, bool) or not isinstance(value, Real | torch.SymFloat | torch.SymInt):
-        raise _refuse(where, name, value, expected)
-    if isinstance(value, Real) and not isinstance(value, float):
-        # Python compares exactly; float(value) would raise OverflowError.
-        if abs(value) > sys.float_info.max:
-            raise ValueError(f"{where}{name} is {shown(value)}, expected a number of 64 bits")
+        raise _wrong_type(where, name, value, "a number")
+    if isinstance(value, Real):
+        try:
+            float(value)
+        except OverflowError:
+            text = f"{where}{name} is {shown(value)}, expected a number of 64 bits"
+            raise ValueError(text) from None
 
 
 def check_types(op: str, args: tuple[Any, ...]) -> None:
@@ -113,12 +118,12 @@ def check_types(op: str, args: tuple[Any, ...]) -> None:
         elif "float" in kind:
             check_float(where, name, value)
         elif not isinstance(value, str):
-            raise _refuse(where, name, value, "a str")
+            raise _wrong_type(where, name, value, "a str")
 
 
 def _is_tensor(op: str, name: str, value: object) -> None:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{op}: {name} is {shown(value)}, expected a Tensor")
+        raise _wrong_type(f"{op}: ", name, value, "a Tensor")
 
 
 @functools.lru_cache(maxsize=1024)
