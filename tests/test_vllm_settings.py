@@ -192,7 +192,10 @@ def test_one_token_is_not_all_of_them():
         (0, "vispruner_keep: keep is 0, expected at least 1"),
         (17, "vispruner_keep: an image of 9 x 9 pixels: keep is 17, expected 1 <= keep <= 16"),
         (1.5, "vispruner_keep: keep is 1.5, expected a fraction"),
-        (10**400, "vispruner_keep: keep is an int of 1329 bits, expected at least 1 and below 2**63"),
+        (
+            10**400,
+            "vispruner_keep: keep is an int of 1329 bits, expected at least 1 and below 2**63",
+        ),
         (math.nan, "vispruner_keep: keep is nan, expected a fraction"),
         ("4", "vispruner_keep: keep is '4', expected an int or a float"),
         (True, "vispruner_keep: keep is True, expected an int or a float"),

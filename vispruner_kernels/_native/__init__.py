@@ -26,6 +26,15 @@ else:
     except ImportError as error:
         _C, REASON = None, str(error)
 
+
+def reinstall(variable: str) -> str:
+    """What to do about a part that was not built; pip would take its cached wheel again."""
+    return f"reinstall: {variable}=1 pip install --no-cache-dir --force-reinstall --no-deps ."
+
+
+# For the C++ core.
+REMEDY = f"install a C++17 compiler and {reinstall('VISPRUNER_KERNELS_NATIVE')}"
+
 # `_backends` takes every function here that has an operator's name, if the core is there.
 INSTALLED = _C is not None
 if INSTALLED:
@@ -58,7 +67,7 @@ def _use_simd(name: str) -> None:
     _C.use_simd(name)
 
 
-_use_simd(os.environ.get("VISPRUNER_KERNELS_SIMD", "auto"))
+_use_simd(os.environ.get("VISPRUNER_KERNELS_SIMD") or "auto")
 
 
 def _empty(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
