@@ -69,13 +69,16 @@ def _outside(value: Any, low: Any, high: Any) -> bool:
 def shown(value: object) -> str:
     """A value for a message, on one short line; only the type of what may lie on a device."""
     if isinstance(value, int) and value.bit_length() > 200:
-        # Python refuses to print one of 4300 digits.
         return f"an int of {value.bit_length()} bits"
-    if isinstance(value, list | tuple | dict):
-        return reprlib.repr(value)
-    if value is None or isinstance(value, Integral | Real | complex | str | bytes):
-        text = repr(value)
-        return text if len(text) <= 80 else f"{text[:77]}..."
+    try:
+        if isinstance(value, list | tuple | dict):
+            return reprlib.repr(value)
+        if value is None or isinstance(value, Integral | Real | complex | str | bytes):
+            text = repr(value)
+            return text if len(text) <= 80 else f"{text[:77]}..."
+    except ValueError:
+        # Python does not print ints of more than 4300 digits, in whatever they are.
+        pass
     return f"of type {type(value).__name__}"
 
 

@@ -39,8 +39,9 @@ def _call(operator: Any, *args: Any) -> Any:
         check_types(operator._opname, args)
     try:
         return operator(*args)
-    except RuntimeError:
-        # PyTorch's words for an argument that it does not convert, an int of 65 bits for example.
+    except (RuntimeError, ValueError):
+        # PyTorch's words for an argument that it does not convert, an int of 65 bits for example,
+        # or Python's for one too long to be printed there.
         check_types(operator._opname, args)
         raise
 
