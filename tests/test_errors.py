@@ -462,6 +462,13 @@ def freed_view(x: Tensor) -> Tensor:
     return view
 
 
+def cut_before_the_view(x: Tensor) -> Tensor:
+    # Its size would fit, but not where it starts.
+    view = torch.cat([x, x])[len(x) :]
+    view.untyped_storage().resize_(x.nbytes)
+    return view
+
+
 def freed_with_gaps(x: Tensor) -> Tensor:
     wide = x.new_zeros((*x.shape[:-1], x.shape[-1] + 3))
     view = wide[..., 3:]
@@ -480,6 +487,7 @@ MEMORY = {
     shrunk: "has a storage of 8 bytes, expected at least ",
     one_byte_short: "bytes, expected at least ",
     freed_view: "has a storage of 0 bytes, expected at least ",
+    cut_before_the_view: "bytes, expected at least ",
     freed_with_gaps: "bytes, expected at least ",
     odd: "has address 0x",
 }
@@ -537,7 +545,13 @@ def test_memory_that_is_enough(op, name):
             strict=True,
         ):
             assert_same_answer(got, like.expand(3, *like.shape[1:]).contiguous())
-        empty = CALLS[name](op, tensors(arguments(op), lambda x: freed(x[:0])))
+
+        def nothing_of_freed(x: Tensor) -> Tensor:
+            view = x.clone()[1:1]
+            view.untyped_storage().resize_(0)
+            return view
+
+        empty = CALLS[name](op, tensors(arguments(op), nothing_of_freed))
         assert all(len(x) == 0 for x in leaves(empty))
 
 
