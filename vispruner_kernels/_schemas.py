@@ -452,7 +452,8 @@ def _received_scores_check(
     op = "received_scores"
     _attention(op, {"q": q, "k": k}, "[B, S, H, D]", scale)
     _prefix(op, q, num_prefix, 0)
-    _lse(op, lse, "[B, H, S]", (q.shape[0], q.shape[2], q.shape[1]), q)
+    images, sequence, heads, _ = q.shape
+    _lse(op, lse, "[B, H, S]", (images, heads, sequence), q)
 
 
 def _received_scores_varlen_check(

@@ -203,7 +203,8 @@ def _lse(lse: Tensor | None) -> tuple[int, int, int, int]:
     """[B, H, S] or [H, total] likewise; address 0 if there is none."""
     if lse is None:
         return 0, 0, 0, 0
-    return lse.data_ptr(), lse.stride(0) if lse.dim() == 3 else 0, lse.stride(-1), lse.stride(-2)
+    *image, head, token = lse.stride()
+    return lse.data_ptr(), image[0] if image else 0, token, head
 
 
 def _shape(
