@@ -1,6 +1,6 @@
 """Builds vispruner_kernels._C, the C++ core, with pybind11 and ninja; the rest: pyproject.toml.
 
-Two environment variables, each auto (the default), 0 or 1:
+Two environment variables, each auto (the default, also if it is empty), 0 or 1:
 
 VISPRUNER_KERNELS_NATIVE   auto: build _C; where that fails, say so and install without it
                            1: build _C or fail          0: install without it
@@ -39,7 +39,7 @@ PTX_ARCHITECTURE = "100"
 
 
 def switch(name):
-    value = os.environ.get(name, "auto")
+    value = os.environ.get(name) or "auto"
     if value not in ("auto", "0", "1"):
         raise SystemExit(f"{name} must be auto, 0 or 1, not {value!r}")
     return value
@@ -54,7 +54,7 @@ def find_cxx():
 
 
 def find_ninja():
-    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
+    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH") or os.defpath])
     ninja = shutil.which("ninja", path=path)
     if not ninja:
         raise BaseError("ninja is not found")
@@ -149,7 +149,8 @@ class NinjaBuildExt(build_ext):
             raise BaseError(f"vispruner_kernels._C was not built: {problem}")
         print(
             f"vispruner_kernels: WITHOUT the native core, CPU operators run on the slower PyTorch "
-            f"reference: {problem}. VISPRUNER_KERNELS_NATIVE=1 makes this an error.",
+            f"reference: {problem}. VISPRUNER_KERNELS_NATIVE=1 makes this an error. To try again: "
+            "pip install --no-cache-dir --force-reinstall --no-deps .",
             file=sys.stderr,
         )
 

@@ -84,7 +84,9 @@ Offsets offsets(const OffsetStride& x) {
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
+// Without the GIL: operators share no memory but what is atomic (the instruction set in use, a call
+// counter) or constant after a thread-safe initialisation; their threads and scratch are their own.
+PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   using ReleaseGil = py::call_guard<py::gil_scoped_release>;
 
   m.def("simd_sets", &simd_names, "The instruction sets this processor has, best first.");

@@ -16,6 +16,14 @@ if not torch.cuda.is_available():
 
 from vispruner_kernels import _backends, _native, _schemas
 
+
+def pytest_configure(config: pytest.Config) -> None:
+    # tests/test_environment.py looks for it.
+    if not _native.INSTALLED:
+        filter_ = r"ignore:vispruner_kernels. the C\+\+ core is not built:RuntimeWarning"
+        config.addinivalue_line("filterwarnings", filter_)
+
+
 needs_native = pytest.mark.skipif(not _native.INSTALLED, reason="vispruner_kernels._C is not built")
 
 

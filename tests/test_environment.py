@@ -61,6 +61,11 @@ def answer():
     print(json.dumps({"digests": digests, "report": report(), "simd": simd}))
 """
 
+REMEDY = (
+    "install a C++17 compiler and reinstall: VISPRUNER_KERNELS_NATIVE=1 "
+    "pip install --no-cache-dir --force-reinstall --no-deps ."
+)
+
 # As if the C++ core had not been built.
 WITHOUT_CORE = "import sys; sys.modules['vispruner_kernels._C'] = None\n"
 
@@ -196,7 +201,6 @@ print(json.dumps({
     "no triton": attempt({"VISPRUNER_KERNELS_BACKEND": "triton"}, triton=None),
     "old triton": attempt({"VISPRUNER_KERNELS_BACKEND": "triton"}, triton="3.3.1+git"),
     "nonsense": attempt({"VISPRUNER_KERNELS_BACKEND": "nonsense"}),
-    "empty": attempt({"VISPRUNER_KERNELS_BACKEND": ""}),
     "module": attempt({"VISPRUNER_KERNELS_BACKEND": "_native"}),
     "check": attempt({"VISPRUNER_KERNELS_CHECK": "yes"}),
     "no core": attempt({"VISPRUNER_KERNELS_BACKEND": "native"}, without_core=True),
@@ -214,11 +218,10 @@ print(json.dumps({
     assert messages["old triton"] == f"{backend}triton: Triton is 3.3.1+git; {remedy}"
     every = "expected auto, reference, native or triton"
     assert messages["nonsense"] == f"{backend}nonsense: {every}"
-    assert messages["empty"] == f"{backend}: {every}"
     assert messages["module"] == f"{backend}_native: {every}"
     assert messages["check"] == "VISPRUNER_KERNELS_CHECK=yes: expected 0 or 1"
     assert messages["no core"].startswith(f"{backend}native: vispruner_kernels._C is not built")
-    assert "install a C++17 compiler and reinstall" in messages["no core"]
+    assert REMEDY in messages["no core"]
     assert "or use auto or reference" in messages["no core"]
     if _native.INSTALLED:
         assert messages["simd"].startswith("VISPRUNER_KERNELS_SIMD=nonsense: expected auto or one")
@@ -374,7 +377,89 @@ def test_without_the_core(by_reference):
     line = next(x for x in got["report"].splitlines() if x.startswith("native core"))
     assert "not built" in line
     assert "the reference serves the CPU" in line
-    assert "install a C++17 compiler and reinstall" in line
+    assert REMEDY in line
+
+
+def test_empty_variables_are_unset_ones(auto):
+    names = ("BACKEND", "CHECK", "SIMD")
+    got = answers(**{f"VISPRUNER_KERNELS_{name}": "" for name in names}, TRITON_INTERPRET="")
+    assert got == answers(TRITON_INTERPRET="0")
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"NATIVE": "", "CUDA": "", "CUDA_ARCHITECTURES": ""}, ""),
+        ({"NATIVE": "", "CUDA": "2"}, "VISPRUNER_KERNELS_CUDA must be auto, 0 or 1, not '2'"),
+    ],
+)
+def test_empty_variables_of_the_build(variables, words):
+    code = f"""
+import os, runpy, sys
+os.chdir({str(ROOT)!r})
+sys.argv = ["setup.py", "--name"]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+    done = python(code, **{f"VISPRUNER_KERNELS_{name}": value for name, value in variables.items()})
+    assert (done.returncode != 0) == bool(words), done.stderr
+    assert words in done.stderr
+
+
+# A call in a thread, one by keyword through torch.ops, one in a compiled function.
+WARNING = """
+import threading, warnings, torch, vispruner_kernels as vk
+
+x = torch.tensor([[0.0, 2.0, 1.0]])
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    vk.select_topk(x.to("meta"), 1)
+    assert not caught, caught
+    threads = [threading.Thread(target=vk.select_topk, args=(x, 1)) for _ in range(8)]
+    for thread in threads * FIRST:
+        thread.start()
+    for thread in threads * FIRST:
+        thread.join()
+    compiled = torch.compile(lambda x: vk.select_topk(x, 2), fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        assert torch.ops.vispruner.select_topk(scores=x, keep=1).tolist() == [[1]]
+        assert compiled(x).tolist() == [[1, 2]]
+        vk.select_rows(x, 1, 1)
+for warning in caught:
+    print(warning.category.__name__, warning.filename, warning.lineno, warning.message)
+"""
+
+
+@pytest.mark.parametrize("threads_first", [False, True])
+def test_without_the_core_one_call_warns(threads_first, tmp_path):
+    script = tmp_path / "calls.py"
+    script.write_text(WITHOUT_CORE + WARNING.replace("FIRST", str(int(threads_first))))
+    run = f"import runpy; runpy.run_path({str(script)!r})"
+    done = python(run)
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    assert line.startswith("RuntimeWarning ")
+    assert "vispruner_kernels: the C++ core is not built (" in line
+    assert REMEDY in line
+    if not threads_first:
+        lines = script.read_text().splitlines()
+        (where,) = (i for i, text in enumerate(lines, 1) if "assert torch.ops" in text)
+        assert f"{script} {where} " in line
+    # Not where the reference was asked for, and not with the core.
+    silent = python(run, VISPRUNER_KERNELS_BACKEND="reference")
+    assert (silent.returncode, silent.stdout) == (0, ""), silent.stderr
+    if _native.INSTALLED:
+        script.write_text(script.read_text().removeprefix(WITHOUT_CORE))
+        silent = python(run)
+        assert (silent.returncode, silent.stdout) == (0, ""), silent.stderr
+
+
+def test_hints_to_reinstall_keep_pip_from_its_cached_wheel():
+    options = "pip install --no-cache-dir --force-reinstall --no-deps"
+    assert options in (ROOT / "setup.py").read_text()
+    if not cuda.INSTALLED and _native.INSTALLED:
+        assert options in cuda.REASON or "HIP" in cuda.REASON
+    for path in [*(ROOT / "vispruner_kernels").rglob("*.py"), *ROOT.glob("docs/*.md")]:
+        assert not re.search(r"\breinstall (the package )?with\b", path.read_text()), path
 
 
 @pytest.mark.parametrize("core", [pytest.param(True, marks=needs_native), False])

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
+import numpy as np
 import pytest
 import torch
 
 from vispruner_kernels import cls_scores, received_scores, select, select_rows, select_topk
 from vispruner_kernels.methods import FasterVLM, FoPru, Random, VisPruner
 from vispruner_kernels.testing import sample_qkv
+
+NAN, INF = float("nan"), float("inf")
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +137,7 @@ def test_budgets():
         (lambda: FoPru(600, "row").retained_tokens(576), ValueError, "keep is 600"),
         (lambda: FoPru(8, "row").retained_tokens(575), ValueError, "width is None"),
         (lambda: FoPru(8, "row", width=7).retained_tokens(576), ValueError, "width is 7"),
-        (lambda: FoPru(8, "row", width=2.5), ValueError, "width is 2.5"),
+        (lambda: FoPru(8, "row", width=2.5), TypeError, "width is 2.5"),
         (lambda: FasterVLM(3).select(torch.ones(1, 9, 2), None), ValueError, "scores is None"),
         (
             lambda: FasterVLM(3).select(torch.ones(1, 9, 2), torch.ones(1, 8)),
@@ -150,3 +155,74 @@ def test_budgets():
 def test_bad_arguments(make, error, names):
     with pytest.raises(error, match=names):
         make()
+
+
+NO_INT = [True, np.True_, 2.5, NAN, INF, "3", None, [3], torch.tensor(3), 1j, Fraction(5, 2)]
+FIELDS = {
+    (VisPruner, "keep"): [
+        "64",
+        None,
+        True,
+        np.True_,
+        [64],
+        torch.tensor(64),
+        torch.tensor(0.5),
+        1j,
+    ],
+    (VisPruner, "step"): NO_INT,
+    (VisPruner, "important_ratio"): [True, np.True_, "0.5", None, [0.5], torch.tensor(0.5), 1j],
+    (FoPru, "width"): [x for x in NO_INT if x is not None],
+    (Random, "seed"): NO_INT,
+}
+
+
+@pytest.mark.parametrize(("method", "name"), FIELDS, ids=lambda x: getattr(x, "__name__", x))
+def test_wrong_types(method, name):
+    for value in FIELDS[method, name]:
+        with pytest.raises(TypeError, match=f"^{name} is .*, expected an? "):
+            method(**{"keep": 8, name: value})
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "values"),
+    [
+        (VisPruner, "keep", [2**63, 10**40, 10**5000, -(10**40), 0.0, 1.5, NAN, INF, -INF, 1e300]),
+        (VisPruner, "keep", [np.int64(0), np.float32(2), np.float64("nan"), Fraction(3, 2)]),
+        (VisPruner, "step", [2**63, 10**40, 10**5000, 0, -1, -(10**40), np.int64(0)]),
+        (VisPruner, "important_ratio", [10**40, -(10**5000), NAN, INF, -0.1, np.float32(1.5)]),
+        (FoPru, "width", [2**63, 10**40, 10**5000, 0, -1, np.int64(-1)]),
+        (Random, "seed", [2**63, 10**40, 10**5000, -1, np.int64(-1)]),
+        (VisPruner, "matching", [None, 3, "best", ["bipartite"], {"bipartite": 1}, np.ones(2)]),
+        (VisPruner, "scores", [None, 3, "mean", ["cls"], np.ones(2), torch.ones(2)]),
+        (FasterVLM, "scores", [None, 3, "mean", ["cls"], np.ones(2), torch.ones(2)]),
+        (FoPru, "strategy", [None, 3, "column", ["row"], np.ones(2), torch.ones(2)]),
+    ],
+    ids=lambda x: x.__name__ if isinstance(x, type) else x if isinstance(x, str) else "",
+)
+def test_wrong_values(method, name, values):
+    for value in values:
+        with pytest.raises(ValueError, match=f"{name} is .*, expected ") as caught:
+            method(**{"keep": 8, name: value})
+        assert len(str(caught.value)) < 200
+
+
+def test_numbers_of_numpy():
+    kinds = {int: (np.int64, np.int8, np.uint16), float: (np.float64, np.float32, np.float16)}
+    for kind in kinds[int]:
+        method = VisPruner(kind(8), step=kind(4))
+        assert method == VisPruner(8, step=4)
+        assert {type(method.keep), type(method.step)} == {int}
+        assert type(FoPru(8, "row", kind(4)).width) is int
+        assert type(Random(8, kind(3)).seed) is int
+    for kind in kinds[float]:
+        method = VisPruner(kind(0.5), kind(0.25))
+        assert method == VisPruner(0.5, 0.25)
+        assert {type(method.keep), type(method.important_ratio)} == {float}
+    assert VisPruner(8, 1) == VisPruner(8, 1.0)
+
+
+def test_the_largest_step_and_seed():
+    features, scores = torch.randn(1, 9, 4), torch.rand(1, 9)
+    kept = VisPruner(4, step=2**63 - 1).select(features, scores)
+    assert torch.equal(kept, VisPruner(4, step=9).select(features, scores))
+    assert Random(4, seed=2**63 - 1).select(features).shape == (1, 4)

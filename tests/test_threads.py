@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
 from collections.abc import Callable
@@ -115,6 +116,64 @@ def test_many_python_threads(threads):
     with ThreadPoolExecutor(workers) as pool:
         for result in [pool.submit(work, seed) for seed in range(workers)]:
             result.result(timeout=300)
+
+
+@needs_native
+def test_another_instruction_set_in_the_middle_of_calls():
+    """The only state of the core that a caller can change: any set gives an operator's bits."""
+    exact = [call for call in calls(3, 60) if call[0].startswith(("select", "prune"))]
+    sets, before = _native._C.simd_sets(), _native._C.simd()
+    expected = [tuple(x.clone() for x in run(call)) for call in exact]
+    workers, changes, ended = 4, 0, threading.Event()
+    together = threading.Barrier(workers + 1)
+
+    def work() -> None:
+        torch.set_num_threads(1)
+        together.wait(timeout=60)
+        for _ in range(10):
+            for call, answer in zip(exact, expected, strict=True):
+                assert_same_answers(run(call), answer)
+
+    def change() -> None:
+        nonlocal changes
+        together.wait(timeout=60)
+        while not ended.is_set():
+            _native._C.use_simd(sets[changes % len(sets)])
+            assert _native._C.simd() == sets[changes % len(sets)]
+            changes += 1
+
+    try:
+        with ThreadPoolExecutor(workers + 1) as pool:
+            changing = pool.submit(change)
+            working = [pool.submit(work) for _ in range(workers)]
+            try:
+                for result in working:
+                    result.result(timeout=300)
+            finally:
+                ended.set()
+            changing.result(timeout=60)
+    finally:
+        _native._C.use_simd(before)
+    assert changes > len(sets)
+
+
+@needs_native
+@pytest.mark.skipif(
+    not sysconfig.get_config_var("Py_GIL_DISABLED"), reason="this Python has a GIL for good"
+)
+def test_the_core_leaves_the_gil_off():
+    # Alone: other packages may want the GIL. Python says with a warning that it is back.
+    code = "import _C, sys; assert not sys._is_gil_enabled()"
+    path = str(Path(_native._C.__file__).parent)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        env={n: v for n, v in os.environ.items() if n != "PYTHON_GIL"} | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def large_calls() -> list[Call]:

@@ -31,8 +31,8 @@ def _gpu() -> str:
 def _native_state() -> str:
     if not _native.INSTALLED:
         return (
-            f"not built ({_native.REASON}); the reference serves the CPU. For the fast core "
-            "install a C++17 compiler and reinstall with VISPRUNER_KERNELS_NATIVE=1"
+            f"not built ({_native.REASON}); the reference serves the CPU. "
+            f"For the fast core {_native.REMEDY}"
         )
     sets = ", ".join(_native._C.simd_sets())
     return f"C++, {_native._C.simd()} in use (this processor has {sets})"

@@ -1,12 +1,16 @@
 """Which implementation owns which operator on which device; the only place that registers.
 
 `OWNERS` is the table. VISPRUNER_KERNELS_BACKEND picks a backend by hand and
-VISPRUNER_KERNELS_CHECK=1 runs the reference beside every kernel; both are read once, here.
+VISPRUNER_KERNELS_CHECK=1 runs the reference beside every kernel; both are read once, here. An
+empty variable is an unset one.
 """
 
 from __future__ import annotations
 
 import os
+import sys
+import threading
+import warnings
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -41,7 +45,7 @@ BY_HAND = {
 
 
 def _requested() -> str:
-    name = os.environ.get("VISPRUNER_KERNELS_BACKEND", "auto")
+    name = os.environ.get("VISPRUNER_KERNELS_BACKEND") or "auto"
     if name == "triton" and not _triton.INSTALLED:
         raise ImportError(
             f"VISPRUNER_KERNELS_BACKEND=triton: {_triton.REASON}, or use auto, reference or native"
@@ -49,8 +53,7 @@ def _requested() -> str:
     if name == "native" and not _native.INSTALLED:
         raise ImportError(
             "VISPRUNER_KERNELS_BACKEND=native: vispruner_kernels._C is not built "
-            f"({_native.REASON}); install a C++17 compiler and reinstall the package with "
-            "VISPRUNER_KERNELS_NATIVE=1, or use auto or reference"
+            f"({_native.REASON}); {_native.REMEDY}, or use auto or reference"
         )
     if name not in ("auto", *BACKENDS):
         raise ImportError(
@@ -60,7 +63,7 @@ def _requested() -> str:
 
 
 def _flag(name: str) -> bool:
-    value = os.environ.get(name, "0")
+    value = os.environ.get(name) or "0"
     if value not in ("0", "1"):
         raise ImportError(f"{name}={value}: expected 0 or 1")
     return value == "1"
@@ -93,22 +96,26 @@ def _implementation(op: str, backend: str, device: str = "cpu") -> Callable[...,
     return torch.no_grad()(function) if backend == "reference" else function
 
 
-def _checked(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Argument check, then the implementation."""
-    check = _schemas.SCHEMAS[op].check
+def _checked(op: str, function: Callable[..., Any], memory: bool = True) -> Callable[..., Any]:
+    """Argument check, then the implementation. `memory`: the tensors have some."""
+    check, check_memory = _schemas.SCHEMAS[op].check, _schemas.check_memory
 
     def entry(*args: Any, **kwargs: Any) -> Any:
         check(*args, **kwargs)
         return function(*args, **kwargs)
 
-    return entry
+    def entry_to_memory(*args: Any, **kwargs: Any) -> Any:
+        check(*args, **kwargs)
+        check_memory(op, *args, *kwargs.values())
+        return function(*args, **kwargs)
+
+    return entry_to_memory if memory else entry
 
 
 def _compared(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """VISPRUNER_KERNELS_CHECK=1: finite inputs, and the reference's answer beside the kernel's."""
     expected = _implementation(op, "reference")
-    signature = torch._C.parse_schema(f"{op}{_schemas.SCHEMAS[op].signature}")
-    names = [argument.name for argument in signature.arguments]
+    names = [name for name, _ in _schemas.ARGUMENTS[op]]
 
     @torch.no_grad()
     def entry(*args: Any, **kwargs: Any) -> Any:
@@ -123,6 +130,37 @@ def _compared(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
         except AssertionError as error:
             raise RuntimeError(f"{op}: the kernel and the reference disagree: {error}") from error
         return got
+
+    return entry
+
+
+_WARNING = threading.Lock()
+# Where the frames between an operator and its caller come from.
+_INNER = tuple(os.path.dirname(file) + os.sep for file in (str(torch.__file__), __file__))
+
+
+def _warn() -> None:
+    """Of the line that called an operator, however many of PyTorch's frames lie between."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and frame.f_code.co_filename.startswith(_INNER):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(
+        f"vispruner_kernels: the C++ core is not built ({_native.REASON}), so the slower reference "
+        f"serves CPU tensors. For the core {_native.REMEDY}. If the reference is meant, set "
+        "VISPRUNER_KERNELS_BACKEND=reference",
+        RuntimeWarning,
+        stacklevel=level,
+    )
+
+
+def _warns_once(function: Callable[..., Any]) -> Callable[..., Any]:
+    """For the reference where the core is missing: at the first call of the process."""
+
+    def entry(*args: Any, **kwargs: Any) -> Any:
+        # Never released.
+        if _WARNING.acquire(blocking=False):
+            _warn()
+        return function(*args, **kwargs)
 
     return entry
 
@@ -151,10 +189,14 @@ def _register() -> torch.library.Library:
             function = _implementation(op, OWNERS[op, device], device)
             if CHECKED:
                 function = _compared(op, function)
+            missing = OWNERS[op, device] == "reference" != REQUESTED and not _native.INSTALLED
+            if device == "cpu" and missing:
+                function = _warns_once(function)
             library.impl(op, _checked(op, function), key)
         # Other devices: the check names the device; nothing comes behind it.
-        library.impl(op, _checked(op, _unreachable), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"vispruner::{op}", _checked(op, schema.fake), lib=library)
+        library.impl(op, _checked(op, _unreachable, memory=False), "CompositeExplicitAutograd")
+        fake = _checked(op, schema.fake, memory=False)
+        torch.library.register_fake(f"vispruner::{op}", fake, lib=library)
         if schema.raises_on_backward:
             torch.library.register_autograd(
                 f"vispruner::{op}",

@@ -1,14 +1,18 @@
 """Every operator's schema, argument check and fake, defined once for all backends.
 
-A check raises ``TypeError`` for a wrong dtype and ``ValueError`` for a shape, range, stride or
-device. `_backends` runs it in front of every implementation and every fake, so a bad call gets the
-same exception whoever serves it.
+A check raises ``TypeError`` for a wrong type or dtype and ``ValueError`` for a shape, range, stride
+or device. `_backends` runs it in front of every implementation and every fake, so a bad call gets
+the same exception whoever serves it. `check_types` runs before PyTorch converts the arguments,
+`check_memory` where a tensor has memory.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
+import reprlib
 from collections.abc import Callable
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +27,7 @@ MATCHINGS = ("bipartite", "pairwise")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # "meta" is served by the fakes.
 DEVICES = ("cpu", "cuda", "meta")
+_NUMBERS = frozenset((int, float, str, type(None)))
 
 
 class Schema(NamedTuple):
@@ -55,7 +60,118 @@ def _values(sizes: Any) -> list[Any]:
     return [_value(size) for size in sizes]
 
 
+def _outside(value: Any, low: Any, high: Any) -> bool:
+    below, above = value < low, value > high
+    # Most calls end here, without a function call.
+    return not (below is False and above is False) and (_holds(below) or _holds(above))
+
+
+def shown(value: object) -> str:
+    """A value for a message, on one short line; only the type of what may lie on a device."""
+    if isinstance(value, int) and value.bit_length() > 200:
+        return f"an int of {value.bit_length()} bits"
+    try:
+        if isinstance(value, list | tuple | dict):
+            return reprlib.repr(value)
+        if value is None or isinstance(value, Integral | Real | complex | str | bytes):
+            text = repr(value)
+            return text if len(text) <= 80 else f"{text[:77]}..."
+    except ValueError:
+        # Python does not print ints of more than 4300 digits, in whatever they are.
+        pass
+    return f"of type {type(value).__name__}"
+
+
+def _wrong_type(where: str, name: str, value: object, expected: str) -> TypeError:
+    hint = "; call .item() on it" if isinstance(value, Tensor) and expected != "a str" else ""
+    return TypeError(f"{where}{name} is {shown(value)}, expected {expected}{hint}")
+
+
+def check_int(where: str, name: str, value: Any) -> None:
+    """An int of 64 bits, also NumPy's; no bool, and no tensor, which would have to be copied."""
+    if isinstance(value, bool) or not isinstance(value, Integral | torch.SymInt):
+        raise _wrong_type(where, name, value, "an int")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{where}{name} is {shown(value)}, expected an int of 64 bits")
+
+
+def check_float(where: str, name: str, value: Any) -> None:
+    """A number that a double can hold, also NumPy's; NaN is left to the check of a range."""
+    if isinstance(value, bool) or not isinstance(value, Real | torch.SymFloat | torch.SymInt):
+        raise _wrong_type(where, name, value, "a number")
+    if isinstance(value, Real):
+        try:
+            float(value)
+        except OverflowError:
+            text = f"{where}{name} is {shown(value)}, expected a number of 64 bits"
+            raise ValueError(text) from None
+
+
+def check_types(op: str, args: tuple[Any, ...]) -> None:
+    """What PyTorch would convert unseen (a bool, a fraction, a tensor with one element) or refuse
+    with words of its own."""
+    where = f"{op}: "
+    for (name, kind), value in zip(ARGUMENTS[op], args, strict=True):
+        if value is None and kind.startswith("Optional"):
+            continue
+        if "Tensor" in kind:
+            _is_tensor(op, name, value)
+        elif kind == "int":
+            check_int(where, name, value)
+        elif "float" in kind:
+            check_float(where, name, value)
+        elif not isinstance(value, str):
+            raise _wrong_type(where, name, value, "a str")
+
+
+def _is_tensor(op: str, name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise _wrong_type(f"{op}: ", name, value, "a Tensor")
+
+
+@functools.lru_cache(maxsize=1024)
+def _elements(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """From the first to the last, gaps among them."""
+    return 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+
+
+def check_memory(op: str, *args: Any) -> None:
+    """That tensors lie inside their storage, and at a multiple of an element's size.
+
+    Before every kernel: reading past a storage that was resized (by FSDP or activation offloading,
+    to nothing) ends the process, and so does an odd address on a GPU.
+    """
+    # It is in the way of every call, hence the order and the cheapest accessors.
+    for x in args:
+        if x.__class__ in _NUMBERS:
+            continue
+        size = x.itemsize
+        if x.is_contiguous():
+            end = x.storage_offset() * size + x.nbytes
+        else:
+            end = (x.storage_offset() + _elements(x.shape, x.stride())) * size
+        if end > x.untyped_storage().nbytes() or x.data_ptr() % size:
+            names = [name for name, _ in ARGUMENTS[op]]
+            _refuse_memory(op, next(n for n, y in zip(names, args, strict=False) if y is x), x, end)
+
+
+def _refuse_memory(op: str, name: str, x: Tensor, needed: int) -> None:
+    if x.numel() == 0:
+        return
+    size = x.untyped_storage().nbytes()
+    if needed > size:
+        raise ValueError(
+            f"{op}: {name} has a storage of {size} bytes, expected at least {needed}; "
+            "it was freed or resized after the tensor was made"
+        )
+    raise ValueError(
+        f"{op}: {name} has address {x.data_ptr():#x}, expected a multiple of {x.itemsize}, the "
+        f"size of its elements; call .clone() on it"
+    )
+
+
 def _dtype(op: str, name: str, tensor: Tensor, wanted: tuple[torch.dtype, ...]) -> None:
+    _is_tensor(op, name, tensor)
     if tensor.layout is not torch.strided:
         raise ValueError(f"{op}: {name} has layout {tensor.layout}, expected torch.strided")
     if tensor.dtype not in wanted:
@@ -71,7 +187,8 @@ def _device(op: str, name: str, tensor: Tensor, first: str, like: Tensor) -> Non
 
 
 def _supported_device(op: str, name: str, tensor: Tensor) -> None:
-    if tensor.device.type not in DEVICES:
+    # What is_cpu says is ten times as fast as the name.
+    if not (tensor.is_cpu or tensor.is_cuda) and tensor.device.type not in DEVICES:
         raise ValueError(f"{op}: {name} is on {tensor.device}, expected a cpu, cuda or hip device")
 
 
@@ -81,9 +198,12 @@ def _dims(op: str, name: str, tensor: Tensor, layout: str) -> None:
 
 
 def _shape(op: str, name: str, tensor: Tensor, layout: str, wanted: tuple[Any, ...]) -> None:
-    if tensor.dim() != len(wanted) or any(
-        _holds(got != want) for got, want in zip(tensor.shape, wanted, strict=True)
-    ):
+    shape = tensor.shape
+    differs: Any = len(shape) != len(wanted)
+    for got, want in zip(shape, wanted):  # noqa: B905 (this is faster)
+        unequal = got != want
+        differs = differs or (unequal is not False and _holds(unequal))
+    if differs:
         raise ValueError(
             f"{op}: {name} has shape {_values(tensor.shape)}, expected {layout} = {_values(wanted)}"
         )
@@ -92,7 +212,7 @@ def _shape(op: str, name: str, tensor: Tensor, layout: str, wanted: tuple[Any, .
 def _last_stride(op: str, name: str, tensor: Tensor) -> None:
     # A dimension of size 1 has no stride rule, and neither has a tensor without elements.
     if (
-        _holds(tensor.stride(-1) != 1)
+        _holds(tensor.stride()[-1] != 1)
         and not _holds(tensor.shape[-1] == 1)
         and not _holds(tensor.numel() == 0)
     ):
@@ -103,14 +223,14 @@ def _last_stride(op: str, name: str, tensor: Tensor) -> None:
 
 
 def _range(op: str, name: str, value: Any, low: Any, high: Any, meaning: str = "") -> None:
-    if _holds(value < low) or _holds(value > high):
+    if _outside(value, low, high):
         raise ValueError(
             f"{op}: {name} is {_value(value)}, expected {low} <= {name} <= {_value(high)}{meaning}"
         )
 
 
 def _tokens(op: str, name: str, tokens: Any) -> None:
-    if _holds(tokens < 1) or _holds(tokens > MAX_TOKENS):
+    if _outside(tokens, 1, MAX_TOKENS):
         raise ValueError(
             f"{op}: {name} has {_value(tokens)} tokens per image, expected 1 <= N <= {MAX_TOKENS}"
         )
@@ -121,24 +241,26 @@ def check_rule(op: str, important_ratio: float, step: int, matching: str) -> Non
     # Written so that NaN fails.
     if not 0.0 <= important_ratio <= 1.0:
         raise ValueError(
-            f"{op}: important_ratio is {important_ratio}, expected 0 <= important_ratio <= 1"
+            f"{op}: important_ratio is {shown(important_ratio)}, expected 0 <= important_ratio <= 1"
         )
     if step < 1:
-        raise ValueError(f"{op}: step is {step}, expected step >= 1")
-    if matching not in MATCHINGS:
-        raise ValueError(f"{op}: matching is {matching!r}, expected 'bipartite' or 'pairwise'")
+        raise ValueError(f"{op}: step is {shown(step)}, expected step >= 1")
+    if not isinstance(matching, str) or matching not in MATCHINGS:
+        raise ValueError(f"{op}: matching is {shown(matching)}, expected 'bipartite' or 'pairwise'")
 
 
-def _features(op: str, features: Tensor, layout: str) -> None:
-    _supported_device(op, "features", features)
+def _features(op: str, features: Tensor, layout: str) -> tuple[Any, ...]:
     _dtype(op, "features", features, FLOATS)
+    _supported_device(op, "features", features)
     _dims(op, "features", features, layout)
-    channels = features.shape[-1]
-    if _holds(channels < 1) or _holds(channels > MAX_CHANNELS):
+    shape = features.shape
+    channels = shape[-1]
+    if _outside(channels, 1, MAX_CHANNELS):
         raise ValueError(
             f"{op}: features has {_value(channels)} channels, expected 1 <= C <= {MAX_CHANNELS}"
         )
     _last_stride(op, "features", features)
+    return shape
 
 
 def _selection_check(op: str) -> Callable[..., None]:
@@ -150,12 +272,12 @@ def _selection_check(op: str) -> Callable[..., None]:
         step: int = 8,
         matching: str = "bipartite",
     ) -> None:
-        _features(op, features, "[B, N, C]")
+        images, tokens, _ = _features(op, features, "[B, N, C]")
         _dtype(op, "scores", scores, FLOATS)
-        _shape(op, "scores", scores, "[B, N]", tuple(features.shape[:2]))
+        _shape(op, "scores", scores, "[B, N]", (images, tokens))
         _device(op, "scores", scores, "features", features)
-        _tokens(op, "features", features.shape[1])
-        _range(op, "keep", keep, 1, features.shape[1], " = N")
+        _tokens(op, "features", tokens)
+        _range(op, "keep", keep, 1, tokens, " = N")
         check_rule(op, important_ratio, step, matching)
 
     return check
@@ -173,15 +295,15 @@ def _select_varlen_check(
     matching: str = "bipartite",
 ) -> None:
     op = "select_varlen"
-    _features(op, features, "[total, C]")
+    total, _ = _features(op, features, "[total, C]")
     _dtype(op, "scores", scores, FLOATS)
-    _shape(op, "scores", scores, "[total]", tuple(features.shape[:1]))
+    _shape(op, "scores", scores, "[total]", (total,))
     _device(op, "scores", scores, "features", features)
     _offsets(op, "cu_seqlens", cu_seqlens, "features", features)
     _offsets(op, "cu_keep", cu_keep, "features", features)
-    _shape(op, "cu_keep", cu_keep, "the shape of cu_seqlens", tuple(cu_seqlens.shape))
+    _shape(op, "cu_keep", cu_keep, "the shape of cu_seqlens", cu_seqlens.shape)
     _range(op, "max_seqlen", max_seqlen, 0, MAX_TOKENS)
-    _range(op, "total_keep", total_keep, 0, features.shape[0], " = total")
+    _range(op, "total_keep", total_keep, 0, total, " = total")
     check_rule(op, important_ratio, step, matching)
 
 
@@ -243,8 +365,8 @@ def _rising(op: str, name: str, offsets: list[int]) -> None:
 
 
 def _scores_check(op: str, scores: Tensor) -> None:
-    _supported_device(op, "scores", scores)
     _dtype(op, "scores", scores, FLOATS)
+    _supported_device(op, "scores", scores)
     _dims(op, "scores", scores, "[B, N]")
     _tokens(op, "scores", scores.shape[1])
 
@@ -268,14 +390,14 @@ def _select_rows_check(scores: Tensor, width: Any, rows: Any) -> None:
 
 def _attention(op: str, tensors: dict[str, Tensor], layout: str, scale: float | None) -> None:
     q = tensors["q"]
-    _supported_device(op, "q", q)
     _dtype(op, "q", q, FLOATS)
+    _supported_device(op, "q", q)
     _dims(op, "q", q, layout)
     _last_stride(op, "q", q)
-    heads, head_dim = q.shape[-2:]
+    *_, heads, head_dim = q.shape
     if _holds(heads < 1):
         raise ValueError(f"{op}: q has shape {_values(q.shape)}, expected at least one head")
-    if _holds(head_dim < 1) or _holds(head_dim > MAX_HEAD_DIM):
+    if _outside(head_dim, 1, MAX_HEAD_DIM):
         raise ValueError(
             f"{op}: q has head dimension {_value(head_dim)}, expected 1 <= D <= {MAX_HEAD_DIM}"
         )
@@ -283,7 +405,7 @@ def _attention(op: str, tensors: dict[str, Tensor], layout: str, scale: float | 
         if name == "q":
             continue
         _dtype(op, name, tensor, (q.dtype,))
-        _shape(op, name, tensor, "the shape of q", tuple(q.shape))
+        _shape(op, name, tensor, "the shape of q", q.shape)
         _device(op, name, tensor, "q", q)
         _last_stride(op, name, tensor)
     # Written so that NaN fails.
@@ -330,7 +452,8 @@ def _received_scores_check(
     op = "received_scores"
     _attention(op, {"q": q, "k": k}, "[B, S, H, D]", scale)
     _prefix(op, q, num_prefix, 0)
-    _lse(op, lse, "[B, H, S]", (q.shape[0], q.shape[2], q.shape[1]), q)
+    images, sequence, heads, _ = q.shape
+    _lse(op, lse, "[B, H, S]", (images, heads, sequence), q)
 
 
 def _received_scores_varlen_check(
@@ -431,4 +554,13 @@ SCHEMAS: dict[str, Schema] = {
             (q.shape[0],), dtype=torch.float32
         ),
     ),
+}
+
+# Name and type of every argument, as in "int" or "Optional[Tensor]".
+ARGUMENTS: dict[str, tuple[tuple[str, str], ...]] = {
+    op: tuple(
+        (argument.name, str(argument.type))
+        for argument in torch._C.parse_schema(op + schema.signature).arguments
+    )
+    for op, schema in SCHEMAS.items()
 }

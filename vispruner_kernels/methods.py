@@ -16,13 +16,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate, groupby
 from numbers import Integral, Real
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from vispruner_kernels import ops
-from vispruner_kernels._schemas import check_rule
+from vispruner_kernels._schemas import check_float, check_int, check_rule, shown
 
 Needs = Literal["cls", "received"]
 # Ratio, step and matching of `ops.select`.
@@ -30,14 +30,10 @@ Rule = tuple[float, int, str]
 _TOPK: Rule = (1.0, 8, "bipartite")
 
 
-def _check_scores(scores: str) -> None:
-    if scores not in ("cls", "received"):
-        raise ValueError(f"scores is {scores!r}, expected 'cls' or 'received'")
-
-
-def _check_number(name: str, value: object, kind: type, expected: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, kind):
-        raise TypeError(f"{name} is {value!r}, expected {expected}")
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if not isinstance(value, str) or value not in choices:
+        expected = " or ".join(map(repr, choices))
+        raise ValueError(f"{name} is {shown(value)}, expected {expected}")
 
 
 def _offsets(counts: Sequence[int], device: torch.device) -> Tensor:
@@ -56,12 +52,30 @@ class Method:
         return None
 
     def __post_init__(self) -> None:
-        if isinstance(self.keep, bool) or not isinstance(self.keep, Integral | float):
-            raise TypeError(f"keep is {self.keep!r}, expected an int or a float")
-        if isinstance(self.keep, float) and not 0.0 < self.keep <= 1.0:
-            raise ValueError(f"keep is {self.keep}, expected a fraction in (0, 1] or an int")
-        if isinstance(self.keep, Integral) and self.keep < 1:
-            raise ValueError(f"keep is {self.keep}, expected at least 1")
+        keep: Any = self.keep
+        if isinstance(keep, Real) and not isinstance(keep, Integral):
+            check_float("", "keep", keep)
+            self._set(keep=float(keep))
+            if not 0.0 < self.keep <= 1.0:
+                raise ValueError(f"keep is {shown(keep)}, expected a fraction in (0, 1] or an int")
+            return
+        if isinstance(keep, bool) or not isinstance(keep, Integral):
+            raise TypeError(f"keep is {shown(keep)}, expected an int or a float")
+        self._set_int("keep", 1, "at least 1 and below 2**63")
+
+    def _set(self, **values: Any) -> None:
+        """As Python's own numbers, where NumPy's were given: for comparisons and compilers."""
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    def _set_int(self, name: str, least: int, expected: str = "") -> None:
+        value: Any = getattr(self, name)
+        number = isinstance(value, Integral) and not isinstance(value, bool)
+        if number and not least <= value < 2**63:
+            expected = expected or f"{least} <= {name} < 2**63"
+            raise ValueError(f"{name} is {shown(value)}, expected {expected}")
+        check_int("", name, value)
+        self._set(**{name: int(value)})
 
     def retained_tokens(self, n: int) -> int:
         """Tokens kept of an image of `n`, known without data: a fraction is rounded to the nearest
@@ -164,10 +178,11 @@ class VisPruner(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_number("important_ratio", self.important_ratio, Real, "a number")
-        _check_number("step", self.step, Integral, "an int")
+        check_float("", "important_ratio", self.important_ratio)
+        self._set(important_ratio=float(self.important_ratio))
+        self._set_int("step", 1)
         check_rule("VisPruner", self.important_ratio, self.step, self.matching)
-        _check_scores(self.scores)
+        _check_choice("scores", self.scores, get_args(Needs))
 
     @property
     def needs(self) -> Needs:
@@ -190,7 +205,7 @@ class FasterVLM(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_scores(self.scores)
+        _check_choice("scores", self.scores, get_args(Needs))
 
     @property
     def needs(self) -> Needs:
@@ -220,10 +235,9 @@ class FoPru(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.strategy not in ("rank", "row"):
-            raise ValueError(f"strategy is {self.strategy!r}, expected 'rank' or 'row'")
-        if self.width is not None and (not isinstance(self.width, int) or self.width < 1):
-            raise ValueError(f"width is {self.width!r}, expected an int of at least 1")
+        _check_choice("strategy", self.strategy, ("rank", "row"))
+        if self.width is not None:
+            self._set_int("width", 1)
 
     @property
     def needs(self) -> Needs:
@@ -275,9 +289,7 @@ class Random(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_number("seed", self.seed, Integral, "an int")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed is {self.seed}, expected 0 <= seed < 2**63")
+        self._set_int("seed", 0)
 
     def select(self, features: Tensor, scores: Tensor | None = None) -> Tensor:
         """`seed` and N alone decide; features and scores are not read."""
@@ -299,7 +311,7 @@ METHODS: dict[str, type[Method]] = {
 def by_name(method: str, **options: Any) -> Method:
     """The method of that name, with its fields as options: by_name("vispruner", keep=64)."""
     if not isinstance(method, str) or method not in METHODS:
-        raise ValueError(f"method is {method!r}, expected one of {', '.join(METHODS)}")
+        raise ValueError(f"method is {shown(method)}, expected one of {', '.join(METHODS)}")
     names = [field.name for field in fields(METHODS[method])]
     for name in options:
         if name not in names:

@@ -7,11 +7,43 @@ docs/contract.md; sections are cited as "contract 2".
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from vispruner_kernels._schemas import ARGUMENTS, check_types
+
 _ops = torch.ops.vispruner
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "Tensor": (Tensor,),
+    "int": (int,),
+    "float": (float,),
+    "str": (str,),
+    "Optional[float]": (float, type(None)),
+    "Optional[Tensor]": (Tensor, type(None)),
+}
+# The types of the arguments of nearly every call, which need no look at each of them.
+_USUAL = frozenset(
+    types
+    for arguments in ARGUMENTS.values()
+    for types in itertools.product(*(_TYPES[kind] for _, kind in arguments))
+)
+
+
+def _call(operator: Any, *args: Any) -> Any:
+    if tuple(map(type, args)) not in _USUAL:
+        check_types(operator._opname, args)
+    try:
+        return operator(*args)
+    except (RuntimeError, ValueError):
+        # PyTorch's words for an argument that it does not convert, an int of 65 bits for example,
+        # or Python's for one too long to be printed there.
+        check_types(operator._opname, args)
+        raise
 
 
 def select(
@@ -38,7 +70,7 @@ def select(
         int64 [B, T], contiguous, each row ascending.
 
     Raises:
-        TypeError: a wrong dtype.
+        TypeError: a wrong type or dtype.
         ValueError: a wrong shape, stride, range or device.
 
     Contract:
@@ -67,7 +99,7 @@ def select(
         >>> vk.select(features, scores, 64).shape
         torch.Size([2, 64])
     """
-    return _ops.select.default(features, scores, keep, important_ratio, step, matching)
+    return _call(_ops.select.default, features, scores, keep, important_ratio, step, matching)
 
 
 def prune(
@@ -93,7 +125,7 @@ def prune(
         contiguous.
 
     Raises:
-        TypeError: a wrong dtype.
+        TypeError: a wrong type or dtype.
         ValueError: a wrong shape, stride, range or device.
 
     Contract:
@@ -116,12 +148,19 @@ def prune(
         >>> torch.equal(kept[0], features[0, indices[0]])
         True
     """
+    if not (isinstance(features, Tensor) and isinstance(scores, Tensor)):
+        rule = important_ratio, step, matching
+        check_types("prune", (features, scores, keep, *rule))
     has_tangent = forward_ad.unpack_dual(features).tangent is not None
     if (features.requires_grad and torch.is_grad_enabled()) or has_tangent:
-        indices = _ops.select.default(features, scores, keep, important_ratio, step, matching)
+        indices = _call(
+            _ops.select.default, features, scores, keep, important_ratio, step, matching
+        )
         return features.gather(1, indices[:, :, None].expand(-1, -1, features.shape[2])), indices
     # Scores never carry a gradient, so they must not make `kept` ask for one.
-    return _ops.prune.default(features, scores.detach(), keep, important_ratio, step, matching)
+    return _call(
+        _ops.prune.default, features, scores.detach(), keep, important_ratio, step, matching
+    )
 
 
 def select_varlen(
@@ -155,7 +194,7 @@ def select_varlen(
         ``cu_keep[-1]`` are 0.
 
     Raises:
-        TypeError: a wrong dtype.
+        TypeError: a wrong type or dtype.
         ValueError: a wrong shape, stride, range or device; on a CPU also offsets that do not start
             at 0, fall or contradict ``max_seqlen``, ``total_keep`` or the lengths.
 
@@ -183,7 +222,8 @@ def select_varlen(
         >>> vk.select_varlen(features, scores, cu_seqlens, cu_keep, 6, 5).shape
         torch.Size([5])
     """
-    return _ops.select_varlen.default(
+    return _call(
+        _ops.select_varlen.default,
         features,
         scores,
         cu_seqlens,
@@ -207,7 +247,7 @@ def select_topk(scores: Tensor, keep: int) -> Tensor:
         int64 [B, T], contiguous, each row ascending.
 
     Raises:
-        TypeError: a wrong dtype.
+        TypeError: a wrong type or dtype.
         ValueError: a wrong shape, range or device.
 
     Contract:
@@ -226,7 +266,7 @@ def select_topk(scores: Tensor, keep: int) -> Tensor:
         >>> vk.select_topk(torch.tensor([[0.1, 0.7, 0.2, 0.7]]), 3)
         tensor([[1, 2, 3]])
     """
-    return _ops.select_topk.default(scores, keep)
+    return _call(_ops.select_topk.default, scores, keep)
 
 
 def select_rows(scores: Tensor, width: int, rows: int) -> Tensor:
@@ -242,7 +282,7 @@ def select_rows(scores: Tensor, width: int, rows: int) -> Tensor:
         int64 [B, rows * width], contiguous, each row ascending.
 
     Raises:
-        TypeError: a wrong dtype.
+        TypeError: a wrong type or dtype.
         ValueError: a wrong shape, range or device.
 
     Contract:
@@ -260,7 +300,7 @@ def select_rows(scores: Tensor, width: int, rows: int) -> Tensor:
         >>> vk.select_rows(torch.tensor([[0.0, 1.0, 5.0, 0.0, 2.0, 2.0]]), width=2, rows=2)
         tensor([[2, 3, 4, 5]])
     """
-    return _ops.select_rows.default(scores, width, rows)
+    return _call(_ops.select_rows.default, scores, width, rows)
 
 
 def cls_attention(
@@ -281,7 +321,7 @@ def cls_attention(
         [B, S - num_prefix].
 
     Raises:
-        TypeError: a wrong dtype.
+        TypeError: a wrong type or dtype.
         ValueError: a wrong shape, stride, range or device.
 
     Contract:
@@ -305,7 +345,7 @@ def cls_attention(
         >>> out.shape, scores.shape
         (torch.Size([1, 17, 2, 8]), torch.Size([1, 16]))
     """
-    return _ops.cls_attention.default(q, k, v, scale, num_prefix)
+    return _call(_ops.cls_attention.default, q, k, v, scale, num_prefix)
 
 
 def cls_scores(q: Tensor, k: Tensor, scale: float | None = None, num_prefix: int = 1) -> Tensor:
@@ -322,7 +362,7 @@ def cls_scores(q: Tensor, k: Tensor, scale: float | None = None, num_prefix: int
         float32 [B, S - num_prefix], contiguous.
 
     Raises:
-        TypeError: a wrong dtype.
+        TypeError: a wrong type or dtype.
         ValueError: a wrong shape, stride, range or device.
 
     Contract:
@@ -342,7 +382,7 @@ def cls_scores(q: Tensor, k: Tensor, scale: float | None = None, num_prefix: int
         >>> vk.cls_scores(q, k).shape
         torch.Size([1, 16])
     """
-    return _ops.cls_scores.default(q, k, scale, num_prefix)
+    return _call(_ops.cls_scores.default, q, k, scale, num_prefix)
 
 
 def received_scores(
@@ -367,7 +407,7 @@ def received_scores(
         float32 [B, S - num_prefix], contiguous.
 
     Raises:
-        TypeError: a wrong dtype.
+        TypeError: a wrong type or dtype.
         ValueError: a wrong shape, stride, range or device.
 
     Contract:
@@ -389,7 +429,7 @@ def received_scores(
         >>> round(vk.received_scores(q, k).sum().item(), 5)
         1.0
     """
-    return _ops.received_scores.default(q, k, scale, num_prefix, lse)
+    return _call(_ops.received_scores.default, q, k, scale, num_prefix, lse)
 
 
 def received_scores_varlen(
@@ -415,7 +455,7 @@ def received_scores_varlen(
         float32 [total]; 0 for tokens past the last offset.
 
     Raises:
-        TypeError: a wrong dtype.
+        TypeError: a wrong type or dtype.
         ValueError: a wrong shape, stride, range or device; on a CPU also offsets that do not start
             at 0, fall, or contradict ``max_seqlen`` or the length of ``q``.
 
@@ -436,4 +476,4 @@ def received_scores_varlen(
         >>> vk.received_scores_varlen(q, k, cu_seqlens, 6).shape
         torch.Size([10])
     """
-    return _ops.received_scores_varlen.default(q, k, cu_seqlens, max_seqlen, scale, lse)
+    return _call(_ops.received_scores_varlen.default, q, k, cu_seqlens, max_seqlen, scale, lse)

@@ -26,11 +26,21 @@ else:
     except ImportError as error:
         _C, REASON = None, str(error)
 
+
+def reinstall(variable: str) -> str:
+    """What to do about a part that was not built; pip would take its cached wheel again."""
+    return f"reinstall: {variable}=1 pip install --no-cache-dir --force-reinstall --no-deps ."
+
+
+# For the C++ core.
+REMEDY = f"install a C++17 compiler and {reinstall('VISPRUNER_KERNELS_NATIVE')}"
+
 # `_backends` takes every function here that has an operator's name, if the core is there.
 INSTALLED = _C is not None
 if INSTALLED:
     REASON = ""
 
+_CPU = torch.device("cpu")
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _MATCHINGS = {name: number for number, name in enumerate(MATCHINGS)}
 # Threads of a block that the passes of `select` are walked with; any number gives the same bits.
@@ -57,7 +67,12 @@ def _use_simd(name: str) -> None:
     _C.use_simd(name)
 
 
-_use_simd(os.environ.get("VISPRUNER_KERNELS_SIMD", "auto"))
+_use_simd(os.environ.get("VISPRUNER_KERNELS_SIMD") or "auto")
+
+
+def _empty(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    # Faster than torch.empty, and with a device that need not be parsed.
+    return torch.empty_strided((rows, columns), (columns, 1), dtype=dtype, device=_CPU)
 
 
 def _tokens(x: Tensor) -> tuple[int, int, int, int]:
@@ -88,7 +103,7 @@ def select(
     matching: str = "bipartite",
 ) -> Tensor:
     batch, n, channels = features.shape
-    indices = torch.empty((batch, keep), dtype=torch.int64, device="cpu")
+    indices = _empty(batch, keep, torch.int64)
     _C.select(
         _tokens(features),
         _tokens(scores),
@@ -113,7 +128,7 @@ def prune(
     matching: str = "bipartite",
 ) -> tuple[Tensor, Tensor]:
     batch, n, channels = features.shape
-    indices = torch.empty((batch, keep), dtype=torch.int64, device="cpu")
+    indices = _empty(batch, keep, torch.int64)
     kept = torch.empty((batch, keep, channels), dtype=features.dtype, device="cpu")
     _C.select(
         _tokens(features),
@@ -164,14 +179,14 @@ def select_varlen(
 
 def select_topk(scores: Tensor, keep: int) -> Tensor:
     batch, n = scores.shape
-    indices = torch.empty((batch, keep), dtype=torch.int64, device="cpu")
+    indices = _empty(batch, keep, torch.int64)
     _C.select_topk(_tokens(scores), batch, n, keep, torch.get_num_threads(), indices.data_ptr())
     return indices
 
 
 def select_rows(scores: Tensor, width: int, rows: int) -> Tensor:
     batch, n = scores.shape
-    indices = torch.empty((batch, rows * width), dtype=torch.int64, device="cpu")
+    indices = _empty(batch, rows * width, torch.int64)
     _C.select_rows(
         _tokens(scores), batch, n, width, rows, torch.get_num_threads(), indices.data_ptr()
     )
@@ -180,26 +195,28 @@ def select_rows(scores: Tensor, width: int, rows: int) -> Tensor:
 
 def _heads(x: Tensor) -> tuple[int, int, int, int]:
     """[B, S, H, D] or [total, H, D] as address, stride of an image, of a token, of a head."""
-    return x.data_ptr(), x.stride(0) if x.dim() == 4 else 0, x.stride(-3), x.stride(-2)
+    *image, token, head, _ = x.stride()
+    return x.data_ptr(), image[0] if image else 0, token, head
 
 
 def _lse(lse: Tensor | None) -> tuple[int, int, int, int]:
     """[B, H, S] or [H, total] likewise; address 0 if there is none."""
     if lse is None:
         return 0, 0, 0, 0
-    return lse.data_ptr(), lse.stride(0) if lse.dim() == 3 else 0, lse.stride(-1), lse.stride(-2)
+    *image, head, token = lse.stride()
+    return lse.data_ptr(), image[0] if image else 0, token, head
 
 
 def _shape(
     q: Tensor, images: int, scale: float | None, num_prefix: int
 ) -> tuple[int, int, int, int, int, float, int]:
-    sequence, heads, head_dim = q.shape[-3:]
+    *_, sequence, heads, head_dim = q.shape
     scale = head_dim**-0.5 if scale is None else scale
     return _DTYPES[q.dtype], images, sequence, heads, head_dim, scale, num_prefix
 
 
 def cls_scores(q: Tensor, k: Tensor, scale: float | None = None, num_prefix: int = 1) -> Tensor:
-    scores = torch.empty((q.shape[0], q.shape[1] - num_prefix), dtype=torch.float32, device="cpu")
+    scores = _empty(q.shape[0], q.shape[1] - num_prefix, torch.float32)
     _C.cls_scores(
         _heads(q),
         _heads(k),
@@ -224,7 +241,7 @@ def received_scores(
     num_prefix: int = 0,
     lse: Tensor | None = None,
 ) -> Tensor:
-    scores = torch.empty((q.shape[0], q.shape[1] - num_prefix), dtype=torch.float32, device="cpu")
+    scores = _empty(q.shape[0], q.shape[1] - num_prefix, torch.float32)
     _C.received_scores(
         _heads(q),
         _heads(k),

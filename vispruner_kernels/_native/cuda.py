@@ -21,7 +21,7 @@ def _reason() -> str:
     if not _native.INSTALLED:
         return "not built, as the native core"
     if not hasattr(_C, "cuda_select"):
-        return "not built; install nvcc and reinstall with VISPRUNER_KERNELS_CUDA=1"
+        return f"not built; install nvcc and {_native.reinstall('VISPRUNER_KERNELS_CUDA')}"
     return ""
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 MIN_VERSION = (3, 4)
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
 def _reason() -> str:

@@ -5,7 +5,6 @@ The counts come from the same `Visual` and `budgets` that choose the tokens late
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -62,7 +61,7 @@ class Settings:
         options = dict(given)
         for name in options:
             if not isinstance(name, str):
-                raise ValueError(f"vispruner has the option {_shown(name)}, expected a string")
+                raise ValueError(f"vispruner has the option {shown(name)}, expected a string")
         budget = _choice(options, "budget", "image", "tile")
         newlines = _choice(options, "newlines", "keep", "drop")
         small = _choice(options, "small", "error", "keep")
@@ -94,13 +93,13 @@ class Settings:
         layer = getattr(config, "vision_feature_layer", None)
         if not _is_int(layer) or not (1 <= layer <= layers or -layers <= layer <= -1):
             raise ValueError(
-                f"vision_feature_layer is {_shown(layer)}, expected one layer of the vision tower: "
+                f"vision_feature_layer is {shown(layer)}, expected one layer of the vision tower: "
                 f"1 to {layers}, or -{layers} to -1"
             )
         strategy = getattr(config, "vision_feature_select_strategy", None)
         if strategy not in ("default", "full"):
             raise ValueError(
-                f"vision_feature_select_strategy is {_shown(strategy)}, expected 'default' or "
+                f"vision_feature_select_strategy is {shown(strategy)}, expected 'default' or "
                 "'full'"
             )
         dropped = 1 if strategy == "default" else 0
@@ -264,15 +263,6 @@ class Settings:
 # ---- what a server is given ----
 
 
-def _shown(value: Any) -> str:
-    """Of any value, on one line."""
-    try:
-        return reprlib.repr(value)
-    except ValueError:
-        # Python does not print it.
-        return "an int of thousands of digits"
-
-
 def _is_int(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -281,14 +271,14 @@ def _choice(options: dict[str, Any], name: str, *values: str) -> str:
     """An option, taken out; the first value is the default."""
     value = options.pop(name, values[0])
     if value not in values:
-        raise ValueError(f"{name} is {_shown(value)}, expected {' or '.join(map(repr, values))}")
+        raise ValueError(f"{name} is {shown(value)}, expected {' or '.join(map(repr, values))}")
     return value
 
 
 def _with_count(method: Method) -> Method:
     """The method, if its count can travel to the model."""
     if method.keep > MAX_COUNT:
-        raise ValueError(f"keep is {_shown(method.keep)}, expected at most {MAX_COUNT}")
+        raise ValueError(f"keep is {shown(method.keep)}, expected at most {MAX_COUNT}")
     return method
 
 
@@ -297,7 +287,7 @@ def _size(vision: Any, name: str) -> int:
     value = getattr(vision, name, None)
     if not _is_int(value) or not 1 <= value <= MAX_CHANNELS:
         raise ValueError(
-            f"vision_config.{name} is {_shown(value)}, expected an int from 1 to {MAX_CHANNELS}"
+            f"vision_config.{name} is {shown(value)}, expected an int from 1 to {MAX_CHANNELS}"
         )
     return value
 
@@ -326,7 +316,7 @@ def _pinpoints(config: Any, pixels: int, patches: int) -> tuple[Size, ...]:
         return ()
     if not isinstance(given, list | tuple) or not 1 <= len(given) <= MAX_PINPOINTS:
         raise ValueError(
-            f"image_grid_pinpoints is {_shown(given)}, expected a list of 1 to {MAX_PINPOINTS} "
+            f"image_grid_pinpoints is {shown(given)}, expected a list of 1 to {MAX_PINPOINTS} "
             "sizes [height, width]"
         )
     for size in given:
@@ -336,13 +326,13 @@ def _pinpoints(config: Any, pixels: int, patches: int) -> tuple[Size, ...]:
             or any(not _is_int(x) or x < 1 or x % pixels for x in size)
         ):
             raise ValueError(
-                f"image_grid_pinpoints has {_shown(size)}, expected [height, width], multiples of "
+                f"image_grid_pinpoints has {shown(size)}, expected [height, width], multiples of "
                 f"vision_config.image_size, {pixels}"
             )
         tiles = 1 + (size[0] // pixels) * (size[1] // pixels)
         if tiles * patches > MAX_TILED:
             raise ValueError(
-                f"image_grid_pinpoints has {_shown(size)}, more than {MAX_TILED} patches in tiles "
+                f"image_grid_pinpoints has {shown(size)}, more than {MAX_TILED} patches in tiles "
                 f"of vision_config.image_size, {pixels}: expected smaller sizes"
             )
     return tuple((height, width) for height, width in given)
