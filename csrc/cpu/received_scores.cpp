@@ -1,6 +1,7 @@
 // received_scores and received_scores_varlen: all query rows of every head, kQueryRows at a time.
 
 #include <algorithm>
+#include <cmath>
 
 #include "cpu/attention.h"
 
@@ -9,6 +10,9 @@ namespace {
 
 // What a multiply-add and its share of the softmax cost in multiply-adds of the similarities.
 constexpr int64_t kLogitWork = 4;
+// How far the sum of a row may be from 1, relative to its lse (at least 4): that is twice what
+// rounding an lse to float32 changes, and half of the error that the contract allows.
+constexpr float kLseError = 0x1p-23f;
 
 // weights[n]: the sum of the rows of one head of n tokens; lse strided by lse_stride, or null.
 void received_head(const Simd& simd, const Rows& q, const Rows& k, int64_t n,
@@ -24,22 +28,35 @@ void received_head(const Simd& simd, const Rows& q, const Rows& k, int64_t n,
   }
   const auto queries = scratch<float>(kQueryRows * head_dim);
   const auto logits = scratch<float>(kQueryRows * ld);
-  std::fill(weights, weights + n, 0.0);
-  for (int64_t first = 0; first < n; first += kQueryRows) {
-    const int64_t count = std::min<int64_t>(kQueryRows, n - first);
-    for (int64_t r = 0; r < kQueryRows; ++r) {
-      // The last tile repeats its first row; the copies are not added.
-      float* const query = queries.get() + r * head_dim;
-      const float* const row = q.read(simd, first + (r < count ? r : 0), head_dim, query);
-      if (row != query) std::copy(row, row + head_dim, query);
+  // Products that cancel leave their rounding errors to a logit. The sum of its row has the same
+  // errors, a given lse does not: if the rows do not sum to 1, they are computed again in float64.
+  for (const auto compute_logits : {simd.logits, simd.exact_logits}) {
+    double error = 0.0;
+    double allowed = 0.0;
+    std::fill(weights, weights + n, 0.0);
+    for (int64_t first = 0; first < n; first += kQueryRows) {
+      const int64_t count = std::min<int64_t>(kQueryRows, n - first);
+      for (int64_t r = 0; r < kQueryRows; ++r) {
+        // The last tile repeats its first row; the copies are not added.
+        float* const query = queries.get() + r * head_dim;
+        const float* const row = q.read(simd, first + (r < count ? r : 0), head_dim, query);
+        if (row != query) std::copy(row, row + head_dim, query);
+      }
+      compute_logits(queries.get(), keys.get(), head_dim, ld, shape.scale, logits.get());
+      for (int64_t r = 0; r < count; ++r) {
+        float* const row = logits.get() + r * ld;
+        const float shift = lse ? lse[(first + r) * lse_stride] : simd.max(row, n);
+        const double sum = simd.exp_sum(row, shift, n);
+        simd.accumulate(row, lse ? 1.0 : 1.0 / sum, weights, n);
+        // flash-attn gives +inf for a row that attends to nothing.
+        if (lse && !std::isinf(shift)) {
+          error += std::abs(sum - 1.0);
+          allowed += kLseError * std::max(4.0f, std::abs(shift));
+        }
+      }
     }
-    simd.logits(queries.get(), keys.get(), head_dim, ld, shape.scale, logits.get());
-    for (int64_t r = 0; r < count; ++r) {
-      float* const row = logits.get() + r * ld;
-      const float shift = lse ? lse[(first + r) * lse_stride] : simd.max(row, n);
-      const double sum = simd.exp_sum(row, shift, n);
-      simd.accumulate(row, lse ? 1.0 : 1.0 / sum, weights, n);
-    }
+    // NaN is no agreement: float64 may hold products that float32 does not.
+    if (error <= allowed) break;
   }
 }
 
