@@ -10,9 +10,28 @@ namespace {
 
 // What a multiply-add and its share of the softmax cost in multiply-adds of the similarities.
 constexpr int64_t kLogitWork = 4;
-// How far the sum of a row may be from 1, relative to its lse (at least 4): that is twice what
-// rounding an lse to float32 changes, and half of the error that the contract allows.
-constexpr float kLseError = 0x1p-23f;
+// Where q and k are so many times as long as the products that cancel leave of them, a logit in
+// float32 would be further off than max(1e-6, 2**-22 * |lse|).
+constexpr double kCancelled = 8.0;
+
+// Whether the logits of a head are much smaller than the products they are the sums of. In float32
+// they keep the rounding errors of these products. The sum of a row has the same errors and they
+// cancel, but a given lse does not. `longest`: the largest norm of a key.
+bool cancels(const Simd& simd, const float* queries, int64_t n, const AttentionShape& shape,
+             const float* lse, int64_t lse_stride, double longest) {
+  double products = 0.0;
+  double logits = 0.0;
+  for (int64_t r = 0; r < n; ++r) {
+    const float row_lse = lse[r * lse_stride];
+    // +inf is flash-attn's for a row that attends to nothing.
+    if (std::isinf(row_lse)) continue;
+    const float* const query = queries + r * shape.head_dim;
+    products += std::sqrt(simd.dot(query, query, shape.head_dim)) * longest;
+    logits += std::max(4.0f, std::abs(row_lse));
+  }
+  // Also if a norm is not finite: float64 holds products that float32 does not.
+  return !(std::abs(shape.scale) * products <= kCancelled * logits);
+}
 
 // weights[n]: the sum of the rows of one head of n tokens; lse strided by lse_stride, or null.
 void received_head(const Simd& simd, const Rows& q, const Rows& k, int64_t n,
@@ -22,41 +41,34 @@ void received_head(const Simd& simd, const Rows& q, const Rows& k, int64_t n,
   const int64_t ld = padded(n);
   const auto buffer = scratch<float>(head_dim);
   const auto keys = scratch<float>(head_dim * ld);  // [D, ld], the head's k transposed
+  float longest = 0.0f;
   for (int64_t j = 0; j < ld; ++j) {
     const float* const row = j < n ? k.read(simd, j, head_dim, buffer.get()) : nullptr;
     for (int64_t d = 0; d < head_dim; ++d) keys[d * ld + j] = row ? row[d] : 0.0f;
+    if (row && lse) longest = std::max(longest, simd.dot(row, row, head_dim));
   }
-  const auto queries = scratch<float>(kQueryRows * head_dim);
+  // Whole tiles: the last one repeats the last row, and the copies are not added.
+  const int64_t rows = (n + kQueryRows - 1) / kQueryRows * kQueryRows;
+  const auto queries = scratch<float>(rows * head_dim);
+  for (int64_t r = 0; r < rows; ++r) {
+    float* const query = queries.get() + r * head_dim;
+    const float* const row = q.read(simd, std::min(r, n - 1), head_dim, query);
+    if (row != query) std::copy(row, row + head_dim, query);
+  }
+  const bool exact =
+      lse && cancels(simd, queries.get(), n, shape, lse, lse_stride, std::sqrt(longest));
+  const auto compute_logits = exact ? simd.exact_logits : simd.logits;
   const auto logits = scratch<float>(kQueryRows * ld);
-  // Products that cancel leave their rounding errors to a logit. The sum of its row has the same
-  // errors, a given lse does not: if the rows do not sum to 1, they are computed again in float64.
-  for (const auto compute_logits : {simd.logits, simd.exact_logits}) {
-    double error = 0.0;
-    double allowed = 0.0;
-    std::fill(weights, weights + n, 0.0);
-    for (int64_t first = 0; first < n; first += kQueryRows) {
-      const int64_t count = std::min<int64_t>(kQueryRows, n - first);
-      for (int64_t r = 0; r < kQueryRows; ++r) {
-        // The last tile repeats its first row; the copies are not added.
-        float* const query = queries.get() + r * head_dim;
-        const float* const row = q.read(simd, first + (r < count ? r : 0), head_dim, query);
-        if (row != query) std::copy(row, row + head_dim, query);
-      }
-      compute_logits(queries.get(), keys.get(), head_dim, ld, shape.scale, logits.get());
-      for (int64_t r = 0; r < count; ++r) {
-        float* const row = logits.get() + r * ld;
-        const float shift = lse ? lse[(first + r) * lse_stride] : simd.max(row, n);
-        const double sum = simd.exp_sum(row, shift, n);
-        simd.accumulate(row, lse ? 1.0 : 1.0 / sum, weights, n);
-        // flash-attn gives +inf for a row that attends to nothing.
-        if (lse && !std::isinf(shift)) {
-          error += std::abs(sum - 1.0);
-          allowed += kLseError * std::max(4.0f, std::abs(shift));
-        }
-      }
+  std::fill(weights, weights + n, 0.0);
+  for (int64_t first = 0; first < n; first += kQueryRows) {
+    compute_logits(queries.get() + first * head_dim, keys.get(), head_dim, ld, shape.scale,
+                   logits.get());
+    for (int64_t r = first; r < std::min<int64_t>(n, first + kQueryRows); ++r) {
+      float* const row = logits.get() + (r - first) * ld;
+      const float shift = lse ? lse[r * lse_stride] : simd.max(row, n);
+      const double sum = simd.exp_sum(row, shift, n);
+      simd.accumulate(row, lse ? 1.0 : 1.0 / sum, weights, n);
     }
-    // NaN is no agreement: float64 may hold products that float32 does not.
-    if (error <= allowed) break;
   }
 }
 
