@@ -287,8 +287,9 @@ def cls_attention(
     Contract:
         Query row 0 is the CLS row; softmax over all S keys, prefix columns dropped without
         renormalising, mean over heads. ``scores`` have the same bits from run to run and for any
-        batch size, and an error in proportion to the magnitude of the products of a logit, as
-        float32 has it. Asking for a gradient of ``out`` raises; ``scores`` carry none. Contract 4.
+        batch size. Where the products of a logit cancel, the error grows with
+        ``scale * sum(|q * k|)``, as that of any float32 logit. Asking for a gradient of ``out``
+        raises; ``scores`` carry none. Contract 4.
 
     Cost:
         The attention by PyTorch's ``scaled_dot_product_attention``, and one more read of K. On a
@@ -372,13 +373,14 @@ def received_scores(
         ValueError: a wrong shape, stride, range or device.
 
     Contract:
-        Same bits from run to run and for any batch size; no S x S matrix is stored. The error is
-        that of float32 logits: in proportion to ``scale * sum(|q * k|)`` where products cancel.
-        No synchronisation, no gradient. Contract 4.
+        Same bits from run to run and for any batch size; no S x S matrix is stored. Where the
+        products of a logit cancel, the error grows with ``scale * sum(|q * k|)``, as that of any
+        float32 logit. No synchronisation, no gradient. Contract 4.
 
     Cost:
-        The Q @ K half of the attention, twice without ``lse``. With ``lse`` a CPU adds the logits
-        of a head in float64 if their products cancel, which takes some 3 times as long. On a CUDA
+        The Q @ K half of the attention, twice without ``lse``. With ``lse`` the C++
+        core on a CPU adds the logits of a head in float64 if their products cancel, which takes
+        some 3 times as long. On a CUDA
         device one launch and scratch some 8*B*H*S bytes with ``lse``, two and 16*B*H*S without;
         8*B*H*S more for every further 2048 rows (1024 or 512 in float32 and with D > 128).
 

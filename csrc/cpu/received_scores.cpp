@@ -10,13 +10,14 @@ namespace {
 
 // What a multiply-add and its share of the softmax cost in multiply-adds of the similarities.
 constexpr int64_t kLogitWork = 4;
-// Where q and k are so many times as long as the products that cancel leave of them, a logit in
-// float32 would be further off than max(1e-6, 2**-22 * |lse|).
+// Beyond this many times max(4, |lse|), |scale| * |q| * |k| is so large that a float32 logit may be
+// off by more than max(1e-6, 2**-22 * |lse|).
 constexpr double kCancelled = 8.0;
 
-// Whether the logits of a head are much smaller than the products they are the sums of. In float32
-// they keep the rounding errors of these products. The sum of a row has the same errors and they
-// cancel, but a given lse does not. `longest`: the largest norm of a key.
+// Whether the products of a head's logits cancel: on average over its rows, the logits are much
+// smaller than the norms of q and k allow. A float32 logit keeps the rounding errors of its
+// products. Dividing by the sum of the row removes what they have in common; a given lse does not.
+// `longest`: the largest norm of a key.
 bool cancels(const Simd& simd, const float* queries, int64_t n, const AttentionShape& shape,
              const float* lse, int64_t lse_stride, double longest) {
   double products = 0.0;
