@@ -84,6 +84,22 @@ def assert_scores(
     assert_close(got, torch.from_numpy(exact), scores_bound(q, k, scale))
 
 
+def sample_cancelling(
+    batch: int, sequence: int, heads: int, head_dim: int, dtype: torch.dtype, seed: int
+) -> tuple[Tensor, Tensor]:
+    """q and k whose products are 20 times and more as large as the logits they add up to.
+
+    Half of the channels add up to what the other half takes away, but for some noise.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    size, noise = (30.0, 0.001) if dtype is torch.float32 else (16.0, 0.002)
+    shape = (2, batch, sequence, heads, head_dim)
+    q, k = size + size * noise * torch.randn(shape, generator=generator)
+    # Uneven channels, for products of half types with few bits have sums without rounding.
+    half = 0.25 + 1.5 * torch.rand(head_dim // 2, generator=generator)
+    return (q * half.repeat(2)).to(dtype), (k * torch.cat([half, -half])).to(dtype)
+
+
 def sample_nonfinite(where: str, sequence: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """q and k [2, S, 2, 4] of which only image 0 has a value that is not finite."""
     q, k, _ = (x.contiguous() for x in sample_qkv(2, sequence, 2, 4, dtype, 21))

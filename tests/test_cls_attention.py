@@ -18,19 +18,23 @@ from attention import (
     peak_memory,
     poisoned_empty,
     poisoned_views,
+    sample_cancelling,
     sample_nonfinite,
     threads,
 )
 from conftest import needs_native
 from torch import Tensor
 
-from vispruner_kernels import _native
+from vispruner_kernels import _native, reference
 from vispruner_kernels.testing import (
     DTYPES,
     OUT_TOLERANCE,
     assert_close,
+    assert_matches,
     assert_same_bits,
+    assert_scores_match,
     max_logit,
+    rounding_bound,
     sample_qkv,
     scores_bound,
 )
@@ -126,6 +130,20 @@ def test_oracle_everywhere(backend, head_dim, dtype):
         check(
             backend, qkv, oracle.cls_attention(*float64(*qkv), scale, num_prefix), scale, num_prefix
         )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products_that_cancel(backend, dtype):
+    for sequence, heads, head_dim in ((2, 2, 128), (5, 1, 16), (17, 3, 64), (50, 1, 80)):
+        q, k = sample_cancelling(2, sequence, heads, head_dim, dtype, sequence)
+        v = sample_qkv(2, sequence, heads, head_dim, dtype, sequence)[2]
+        exact = oracle.cls_attention(*float64(q, k, v))
+        out, scores = backend.cls_attention(q, k, v)
+        tolerance = max(OUT_TOLERANCE[dtype], rounding_bound(q, k, None))
+        assert_close(out, torch.from_numpy(exact[0]), tolerance * float(v.abs().max()))
+        assert_scores_match(scores, torch.from_numpy(exact[1]), q, k, None)
+        expected = reference.cls_attention(q, k, v)
+        assert_matches("cls_attention", (out, scores), expected, (q, k, v), {})
 
 
 def test_arguments_by_name_and_default(backend):

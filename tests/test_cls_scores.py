@@ -19,17 +19,20 @@ from attention import (
     float64,
     poisoned_empty,
     poisoned_views,
+    sample_cancelling,
     sample_nonfinite,
     threads,
 )
 from conftest import needs_native
 from torch import Tensor
 
-from vispruner_kernels import _native
+from vispruner_kernels import _native, reference
 from vispruner_kernels.testing import (
     DTYPES,
     assert_close,
+    assert_matches,
     assert_same_bits,
+    assert_scores_match,
     sample_qkv,
     scores_bound,
 )
@@ -83,6 +86,16 @@ def test_oracle_everywhere(backend, head_dim, dtype):
         q, k, _ = sample_qkv(2, sequence, heads, head_dim, dtype, turn)
         exact = oracle.cls_scores(*float64(q, k), scale, num_prefix)
         assert_scores(backend.cls_scores(q, k, scale, num_prefix), exact, q, k, scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products_that_cancel(backend, dtype):
+    for sequence, heads, head_dim in ((2, 2, 128), (5, 1, 16), (17, 3, 64), (50, 1, 80)):
+        q, k = sample_cancelling(2, sequence, heads, head_dim, dtype, sequence)
+        exact = torch.from_numpy(oracle.cls_scores(*float64(q, k)))
+        got = backend.cls_scores(q, k)
+        assert_scores_match(got, exact, q, k, None)
+        assert_matches("cls_scores", got, reference.cls_scores(q, k), (q, k), {})
 
 
 def test_arguments_by_name_and_default(backend):

@@ -19,6 +19,7 @@ from attention import (
     peak_memory,
     poisoned_empty,
     poisoned_views,
+    sample_cancelling,
     sample_nonfinite,
     threads,
 )
@@ -29,7 +30,10 @@ from vispruner_kernels import _native, reference
 from vispruner_kernels.testing import (
     DTYPES,
     assert_close,
+    assert_matches,
     assert_same_bits,
+    assert_scores_match,
+    max_logit,
     sample_qkv,
     scores_bound,
 )
@@ -193,6 +197,9 @@ def test_same_bits_with_every_instruction_set(simd, dtype):
     ):
         q, k, _ = sample_qkv(1, sequence, 2, head_dim, dtype, sequence)
         inputs += [(q, k, scale, 0, None), (q, k, scale, 0, exact_lse(q, k, scale) + 0.1)]
+    for sequence, head_dim in itertools.product((1, 3, 17, 65), (2, 62, 256)):
+        q, k = sample_cancelling(1, sequence, 2, head_dim, dtype, sequence)
+        inputs.append((q, k, None, 0, exact_lse(q, k)))
     assert _native._C.simd() == simd
     got = [_native.received_scores(*case) for case in inputs]
     _native._C.use_simd("portable")
@@ -229,6 +236,66 @@ def test_given_lse(backend, dtype, scale):
         exact = oracle.received_scores(*float64(q, k), scale, num_prefix, (lse + noise).numpy())
         bound = float(noise.neg().exp().max()) * scores_bound(q, k, scale)
         assert_close(other, torch.from_numpy(exact), bound)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products_that_cancel(backend, dtype):
+    for sequence, heads, head_dim in ((2, 2, 128), (5, 1, 16), (17, 3, 64), (50, 1, 80)):
+        q, k = sample_cancelling(2, sequence, heads, head_dim, dtype, sequence)
+        assert max_logit(q.abs(), k.abs(), None) > 20 * max_logit(q, k, None)
+        for lse in (None, exact_lse(q, k)):
+            args = (q, k, None, 0, lse)
+            got = backend.received_scores(*args)
+            exact = oracle.received_scores(
+                *float64(q, k), None, 0, None if lse is None else lse.numpy()
+            )
+            assert_scores_match(got, torch.from_numpy(exact), q, k, None)
+            assert_matches("received_scores", got, reference.received_scores(*args), args, {})
+            if lse is not None:
+                # On a CPU they are added in float64.
+                assert_scores(got, exact, q, k, None)
+
+
+def test_lse_of_products_that_cancel_beside_eager(backend):
+    """The rows sum to 1 in eager PyTorch whatever its logits are; those of a given lse need not."""
+    for seed in range(6):
+        generator = torch.Generator().manual_seed(seed)
+        q, k = 100.0 + 0.1 * torch.randn(2, 1, 2, 2, 128, generator=generator)
+        k *= torch.tensor([1.0, -1.0]).repeat(64)
+        lse = exact_lse(q, k)
+        exact = torch.from_numpy(oracle.received_scores(*float64(q, k), None, 0, lse.numpy()))
+        logits = torch.einsum("bihd,bjhd->bhij", q, k) * 128**-0.5
+        eager = float((logits.softmax(-1).mean((1, 2)) - exact).abs().max())
+        got = backend.received_scores(q, k, None, 0, lse)
+        assert_close(got, exact, max(2 * eager, scores_bound(q, k, None)))
+
+
+@needs_native
+def test_each_head_decides_for_itself_how_its_products_are_added():
+    """A head beside one that cancels, and rows of no keys, change no bit of another."""
+    q, k, _ = (x.contiguous() for x in sample_qkv(1, 21, 1, 64, torch.float32, 18))
+    others = sample_cancelling(1, 21, 1, 64, torch.float32, 18)
+    lse, other_lse = exact_lse(q, k), exact_lse(*others)
+    other_lse[0, 0, 3] = torch.inf
+    exact = oracle.received_scores(*float64(*others), None, 0, other_lse.numpy())
+    alone = [
+        _native.received_scores(q, k, None, 0, lse).double(),
+        _native.received_scores(*others, None, 0, other_lse).double(),
+    ]
+    assert_scores(alone[1].float(), exact, *others, None)
+    both = [torch.cat(pair, 2) for pair in zip((q, k), others, strict=True)]
+    got = _native.received_scores(*both, None, 0, torch.cat([lse, other_lse], 1))
+    assert_close(got, (alone[0] + alone[1]) / 2, 1e-7)
+
+
+def test_bound_of_products_that_cancel_finds_tf32():
+    q, k = sample_cancelling(1, 17, 2, 64, torch.float32, 19)
+    exact = reference.received_scores(q, k)
+    assert_scores_match(reference.received_scores(q, k), exact, q, k, None)
+    # 10 bits of each factor, as tensor cores take them unless they are told not to.
+    rounded = [(x.view(torch.int32) + 0x1000 & ~0x1FFF).view(torch.float32) for x in (q, k)]
+    with pytest.raises(AssertionError, match="expected at most"):
+        assert_scores_match(reference.received_scores(*rounded), exact, q, k, None)
 
 
 def test_lse_of_any_strides(backend):

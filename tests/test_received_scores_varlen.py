@@ -14,17 +14,20 @@ from attention import (
     float64,
     poisoned_empty,
     poisoned_views,
+    sample_cancelling,
     sample_nonfinite,
     threads,
 )
 from conftest import needs_native
 from torch import Tensor
 
-from vispruner_kernels import _native
+from vispruner_kernels import _native, reference
 from vispruner_kernels.testing import (
     DTYPES,
     assert_close,
+    assert_matches,
     assert_same_bits,
+    assert_scores_match,
     sample_offsets,
     sample_qkv,
 )
@@ -97,6 +100,27 @@ def test_bits_of_received_scores(backend, dtype, scale):
         for given in (None, lse):
             got = backend.received_scores_varlen(q, k, cu_seqlens, 65, scale, given)
             assert_same_bits(got, image_by_image(backend, q, k, cu_seqlens, scale, given))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products_that_cancel(backend, dtype):
+    lengths = [2, 0, 17, 5]
+    q, k = (x[0] for x in sample_cancelling(1, 24, 2, 64, dtype, 17))
+    cu_seqlens = sample_offsets(lengths)
+    lse = exact_lse(q, k, cu_seqlens)
+    for given in (None, lse):
+        args = (q, k, cu_seqlens, 17, None, given)
+        got = backend.received_scores_varlen(*args)
+        exact = oracle.received_scores_varlen(
+            *float64(q, k), cu_seqlens.numpy(), 17, None, None if given is None else lse.numpy()
+        )
+        assert_scores_match(got, torch.from_numpy(exact), q, k, None)
+        expected = reference.received_scores_varlen(*args)
+        assert_matches("received_scores_varlen", got, expected, args, {})
+        assert_same_bits(got, image_by_image(backend, q, k, cu_seqlens, None, given))
+        if given is not None:
+            # On a CPU they are added in float64.
+            assert_scores(got, exact, q, k, None)
 
 
 def test_same_bits_at_any_place_of_the_batch(backend):

@@ -9,12 +9,20 @@ import random
 
 import pytest
 import torch
+from attention import sample_cancelling
 
 pytest.importorskip("triton")
 
 from vispruner_kernels import reference
 from vispruner_kernels._triton import operators
-from vispruner_kernels.testing import assert_close, assert_same_bits, sample_offsets, sample_qkv
+from vispruner_kernels.testing import (
+    DTYPES,
+    assert_close,
+    assert_matches,
+    assert_same_bits,
+    sample_offsets,
+    sample_qkv,
+)
 
 pytestmark = pytest.mark.skipif(
     not operators.INTERPRETED, reason="Triton compiles here: make test-gpu"
@@ -38,6 +46,24 @@ def test_rounding_does_not_add_up_over_many_rows(sequence, logit, lse):
         exact = math.exp(logit - float(given[0, 0, 0]))
     scores = operators.received_scores(q, k, 1.0, 0, given if lse else None)
     assert abs(scores[0, 7].double() - exact) < 4e-7
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products_that_cancel(dtype):
+    q, k = sample_cancelling(1, 17, 2, 32, dtype, 6)
+    v = sample_qkv(1, 17, 2, 32, dtype, 6)[2]
+    logits = torch.einsum("bihd,bjhd->bhij", q.double(), k.double()) * 32**-0.5
+    lse = logits.logsumexp(-1).float()
+    packed = (q[0], k[0], sample_offsets([17]), 17, None)
+    for op, args in (
+        ("cls_attention", (q, k, v)),
+        ("cls_scores", (q, k)),
+        ("received_scores", (q, k)),
+        ("received_scores", (q, k, None, 0, lse)),
+        ("received_scores_varlen", packed),
+        ("received_scores_varlen", (*packed, lse[0])),
+    ):
+        assert_matches(op, getattr(operators, op)(*args), getattr(reference, op)(*args), args, {})
 
 
 @pytest.mark.parametrize("lse", [True, False])

@@ -327,7 +327,9 @@ def cls_attention(
     Contract:
         Query row 0 is the CLS row; softmax over all S keys, prefix columns dropped without
         renormalising, mean over heads. ``scores`` have the same bits from run to run and for any
-        batch size. Asking for a gradient of ``out`` raises; ``scores`` carry none. Contract 4.
+        batch size. Where the products of a logit cancel, the error grows with
+        ``scale * sum(|q * k|)``, as that of any float32 logit. Asking for a gradient of ``out``
+        raises; ``scores`` carry none. Contract 4.
 
     Cost:
         The attention by PyTorch's ``scaled_dot_product_attention``, and one more read of K. On a
@@ -366,8 +368,8 @@ def cls_scores(q: Tensor, k: Tensor, scale: float | None = None, num_prefix: int
         ValueError: a wrong shape, stride, range or device.
 
     Contract:
-        The ``scores`` of `cls_attention`, with its determinism. No synchronisation, no gradient.
-        Contract 4.
+        The ``scores`` of `cls_attention`, with its determinism and accuracy. No synchronisation, no
+        gradient. Contract 4.
 
     Cost:
         One read of K. On a CUDA device one launch, scratch some 4*B*H*S bytes.
@@ -411,13 +413,16 @@ def received_scores(
         ValueError: a wrong shape, stride, range or device.
 
     Contract:
-        Same bits from run to run and for any batch size; no S x S matrix is stored. No
-        synchronisation, no gradient. Contract 4.
+        Same bits from run to run and for any batch size; no S x S matrix is stored. Where the
+        products of a logit cancel, the error grows with ``scale * sum(|q * k|)``, as that of any
+        float32 logit. No synchronisation, no gradient. Contract 4.
 
     Cost:
-        The Q @ K half of the attention, twice without ``lse``. On a CUDA device one launch and
-        scratch some 8*B*H*S bytes with ``lse``, two and 16*B*H*S without; 8*B*H*S more for every
-        further 2048 rows (1024 or 512 in float32 and with D > 128).
+        The Q @ K half of the attention, twice without ``lse``. With ``lse`` the C++
+        core on a CPU adds the logits of a head in float64 if their products cancel, which takes
+        some 3 times as long. On a CUDA
+        device one launch and scratch some 8*B*H*S bytes with ``lse``, two and 16*B*H*S without;
+        8*B*H*S more for every further 2048 rows (1024 or 512 in float32 and with D > 128).
 
     Source:
         FoPru, arXiv 2411.14164; the mean over query rows is our reading of its "significance".

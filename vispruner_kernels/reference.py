@@ -212,6 +212,14 @@ def cls_attention(
     return attention(q, k, v, scale), cls_scores(q, k, scale, num_prefix)
 
 
+def _float32_is_reduced() -> bool:
+    """Whether PyTorch may multiply float32 matrices on a CPU in bfloat16 or TF32."""
+    # The older setting cannot be read where the newer one differs from it.
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)
+    setting = matmul.fp32_precision if matmul else torch.get_float32_matmul_precision()
+    return setting not in ("none", "ieee", "highest")
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
     """Attention output [B, S, H, D] by PyTorch's own kernels."""
     if q.numel() == 0:
@@ -228,9 +236,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
             weights = (q_t @ k_t.mT * _scale(q, scale)).softmax(-1)
             out = (weights @ v_t).to(q.dtype)
         else:
+            if q.device.type == "cpu" and q.dtype is torch.float32 and _float32_is_reduced():
+                q_t, k_t, v_t = q_t.double(), k_t.double(), v_t.double()
             out = torch.nn.functional.scaled_dot_product_attention(
                 q_t, k_t, v_t, scale=_scale(q, scale)
-            )
+            ).to(q.dtype)
     # Flat in between: dimensions of size 1 get the strides of a contiguous tensor too.
     return out.transpose(1, 2).flatten().view(q.shape)
 

@@ -1,6 +1,7 @@
 // received_scores and received_scores_varlen: all query rows of every head, kQueryRows at a time.
 
 #include <algorithm>
+#include <cmath>
 
 #include "cpu/attention.h"
 
@@ -9,6 +10,29 @@ namespace {
 
 // What a multiply-add and its share of the softmax cost in multiply-adds of the similarities.
 constexpr int64_t kLogitWork = 4;
+// Beyond this many times max(4, |lse|), |scale| * |q| * |k| is so large that a float32 logit may be
+// off by more than max(1e-6, 2**-22 * |lse|).
+constexpr double kCancelled = 8.0;
+
+// Whether the products of a head's logits cancel: on average over its rows, the logits are much
+// smaller than the norms of q and k allow. A float32 logit keeps the rounding errors of its
+// products. Dividing by the sum of the row removes what they have in common; a given lse does not.
+// `longest`: the largest norm of a key.
+bool cancels(const Simd& simd, const float* queries, int64_t n, const AttentionShape& shape,
+             const float* lse, int64_t lse_stride, double longest) {
+  double products = 0.0;
+  double logits = 0.0;
+  for (int64_t r = 0; r < n; ++r) {
+    const float row_lse = lse[r * lse_stride];
+    // +inf is flash-attn's for a row that attends to nothing.
+    if (std::isinf(row_lse)) continue;
+    const float* const query = queries + r * shape.head_dim;
+    products += std::sqrt(simd.dot(query, query, shape.head_dim)) * longest;
+    logits += std::max(4.0f, std::abs(row_lse));
+  }
+  // Also if a norm is not finite: float64 holds products that float32 does not.
+  return !(std::abs(shape.scale) * products <= kCancelled * logits);
+}
 
 // weights[n]: the sum of the rows of one head of n tokens; lse strided by lse_stride, or null.
 void received_head(const Simd& simd, const Rows& q, const Rows& k, int64_t n,
@@ -18,25 +42,31 @@ void received_head(const Simd& simd, const Rows& q, const Rows& k, int64_t n,
   const int64_t ld = padded(n);
   const auto buffer = scratch<float>(head_dim);
   const auto keys = scratch<float>(head_dim * ld);  // [D, ld], the head's k transposed
+  float longest = 0.0f;
   for (int64_t j = 0; j < ld; ++j) {
     const float* const row = j < n ? k.read(simd, j, head_dim, buffer.get()) : nullptr;
     for (int64_t d = 0; d < head_dim; ++d) keys[d * ld + j] = row ? row[d] : 0.0f;
+    if (row && lse) longest = std::max(longest, simd.dot(row, row, head_dim));
   }
-  const auto queries = scratch<float>(kQueryRows * head_dim);
+  // Whole tiles: the last one repeats the last row, and the copies are not added.
+  const int64_t rows = (n + kQueryRows - 1) / kQueryRows * kQueryRows;
+  const auto queries = scratch<float>(rows * head_dim);
+  for (int64_t r = 0; r < rows; ++r) {
+    float* const query = queries.get() + r * head_dim;
+    const float* const row = q.read(simd, std::min(r, n - 1), head_dim, query);
+    if (row != query) std::copy(row, row + head_dim, query);
+  }
+  const bool exact =
+      lse && cancels(simd, queries.get(), n, shape, lse, lse_stride, std::sqrt(longest));
+  const auto compute_logits = exact ? simd.exact_logits : simd.logits;
   const auto logits = scratch<float>(kQueryRows * ld);
   std::fill(weights, weights + n, 0.0);
   for (int64_t first = 0; first < n; first += kQueryRows) {
-    const int64_t count = std::min<int64_t>(kQueryRows, n - first);
-    for (int64_t r = 0; r < kQueryRows; ++r) {
-      // The last tile repeats its first row; the copies are not added.
-      float* const query = queries.get() + r * head_dim;
-      const float* const row = q.read(simd, first + (r < count ? r : 0), head_dim, query);
-      if (row != query) std::copy(row, row + head_dim, query);
-    }
-    simd.logits(queries.get(), keys.get(), head_dim, ld, shape.scale, logits.get());
-    for (int64_t r = 0; r < count; ++r) {
-      float* const row = logits.get() + r * ld;
-      const float shift = lse ? lse[(first + r) * lse_stride] : simd.max(row, n);
+    compute_logits(queries.get() + first * head_dim, keys.get(), head_dim, ld, shape.scale,
+                   logits.get());
+    for (int64_t r = first; r < std::min<int64_t>(n, first + kQueryRows); ++r) {
+      float* const row = logits.get() + (r - first) * ld;
+      const float shift = lse ? lse[r * lse_stride] : simd.max(row, n);
       const double sum = simd.exp_sum(row, shift, n);
       simd.accumulate(row, lse ? 1.0 : 1.0 / sum, weights, n);
     }

@@ -46,6 +46,9 @@ struct Simd {
   // 0.
   void (*logits)(const float* q, const float* kt, int64_t head_dim, int64_t n, float scale,
                  float* out);
+  // The same with sums in float64: rounded once at the end, at half the speed or less.
+  void (*exact_logits)(const float* q, const float* kt, int64_t head_dim, int64_t n, float scale,
+                       float* out);
   float (*max)(const float* x, int64_t n);
   // x = exp(x - shift) in place; returns the sum.
   double (*exp_sum)(float* x, float shift, int64_t n);

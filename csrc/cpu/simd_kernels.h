@@ -237,6 +237,28 @@ void logits(const float* q, const float* kt, int64_t head_dim, int64_t n, float 
   for (; j < n; j += 16) logits_tile<1>(q, kt + j, head_dim, n, scale, out + j);
 }
 
+void exact_logits(const float* q, const float* kt, int64_t head_dim, int64_t n, float scale,
+                  float* out) {
+  // A loop over lanes, not vectors: the compiler puts vectors of doubles on the stack.
+  constexpr int kLanes = 8;
+  for (int64_t j = 0; j < n; j += kLanes) {
+    double sums[kQueryRows][kLanes] = {};
+    for (int64_t d = 0; d < head_dim; ++d) {
+      double column[kLanes];
+      for (int lane = 0; lane < kLanes; ++lane) column[lane] = kt[d * n + j + lane];
+      for (int r = 0; r < kQueryRows; ++r) {
+        const double query = q[r * head_dim + d];
+        for (int lane = 0; lane < kLanes; ++lane) sums[r][lane] += query * column[lane];
+      }
+    }
+    for (int r = 0; r < kQueryRows; ++r) {
+      for (int lane = 0; lane < kLanes; ++lane) {
+        out[r * n + j + lane] = static_cast<float>(sums[r][lane] * scale);
+      }
+    }
+  }
+}
+
 float max(const float* x, int64_t n) {
   float best = x[0];
   for (int64_t i = 1; i < n; ++i) best = x[i] > best ? x[i] : best;
@@ -309,6 +331,7 @@ constexpr Simd kSimd = {VISPRUNER_SET_NAME,
                         rank,
                         dot,
                         logits,
+                        exact_logits,
                         vispruner::VISPRUNER_SPACE::max,
                         exp_sum,
                         accumulate};
