@@ -49,7 +49,7 @@ class _Method:
         ):
             inherited = getattr(super(self._class, module), self._name)
             original = inherited if stored is None else stored
-            method = MethodType(_replaceable(self._name, original, module), module)
+            method = MethodType(_replaceable(self._name, original, inherited, module), module)
             known = entries[self._known] = stored, function, method
         return known[2]
 
@@ -62,9 +62,15 @@ class _Method:
         del vars(module)[self._name]
 
 
-def _replaceable(name: str, original: Callable[..., Any], module: Any) -> Callable[..., Any]:
+def _replaceable(
+    name: str, original: Callable[..., Any], inherited: Callable[..., Any], module: Any
+) -> Callable[..., Any]:
     """A method that calls what the module has in place of `original` at that time."""
     signature = inspect.signature(original)
+    kinds = {parameter.kind for parameter in signature.parameters.values()}
+    if kinds <= {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
+        # It takes whatever the class takes. transformers looks for names there.
+        signature = inspect.signature(inherited)
     variadic = [p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
 
     def call(module: Any, /, *args: Any, **kwargs: Any) -> Any:

@@ -99,8 +99,7 @@ class Settings:
         strategy = getattr(config, "vision_feature_select_strategy", None)
         if strategy not in ("default", "full"):
             raise ValueError(
-                f"vision_feature_select_strategy is {shown(strategy)}, expected 'default' or "
-                "'full'"
+                f"vision_feature_select_strategy is {shown(strategy)}, expected 'default' or 'full'"
             )
         dropped = 1 if strategy == "default" else 0
         if dropped < prefix:
