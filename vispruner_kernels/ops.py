@@ -418,11 +418,11 @@ def received_scores(
         float32 logit. No synchronisation, no gradient. Contract 4.
 
     Cost:
-        The Q @ K half of the attention, twice without ``lse``. With ``lse`` the C++
-        core on a CPU adds the logits of a head in float64 if their products cancel, which takes
-        some 3 times as long. On a CUDA
-        device one launch and scratch some 8*B*H*S bytes with ``lse``, two and 16*B*H*S without;
-        8*B*H*S more for every further 2048 rows (1024 or 512 in float32 and with D > 128).
+        The Q @ K half of the attention, twice without ``lse``. With ``lse`` the C++ core on a CPU
+        adds the logits of a head in float64 if their products cancel, which takes some 3 times as
+        long. On a CUDA device one launch and scratch some 8*B*H*S bytes with ``lse``, two and
+        16*B*H*S without; 8*B*H*S more for every further 2048 rows (1024 or 512 in float32 and with
+        D > 128).
 
     Source:
         FoPru, arXiv 2411.14164; the mean over query rows is our reading of its "significance".
