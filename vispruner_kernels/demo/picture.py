@@ -88,8 +88,8 @@ def sample_photo() -> Path:
 def load_photo(path: Path) -> Image:
     """Read a picture of any mode, upright, as RGB, cropped to the square in its middle.
 
-    A square of 2048 pixels or more comes back smaller, 1024 to 2047 pixels wide. The process grows
-    by 210 MB at most; a picture that needs more is refused.
+    A square of 2048 pixels or more comes back smaller, 1024 to 2047 pixels wide. A process that
+    reads one grows by 210 MB at most; a picture that needs more is refused.
     """
     from PIL import Image, UnidentifiedImageError
 
