@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from itertools import dropwhile
 from pathlib import Path
 
@@ -33,6 +34,12 @@ CXX_FLAGS += "-pthread -Wall -Wextra".split()
 NVCC_FLAGS = "-std=c++17 -O3 -fmad=false -Xcompiler=-fPIC,-fvisibility=hidden,-pthread".split()
 # As many architectures at once as there are processors, with a report on every kernel.
 NVCC_FLAGS += "--threads=0 -Xptxas=-v".split()
+# Each line: alternatives, of which the first is taken that the compiler and its linker have.
+HARDENING = [
+    ["-U_FORTIFY_SOURCE -D_FORTIFY_SOURCE=3", "-U_FORTIFY_SOURCE -D_FORTIFY_SOURCE=2"],
+    ["-fstack-protector-strong"],
+]
+LINK_HARDENING = [["-Wl,-z,relro,-z,now"], ["-Wl,-z,noexecstack"]]
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
 # Also as PTX, which the driver compiles for GPUs between and after these.
 PTX_ARCHITECTURE = "100"
@@ -51,6 +58,28 @@ def find_cxx():
     if not shutil.which(command[0]):
         raise BaseError(f"the C++ compiler {command[0]} is not found")
     return command
+
+
+def nvcc_flag(flag):
+    """A flag of the host's compiler, or of its linker, as nvcc takes it."""
+    return f"-Xlinker={flag[4:]}" if flag.startswith("-Wl,") else f"-Xcompiler={flag}"
+
+
+def find_flags(command, wanted, form=str):
+    """Of each line of `wanted` the first that makes a shared library without a warning."""
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.cpp")
+        # The C library warns in its headers of a level of FORTIFY that it does not have.
+        source.write_text("#include <cstring>\n")
+        for alternatives in wanted:
+            for flags in ([form(flag) for flag in words.split()] for words in alternatives):
+                probe = [*command, *flags, form("-Werror"), "-shared", source.name, "-o", "probe"]
+                done = subprocess.run(probe, cwd=folder, capture_output=True, check=False)
+                if done.returncode == 0:
+                    found += flags
+                    break
+    return found
 
 
 def find_ninja():
@@ -173,8 +202,16 @@ class NinjaBuildExt(build_ext):
             architectures, nvcc_flags = find_architectures(nvcc)
             defines = ["-DVISPRUNER_KERNELS_WITH_CUDA"]
             defines += [f'-DVISPRUNER_KERNELS_CUDA_ARCHITECTURES="{" ".join(architectures)}"']
-        compile_cxx = [*cxx, *compile_flags, *CXX_FLAGS, *defines, *includes]
-        link = [nvcc, "-shared"] if cuda_sources else [*cxx, *link_flags, "-pthread"]
+        hardening = find_flags([*cxx, *CXX_FLAGS], HARDENING)
+        compile_cxx = [*cxx, *compile_flags, *CXX_FLAGS, *hardening, *defines, *includes]
+        if cuda_sources:
+            # For the host nvcc has a compiler of its own choice, and links with that.
+            host = [nvcc, "-O3", nvcc_flag("-fPIC")]
+            nvcc_flags += find_flags(host, HARDENING, nvcc_flag)
+            link = [nvcc, "-shared", *find_flags(host, LINK_HARDENING, nvcc_flag)]
+        else:
+            link = [*cxx, *link_flags, "-pthread"]
+            link += find_flags([*cxx, *CXX_FLAGS], LINK_HARDENING)
 
         build_dir = Path(self.build_temp)
         lines = [

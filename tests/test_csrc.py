@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import runpy
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -67,6 +69,61 @@ def test_every_architecture_is_in_the_build_and_nothing_spills():
         assert int(kernel["REG"]) <= 128, kernel
     if "VISPRUNER_KERNELS_CUDA_ARCHITECTURES" not in os.environ:
         assert set(names) <= {"80", "86", "89", "90", "100", "120"}
+
+
+# Hardening
+
+
+def readelf(*options: str) -> str:
+    done = subprocess.run(["readelf", "-W", *options, _native._C.__file__], capture_output=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.decode()
+
+
+@pytest.mark.skipif(
+    not (_native.INSTALLED and sys.platform == "linux" and shutil.which("readelf")),
+    reason="there is no library of Linux, or no readelf",
+)
+def test_the_library_is_hardened():
+    segments = dict(re.findall(r"^ +(GNU_\w+)(?: +0x\w+){5} +(R?W?E?) ", readelf("-l"), re.M))
+    # Full RELRO: what the linker fills in is read-only, all of it from the start. A stack of data.
+    assert segments["GNU_RELRO"] == "R"
+    assert segments["GNU_STACK"] == "RW"
+    assert "BIND_NOW" in readelf("-d")
+    symbols = readelf("--dyn-syms")
+    assert "__stack_chk_fail" in symbols
+    # Of the C library of GNU alone.
+    assert platform.libc_ver()[0] != "glibc" or "__memcpy_chk" in symbols
+
+
+def compiler_that_refuses(folder: Path, *words: str) -> list[str]:
+    compiler = folder / "compiler"
+    patterns = "|".join(f"*{word}*" for word in words)
+    compiler.write_text(f'#!/bin/sh\ncase "$*" in {patterns}) exit 1 ;; esac\n')
+    compiler.chmod(0o755)
+    return [str(compiler)]
+
+
+def test_flags_that_a_compiler_lacks_are_left_out(setup, tmp_path):
+    names = setup()
+    find, compiling, linking = (
+        names[name] for name in ("find_flags", "HARDENING", "LINK_HARDENING")
+    )
+    has_all = compiler_that_refuses(tmp_path, "nothing")
+    assert find(has_all, compiling + linking, names["nvcc_flag"]) == [
+        "-Xcompiler=-U_FORTIFY_SOURCE",
+        "-Xcompiler=-D_FORTIFY_SOURCE=3",
+        "-Xcompiler=-fstack-protector-strong",
+        "-Xlinker=-z,relro,-z,now",
+        "-Xlinker=-z,noexecstack",
+    ]
+    old = compiler_that_refuses(tmp_path, "FORTIFY_SOURCE=3", "-Wl,-z")
+    assert find(old, compiling) == [
+        "-U_FORTIFY_SOURCE",
+        "-D_FORTIFY_SOURCE=2",
+        "-fstack-protector-strong",
+    ]
+    assert find(old, linking) == []
 
 
 # The launch path, as far as it goes without a GPU.

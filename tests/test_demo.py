@@ -539,6 +539,126 @@ def test_turned_photograph_is_put_upright_and_cropped_in_the_middle(tmp_path):
     assert np.asarray(read).min() == 255
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("name", ["image.png", "raw.tif", "lzw.tif"])
+@pytest.mark.parametrize("size", [(60, 41), (41, 60)])
+def test_every_orientation(tmp_path, orientation, name, size):
+    pixels = np.arange(size[0] * size[1], dtype=np.uint16).reshape(size[1], size[0]) * 26
+    image = Image.fromarray((pixels >> 8).astype(np.uint8))
+    exif = image.getexif()
+    exif[0x0112] = orientation
+    compression = {"compression": "tiff_lzw"} if name == "lzw.tif" else {}
+    image.save(tmp_path / name, exif=exif, **compression)
+    upright = np.asarray(image)
+    if orientation > 4:
+        upright = upright.T
+    # Across the columns and the rows of the picture as it is shown.
+    upright = upright[:: -1 if orientation in (3, 4, 7, 8) else 1]
+    upright = upright[:, :: -1 if orientation in (2, 3, 6, 7) else 1]
+    left, top = ((length - 41) // 2 for length in upright.T.shape)
+    want = upright[top : top + 41, left : left + 41]
+    assert (np.asarray(picture.load_photo(tmp_path / name)) == want[..., None]).all()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "P", "RGBA", "I;16", "F"])
+def test_large_pictures_come_back_smaller(tmp_path, mode):
+    # Blocks of 3 x 3 equal pixels, more of them than a band has, in the middle.
+    small = np.random.default_rng(0).integers(0, 256, (1024, 1024), dtype=np.uint8)
+    grey = np.pad(small.repeat(3, 0).repeat(3, 1), ((1, 1), (101, 101)))
+    grey[:, [0, -1]] = 255
+    if mode == "F":
+        floats = grey.astype(np.float32) / 255
+        floats[:, 0], floats[0, 1:4] = 1, (np.nan, np.inf, -np.inf)
+        image = Image.fromarray(floats)
+    else:
+        image = Image.fromarray(grey.astype(np.uint16) * 257 if mode == "I;16" else grey)
+        image = image if mode == "I;16" else image.convert(mode)
+    path = tmp_path / "image.tif"
+    image.save(path)
+    read = np.asarray(picture.load_photo(path))
+    assert (read == small[..., None]).all()
+
+
+# What it reads them with
+
+READ = """
+import os, re, sys
+from pathlib import Path
+from vispruner_kernels import demo
+demo._require_extras()
+def peak():
+    # ru_maxrss begins with the size of the process that started this one.
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+print(peak(), flush=True)
+for name in sys.argv[1:]:
+    if os.fork():
+        assert os.wait()[1] == 0
+        continue
+    # It starts without the pages of libraries.
+    start = peak()
+    try:
+        print(demo.load_photo(Path(name)).size)
+    except demo.InputError as error:
+        print(error)
+    print(peak() - start, flush=True)
+    os._exit(0)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux keeps to a limit of memory")
+def test_a_picture_takes_500_megabytes_at_most(tmp_path):
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    floats = np.full((6300, 6300), np.nan, np.float32)
+    floats[::2] = np.inf
+    wanted = {
+        # Read, and as large as such may be.
+        "turned.png": r"\(1063, 1063\)",
+        "floats.tif": r"\(1050, 1050\)",
+        "scans.jpg": r"\(1500, 1500\)",
+        "lossless.webp": r"\(1150, 1150\)",
+        # Refused.
+        "bomb.png": r".*bomb.png is too large, save it smaller: Image size \(144000000 pixels\).*",
+        "pixels.png": r".*save it smaller: to read its 9000 x 9000 pixels takes about 405 MB .*",
+        "strip.tif": r".*strip.tif is too large, save it smaller: to read it takes more than .*",
+        "canvas.webp": r"cannot read the image .*canvas.webp: .* or to read it takes more than .*",
+    }
+    Image.new("RGBA", (6400, 6380)).save(tmp_path / "turned.png", exif=turned)
+    Image.fromarray(floats).save(tmp_path / "floats.tif", compression="tiff_lzw")
+    Image.new("RGB", (8000, 6000)).save(tmp_path / "scans.jpg", progressive=True)
+    Image.new("RGBA", (3450, 3450)).save(tmp_path / "lossless.webp", lossless=True)
+    Image.fromarray(np.zeros((12000, 12000), np.uint16)).save(tmp_path / "bomb.png")
+    Image.new("L", (9000, 9000)).save(tmp_path / "pixels.png")
+    # libtiff decodes a strip as a whole, and Pillow turns a copy.
+    Image.new("RGBA", (6400, 6380)).save(
+        tmp_path / "strip.tif", compression="tiff_lzw", strip_size=2**30, exif=turned
+    )
+    Image.new("RGB", (9000, 9000)).save(tmp_path / "canvas.webp", lossless=True)
+    done = subprocess.run(
+        [sys.executable, "-c", READ, *(str(tmp_path / name) for name in wanted)],
+        env=ENVIRONMENT, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    imports, *lines = done.stdout.splitlines()
+    for name, got, growth in zip(wanted, lines[::2], lines[1::2], strict=True):
+        print(f"{name}: {int(growth) / 1e6:.0f} MB beside {int(imports) / 1e6:.0f}")
+        assert re.fullmatch(wanted[name], got), got
+        # Libraries of Pillow are loaded on the way.
+        assert int(growth) < 225e6, name
+        # PyTorch with its libraries for CUDA is larger.
+        assert int(imports) + int(growth) < 500e6 or torch.version.cuda, name
+
+
+def test_the_limit_of_memory_is_lifted_again(tmp_path):
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    picture.load_photo(picture.SAMPLE)
+    (tmp_path / "x.png").write_text("not an image")
+    with pytest.raises(picture.InputError):
+        picture.load_photo(tmp_path / "x.png")
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before
+
+
 # What it refuses
 
 

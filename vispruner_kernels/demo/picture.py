@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +38,13 @@ _INK, _QUIET = "#1A1A1A", "#5A5A5A"
 # Before an answer that is right, wrong, or who knows; the colours are those two scholars' green and
 # red, darker for white paper.
 _SIGNS = {True: ("\u2713 ", "#007A5A"), False: ("\u2717 ", "#B84A00"), None: ("", _INK)}
+
+# A square of twice as many pixels or more is made smaller as it is read.
+_SIDE = 1024
+# What reading a picture may add to the memory of the process, in bytes.
+_MEMORY = 210_000_000
+# What decoders take for a pixel beside Pillow's own image, in bytes: measured and rounded up.
+_DECODER_BYTES = {"AVIF": 9, "WEBP": 13, "JPEG2000": 21}
 
 
 class InputError(Exception):
@@ -77,41 +86,155 @@ def sample_photo() -> Path:
 
 
 def load_photo(path: Path) -> Image:
-    """Read a picture of any mode, upright, as RGB, cropped to the square in its middle."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    """Read a picture of any mode, upright, as RGB, cropped to the square in its middle.
+
+    A square of 2048 pixels or more comes back smaller, 1024 to 2047 pixels wide. A process that
+    reads one grows by 210 MB at most; a picture that needs more is refused.
+    """
+    from PIL import Image, UnidentifiedImageError
 
     if os.path.isdir(path):
         raise InputError(f"{path} is a directory, not an image")
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), open(path, "rb") as file, _at_most(_MEMORY) as shrink:
             warnings.simplefilter("ignore")
-            with Image.open(path) as opened:
-                photo = _to_rgb(ImageOps.exif_transpose(opened))
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            # Of a file without a name Pillow maps no pixels, which would count as memory.
+            with Image.open(file) as opened:
+                shrink(_check_memory(opened, path, os.fstat(file.fileno()).st_size))
+                return _read_square(opened)
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError(f"no such image: {path}") from None
     except UnidentifiedImageError:
         raise InputError(f"{path} is not an image that Pillow can read") from None
-    except Image.DecompressionBombError as error:
-        raise InputError(f"{path} is too large: {error}") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise InputError(f"{path} is too large, save it smaller: {error}") from None
+    except MemoryError:
+        raise InputError(
+            f"{path} is too large, save it smaller: to read it takes more than the "
+            f"{_MEMORY // 10**6} MB of memory that the demo allows"
+        ) from None
     # Decoders of broken files raise what they like.
     except Exception as error:
-        raise InputError(f"cannot read the image {path}: {error}") from None
-    side = min(photo.size)
-    left, top = (photo.width - side) // 2, (photo.height - side) // 2
-    return photo.crop((left, top, left + side, top + side))
+        raise InputError(
+            f"cannot read the image {path}: {error} (it is broken, or to read it takes more than "
+            f"the {_MEMORY // 10**6} MB of memory that the demo allows)"
+        ) from None
 
 
-def _to_rgb(photo: Image) -> Image:
+@contextmanager
+def _at_most(size: int) -> Iterator[Callable[[int], None]]:
+    """Let the data of this process grow by `size` bytes at most: then allocations fail.
+
+    Yields a function that takes some of them away again. Linux alone keeps to such a limit, so
+    `_check_memory` refuses what it can foresee.
+    """
+    try:
+        import resource
+
+        data = re.search(r"^VmData:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)
+    except (ImportError, OSError):
+        data = None
+    if not data:
+        yield lambda taken: None
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    allowed = int(data[1]) * 1024 + size
+    if soft != resource.RLIM_INFINITY:
+        allowed = min(allowed, soft)
+    resource.setrlimit(resource.RLIMIT_DATA, (allowed, hard))
+    try:
+        yield lambda taken: resource.setrlimit(resource.RLIMIT_DATA, (allowed - taken, hard))
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+def _check_memory(opened: Any, path: Path, size: int) -> int:
+    """Refuse a picture that takes too much memory; a JPEG is decoded smaller where that helps.
+
+    Returns:
+        Bytes of the file that its decoder maps into memory.
+    """
+    width, height = opened.size
+    opened.draft(None, (_SIDE, _SIDE))
+    # libtiff maps the file. Pillow has 4 bytes for a pixel, whatever its mode, or fewer.
+    mapped = size if any(tile[0] == "libtiff" for tile in opened.tile) else 0
+    per_pixel = _DECODER_BYTES.get(opened.format, 1)
+    if sampling := [(h, v) for _, h, v, _ in getattr(opened, "layer", ())]:
+        # A JPEG of several scans: two bytes for each coefficient, whatever size it is decoded to.
+        largest = max(h for h, _ in sampling) * max(v for _, v in sampling)
+        per_pixel = 2 * sum(h * v for h, v in sampling) / max(largest, 1)
+    need = mapped + per_pixel * width * height + 4 * opened.width * opened.height
+    if need > _MEMORY:
+        raise InputError(
+            f"{path} is too large, save it smaller: to read its {width} x {height} pixels takes "
+            f"about {need / 1e6:.0f} MB of memory, and the demo allows {_MEMORY // 10**6}"
+        )
+    return mapped
+
+
+def _read_square(opened: Any) -> Image:
+    """The square in the middle, a band of rows at a time: whole copies are what takes memory."""
+    from PIL import Image
+
+    opened.load()
+    orientation = opened.getexif().get(0x0112, 1)
+    factor = max(1, min(opened.size) // _SIDE)
+    side = min(opened.size) // factor * factor
+    # Where the sides differ by an odd number, the middle is rounded as if turned before.
+    left = (opened.width - side + (orientation in (2, 3, 7, 8))) // 2
+    top = (opened.height - side + (orientation in (3, 4, 6, 7))) // 2
+    levels = _levels(opened) if opened.mode[0] in "IF" else (0.0, 0.0)
+    photo = Image.new("RGB", (side // factor,) * 2)
+    for start, stop in _bands(side, side, factor):
+        band = opened.crop((left, top + start, left + side, top + stop))
+        photo.paste(_to_rgb(band, *levels).reduce(factor), (0, start // factor))
+    turn = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_270,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_90,
+    }.get(orientation)
+    return photo if turn is None else photo.transpose(turn)
+
+
+def _bands(width: int, height: int, multiple: int = 1) -> Iterator[tuple[int, int]]:
+    """First and last + 1 row of bands of some million pixels, each of a multiple of rows."""
+    rows = max(1, 2**20 // (width * multiple)) * multiple
+    return ((start, min(start + rows, height)) for start in range(0, height, rows))
+
+
+def _values(photo: Image) -> np.ndarray:
+    import numpy as np
+
+    return np.nan_to_num(np.asarray(photo, dtype=np.float64), posinf=0, neginf=0)
+
+
+def _levels(photo: Image) -> tuple[float, float]:
+    """What is black and what is white in a picture of 16 bits or floats."""
+    bands = (
+        _values(photo.crop((0, start, photo.width, stop)))
+        for start, stop in _bands(photo.width, photo.height)
+    )
+    lows, highs = zip(*((band.min(), band.max()) for band in bands), strict=True)
+    low, high = min(*lows, 0.0), max(highs)
+    if photo.mode != "F":
+        high = max(high, 255.0) if high <= 255 else max(high, 65535.0)
+    return low, high
+
+
+def _to_rgb(photo: Image, low: float, high: float) -> Image:
     import numpy as np
     from PIL import Image
 
     if photo.mode[0] in "IF":
-        # 16 bits and floats: Pillow would clip at 255.
-        values = np.nan_to_num(np.asarray(photo, dtype=np.float64), posinf=0, neginf=0)
-        low, high = min(values.min(), 0.0), values.max()
-        if photo.mode != "F":
-            high = max(high, 255.0) if high <= 255 else max(high, 65535.0)
-        scaled = (values - low) * (255 / max(high - low, 1e-12))
+        # Pillow would clip at 255.
+        scaled = (_values(photo) - low) * (255 / max(high - low, 1e-12))
         return Image.fromarray(scaled.round().astype(np.uint8)).convert("RGB")
     if photo.has_transparency_data:
         rgba = photo.convert("RGBA")
