@@ -33,6 +33,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 
 import vispruner_kernels
 from vispruner_kernels import _schemas
+from vispruner_kernels.ops import TRACES_CHECKS
 
 
 class Bad(NamedTuple):
@@ -417,6 +418,7 @@ def test_numbers_of_numpy(op, name, kind):
         assert_same_answer(CALLS["function"](op, kwargs | {name: other}), right)
 
 
+@pytest.mark.skipif(not TRACES_CHECKS, reason="this PyTorch cannot trace the checks")
 @pytest.mark.parametrize("value", [True, torch.tensor(5), 2.0, None, 2**63])
 def test_wrong_types_in_a_compiled_function(value):
     torch._dynamo.reset()

@@ -234,15 +234,16 @@ def test_only_kept_tokens_are_projected(family):
 
 
 @pytest.mark.parametrize(("index", "runs"), [(-2, 2), (-1, 3), (1, 1)])
-def test_layers_after_the_feature_do_not_run(index, runs):
+def test_layers_after_the_feature_do_not_run(index, runs, monkeypatch):
     model = vlms.make("llava", vision_feature_layer=index)
     tower = model.model.vision_tower
     layers = getattr(tower, "vision_model", tower).encoder.layers
     ran = []
-    for i, layer in enumerate(layers):
-        # Not by a hook: layers that users watch run.
-        forward = layer.mlp.forward
-        layer.mlp.forward = lambda x, i=i, forward=forward: (ran.append(i), forward(x))[1]
+    # Not by hooks or a forward of its own: layers that users watch run.
+    mlps = {layer.mlp: i for i, layer in enumerate(layers)}
+    cls = type(layers[0].mlp)
+    forward = cls.forward
+    monkeypatch.setattr(cls, "forward", lambda mlp, x: (ran.append(mlps[mlp]), forward(mlp, x))[1])
     inputs = prompts("llava", [3, picture("llava", 1), 5])
     prune_inputs(model, inputs, VisPruner(4))
     assert ran == [*range(runs)]
@@ -252,7 +253,7 @@ def test_layers_after_the_feature_do_not_run(index, runs):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_only_one_layer_changes_its_attention(family):
+def test_only_one_layer_changes_its_attention(family, monkeypatch):
     model = vlms.shared(family)
     tower = next(getattr(model.model, name) for name in TOWERS if hasattr(model.model, name))
     kind = "attn" if family == "qwen2.5-vl" else "self_attn"
@@ -260,23 +261,18 @@ def test_only_one_layer_changes_its_attention(family):
     before = [(m.config, m.config._attn_implementation, dict(vars(m.config))) for m in modules]
     used, outputs, inputs = [], [], prompts(family, [picture(family, 1)])
 
-    def noting(module):
-        # Not a hook: layers that users watch run.
-        forward = module.forward
+    cls = type(modules[0])
+    forward = cls.forward
 
-        def note(*args, **kwargs):
-            out = forward(*args, **kwargs)
-            used.append(module.config._attn_implementation)
-            outputs.append(out)
-            return out
+    def note(module, *args, **kwargs):
+        out = forward(module, *args, **kwargs)
+        used.append(module.config._attn_implementation)
+        outputs.append(out)
+        return out
 
-        return note
-
-    for module in modules:
-        module.forward = noting(module)
+    # Not by hooks or a forward of its own: layers that users watch run.
+    monkeypatch.setattr(cls, "forward", note)
     prune_inputs(model, inputs, methods(family)[0])
-    for module in modules:
-        del module.forward
     target = {"llava-onevision": -1, "llava-siglip": -1, "qwen2.5-vl": -1}.get(family, -2)
     count = len(modules) if target == -1 else len(modules) - 1
     assert used == ["sdpa"] * (count - 1) + ["vispruner_sdpa"]

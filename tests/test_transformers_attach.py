@@ -115,11 +115,9 @@ def _likelihood(model: Any, inputs: dict, kept: list[Tensor], new: Tensor) -> Te
 def test_forward_prunes(family):
     model, method, inputs = vlms.shared(family), method_of(family), several(family)
     pruned = prune_inputs(model, inputs, method)
-    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    labels = _labels(inputs["input_ids"], inputs["attention_mask"])
     with torch.no_grad():
-        expected = model(
-            **pruned, labels=pruned.input_ids.masked_fill(pruned["attention_mask"] == 0, -100)
-        )
+        expected = model(**pruned, labels=_labels(pruned.input_ids, pruned["attention_mask"]))
         with attach(model, method):
             out = model(**inputs, labels=labels)
             # Positions of padded prompts begin elsewhere, so rounding differs.
@@ -135,6 +133,11 @@ def test_forward_prunes(family):
                 # transformers 5.3 takes them for those of any next prompt, also without us.
                 model.model.rope_deltas = None
             assert torch.equal(model(**text).logits, _unattached(model, text))
+
+
+def _labels(ids: Tensor, mask: Tensor) -> Tensor:
+    """Of all tokens that others come before."""
+    return ids.masked_fill(mask.cumsum(-1) * mask < 2, -100)
 
 
 def _unattached(model: Any, inputs: dict[str, Tensor]) -> Tensor:

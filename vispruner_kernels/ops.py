@@ -18,6 +18,10 @@ from vispruner_kernels._schemas import ARGUMENTS, check_types
 
 _ops = torch.ops.vispruner
 
+# Whether PyTorch's compiler can trace the checks of types; 2.8 cannot, 2.13 can. Where it cannot, a
+# compiled call gets PyTorch's words for a wrong type, or none for one that PyTorch converts.
+TRACES_CHECKS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+
 _TYPES: dict[str, tuple[type, ...]] = {
     "Tensor": (Tensor,),
     "int": (int,),
@@ -35,6 +39,8 @@ _USUAL = frozenset(
 
 
 def _call(operator: Any, *args: Any) -> Any:
+    if not TRACES_CHECKS and torch.compiler.is_compiling():
+        return operator(*args)
     if tuple(map(type, args)) not in _USUAL:
         check_types(operator._opname, args)
     try:

@@ -20,6 +20,7 @@ from vispruner_kernels.integrations._cache import (
     cache_of,
     held,
     hold,
+    length_of,
     released,
 )
 from vispruner_kernels.integrations._prompt import given
@@ -83,10 +84,14 @@ class Handle:
         cache: Any,
         before: HeldPrompt | None,
     ) -> Any:
+        if torch.compiler.is_exporting():
+            raise RuntimeError("the model prunes, which cannot be exported: call remove() before")
+        if arguments.get("shift_labels") is not None:
+            raise ValueError("shift_labels are of the length before pruning: give labels")
         if isinstance(arguments.get("logits_to_keep"), Tensor):
             raise ValueError("logits_to_keep is a tensor of positions before pruning, expected int")
         model = module if hasattr(module, "model") else CoreAlone(module)
-        cached = 0 if cache is None else cache.get_seq_length()
+        cached = length_of(cache)
         ids, embeds, positions = given(arguments, "input_ids", "inputs_embeds", "position_ids")
         prompt = embeds if ids is None else ids
         if positions is None and prompt is not None and not hasattr(model.model, "get_rope_index"):
@@ -100,7 +105,7 @@ class Handle:
         out = original(**pruned, return_dict=True)
         filled = cache_of(out) if cache is None else cache
         if filled is not None:
-            hold(filled, HeldPrompt.of(model.model, pruned, prompt.shape[1], before))
+            hold(filled, HeldPrompt.of(model.model, pruned, prompt.shape[1], cached, before))
         _add_features(out, pruned.features)
         if pruned.get("labels") is not None:
             # Beside the fields of the output, which others go through.
@@ -122,7 +127,7 @@ class Handle:
             arguments["input_ids"] = arguments.pop("inputs")
         if not asks_for_pruning(arguments):
             return original(**arguments)
-        if cache is not None and cache.get_seq_length():
+        if length_of(cache):
             raise ValueError(
                 f"{name} holds tokens, and there are new images: generate from the whole "
                 "conversation without it"
@@ -158,10 +163,10 @@ class Handle:
             # streamers go by the caller's prompt.
             pruned["input_ids"] = ids
         out = original(**pruned)
-        filled = cache_of(out)
+        filled = cache_of(out) if cache is None else cache
         if filled is not None:
             copies = max(setting("num_beams") or 1, setting("num_return_sequences") or 1)
-            hold(filled, HeldPrompt.of(model.model, pruned, old, copies=copies))
+            hold(filled, HeldPrompt.of(model.model, pruned, old, 0, copies=copies))
         return out
 
 

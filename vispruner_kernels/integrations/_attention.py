@@ -125,11 +125,28 @@ def _stand_in(module: Any) -> Callable[[], None]:
     return undo
 
 
+# Their hooks do not look at what a module computes.
+_LIBRARIES = ("torch.distributed", "torch.utils", "torch._", "transformers.", "accelerate.")
+
+
 def has_hooks(module: Any) -> bool:
-    """Whether users put hooks on it. Those of libraries do not look at what it computes."""
-    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    libraries = ("torch", "transformers", "accelerate")
-    return any((getattr(x, "__module__", "") or "").split(".")[0] not in libraries for x in hooks)
+    """Whether users put hooks on it, or on all modules."""
+    every = torch.nn.modules.module
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        every._global_forward_hooks,
+        every._global_forward_pre_hooks,
+    )
+    names = (getattr(hook, "__module__", None) or "" for group in hooks for hook in group.values())
+    return any(not name.startswith(_LIBRARIES) for name in names)
+
+
+def is_watched(module: Any) -> bool:
+    """Whether users see or change what the module computes: by hooks, or by a forward of theirs."""
+    ours = (module, _stand_in) in _CHANGED
+    theirs = "forward" in vars(module) and not ours and not hasattr(module, "_hf_hook")
+    return theirs or has_hooks(module)
 
 
 def _use_our_function(attention: Any) -> Callable[[], None]:

@@ -31,7 +31,7 @@ def placeholders(model: Any, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     with torch.no_grad():
         for kind, token in tokens.items():
             if token is not None:
-                row = embedding(torch.tensor(token, device=embedding.weight.device))
+                row = embedding(torch.tensor(token, device=embeds.device))
                 found[kind] = (embeds == row.to(embeds)).all(-1).cpu()
     return found
 
@@ -89,6 +89,13 @@ class Prompt:
         ordered = torch.cat([send(text, device), *visual]).sort()
         rank = torch.empty_like(ordered.indices)
         rank[ordered.indices] = torch.arange(len(rank), device=device)
+        # The first columns that stay what they are; none where padding moves.
+        self.unchanged = 0
+        if bool(real.all()) and bool(valid.all()):
+            self.unchanged = int(is_visual.any(0).int().argmax())
+        # [B, L'] the first token of a prompt that had no padding before it, and now has.
+        first = (column == spare[:, None]) & (spare[:, None] > 0) & inside[:, :1] & left
+        self.newly_padded = send(first, device)
         self.shape = batch, self.new_length
         self.padded = not bool(valid.all())
         self.padding = send(~valid, device)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from functools import cache, update_wrapper, wraps
+from functools import lru_cache, partial, update_wrapper, wraps
 from types import MethodType
 from typing import Any, TypeAlias
 
@@ -47,11 +47,46 @@ class _Method:
             or known[1] is not function
             or known[2].__self__ is not module
         ):
-            inherited = getattr(super(self._class, module), self._name)
-            original = inherited if stored is None else stored
-            method = MethodType(_replaceable(self._name, original, inherited, module), module)
-            known = entries[self._known] = stored, function, method
+            call = self._call_of(module, stored)
+            known = entries[self._known] = stored, function, MethodType(call, module)
         return known[2]
+
+    def _call_of(self, module: Any, stored: Callable[..., Any] | None) -> Callable[..., Any]:
+        """A function of a module that calls what the module has in place of its method then. The
+        method is what is stored on the module, or what its class inherits."""
+        inherited = getattr(super(self._class, module), self._name).__func__
+        original = inherited if stored is None else stored
+        signature = _signature(original, inherited, type(module), self._name)
+        variadic = [p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
+        name, is_stored = self._name, stored is not None
+
+        # Of `module` itself, which may be a copy of the one that this was made for.
+        def call(module: Any, /, *args: Any, **kwargs: Any) -> Any:
+            replaced = vars(module).get(_REPLACED)
+            if replaced is None:
+                return original(*args, **kwargs) if is_stored else original(module, *args, **kwargs)
+            if args:
+                kwargs = dict(signature.bind(*args, **kwargs).arguments)
+                for extra in variadic:
+                    kwargs.update(kwargs.pop(extra, {}))
+            method = original if is_stored else partial(original, module)
+            return replaced[name](module, method, kwargs)
+
+        # Others follow `__wrapped__` when they undo what they did to a model, and for the
+        # signature. They copy `__dict__`, so nothing else stands there.
+        unbound: Any = inherited
+        if getattr(stored, "__self__", None) is module:
+            unbound = stored.__func__  # type: ignore[union-attr]
+        elif stored is not None:
+
+            def unbound(module: Any, /, *args: Any, **kwargs: Any) -> Any:
+                return stored(*args, **kwargs)
+
+            update_wrapper(unbound, stored, updated=())
+            first = inspect.Parameter("module_", inspect.Parameter.POSITIONAL_ONLY)
+            parameters = [first, *signature.parameters.values()]
+            unbound.__signature__ = signature.replace(parameters=parameters)
+        return update_wrapper(call, unbound, updated=())
 
     def __set__(self, module: Any, value: Any) -> None:
         vars(module)[self._name] = value
@@ -62,44 +97,23 @@ class _Method:
         del vars(module)[self._name]
 
 
-def _replaceable(
-    name: str, original: Callable[..., Any], inherited: Callable[..., Any], module: Any
-) -> Callable[..., Any]:
-    """A method that calls what the module has in place of `original` at that time."""
-    signature = inspect.signature(original)
-    kinds = {parameter.kind for parameter in signature.parameters.values()}
-    if kinds <= {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
-        # It takes whatever the class takes. transformers looks for names there.
-        signature = inspect.signature(inherited)
-    variadic = [p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
-
-    def call(module: Any, /, *args: Any, **kwargs: Any) -> Any:
-        replaced = vars(module).get(_REPLACED)
-        if replaced is None:
-            return original(*args, **kwargs)
-        if args:
-            kwargs = dict(signature.bind(*args, **kwargs).arguments)
-            for extra in variadic:
-                kwargs.update(kwargs.pop(extra, {}))
-        return replaced[name](module, original, kwargs)
-
-    # Others follow `__wrapped__` when they undo what they did to a model, and for the signature.
-    # They copy `__dict__`, so nothing else stands there.
-    unbound: Any = getattr(original, "__func__", None)
-    if unbound is None or original.__self__ is not module:  # type: ignore[attr-defined]
-
-        def stored(module: Any, /, *args: Any, **kwargs: Any) -> Any:
-            return original(*args, **kwargs)
-
-        unbound = stored
-        update_wrapper(unbound, original, updated=())
-        first = inspect.Parameter("module_", inspect.Parameter.POSITIONAL_ONLY)
-        parameters = [first, *signature.parameters.values()]
-        unbound.__signature__ = signature.replace(parameters=parameters)
-    return update_wrapper(call, unbound, updated=())
+def _signature(
+    original: Callable[..., Any], inherited: Callable[..., Any], cls: type, name: str
+) -> inspect.Signature:
+    """Of a method when it is bound. If that takes all there is (`*args, **kwargs`), of the method
+    below it in the class: names are needed, also by transformers."""
+    functions = [inherited, *(vars(base).get(name) for base in cls.__mro__)]
+    signatures = [inspect.signature(partial(x, None)) for x in functions if inspect.isfunction(x)]
+    if original is not inherited:
+        signatures.insert(0, inspect.signature(original))
+    for signature in signatures:
+        kinds = {parameter.kind for parameter in signature.parameters.values()}
+        if not kinds <= {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
+            return signature
+    return signatures[0]
 
 
-@cache
+@lru_cache(64)
 def _subclass(base: Any) -> type:
     """Of the same name, which transformers writes into configurations."""
 
@@ -133,9 +147,8 @@ def switch_back(module: Any) -> None:
     """Undoes `switch`. A class that others derived from ours (FSDP2) stays, and passes calls on."""
     for name in (_REPLACED, *(f"_vispruner_{name}" for name in METHODS)):
         vars(module).pop(name, None)
-    base = type(module).__mro__[1]
-    if type(module) is _subclass(base):
-        module.__class__ = base
+    if isinstance(vars(type(module)).get("forward"), _Method):
+        module.__class__ = type(module).__mro__[1]
 
 
 def is_switched(module: Any) -> bool:

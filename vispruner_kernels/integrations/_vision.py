@@ -18,7 +18,7 @@ from torch import Tensor
 from vispruner_kernels._schemas import MAX_TOKENS
 from vispruner_kernels.integrations._attention import (
     Reading,
-    has_hooks,
+    is_watched,
     reading,
     standing_in,
     watching,
@@ -27,6 +27,10 @@ from vispruner_kernels.integrations._visual import NEWLINE, Visual, grids_of, se
 from vispruner_kernels.methods import Method
 
 PIXELS = ("pixel_values", "pixel_values_images", "pixel_values_videos")
+# Of pixels.
+IMAGES = "[images, channels, height, width]"
+VIDEOS = "[videos, frames, channels, height, width]"
+PATCHES = "[patches, channels * pixels]"
 # Options of a call for the vision tower, and the core models that hand them on to it.
 TOWER_OPTIONS = ("interpolate_pos_encoding",)
 _HAND_ON_OPTIONS = ("LlavaModel",)
@@ -92,7 +96,20 @@ def _no_cls(name: str, method: Method) -> ValueError:
 
 def given_pixels(inputs: Mapping[str, Any], name: str) -> bool:
     """Whether there are any; processors may return none, of no images."""
-    return inputs.get(name) is not None and len(inputs[name]) > 0
+    pixels = inputs.get(name)
+    if pixels is not None and not (isinstance(pixels, Tensor) and pixels.dim()):
+        raise TypeError(
+            f"{name} is a {type(pixels).__name__}, expected a tensor as the processor returns it "
+            "with return_tensors='pt'"
+        )
+    return pixels is not None and len(pixels) > 0
+
+
+def _pixels(inputs: Mapping[str, Any], name: str, layout: str) -> Tensor:
+    """Those of that name, which have a layout."""
+    if inputs[name].dim() != layout.count(",") + 1:
+        raise ValueError(f"{name} has shape {list(inputs[name].shape)}, expected {layout}")
+    return inputs[name]
 
 
 def _setting(model: Any, inputs: Mapping[str, Any], name: str) -> Any:
@@ -112,10 +129,11 @@ def _tower(
     """Features [G, S, C] as the projector would get them, scores [G, S - first], and `first`."""
     prefix, options = _prefix(tower, method), _tower_options(model, inputs)
     layer, unread = _layers(tower, _setting(model, inputs, "vision_feature_layer"))
-    # They see what the tower computes without us.
-    before = [module for skipped in unread for module in skipped.modules()]
-    if any(map(has_hooks, (*_around_layers(tower), *before))):
-        unread = ()
+    # Users see what the tower computes without us, and what they change there counts.
+    skipped = [module for later in unread for module in later.modules()]
+    watched = any(map(is_watched, (*_around_layers(tower), *skipped)))
+    if watched:
+        unread, options = (), options | {"output_hidden_states": True}
     strategy = strategy or _setting(model, inputs, "vision_feature_select_strategy")
     if strategy not in ("default", "full"):
         raise ValueError(
@@ -125,8 +143,9 @@ def _tower(
     with reading(layer.self_attn, result), watching(layer, result), ExitStack() as stack:
         for later in unread:
             stack.enter_context(standing_in(later, result, lambda hidden, *_, **__: hidden))
-        tower(pixels, return_dict=True, **options)
-    hidden = result.hidden
+        out = tower(pixels, return_dict=True, **options)
+    index = _setting(model, inputs, "vision_feature_layer")
+    hidden = out.hidden_states[index] if watched else result.hidden
     # SigLIP's hidden states keep the layout of its convolution, channels outermost.
     hidden = hidden if hidden.stride(-1) == 1 else hidden.contiguous()
     # "default" drops the first token, whatever it is.
@@ -165,7 +184,8 @@ def _whole(
 def _llava(model: Any, inputs: Mapping[str, Any], method: Method) -> list[Visual]:
     if inputs.get("image_sizes") is not None:
         raise ValueError("image_sizes: LLaVA with images of several sizes is not supported")
-    read = _tower(model, inputs, method, model.model.vision_tower, inputs["pixel_values"])
+    pixels = _pixels(inputs, "pixel_values", IMAGES)
+    read = _tower(model, inputs, method, model.model.vision_tower, pixels)
     return [_whole(model, read, "image")]
 
 
@@ -174,10 +194,11 @@ def _video_llava(model: Any, inputs: Mapping[str, Any], method: Method) -> list[
     # Renamed on the way of transformers 5.
     for name in ("pixel_values", "pixel_values_images"):
         if given_pixels(inputs, name):
-            read = _tower(model, inputs, method, model.model.image_tower, inputs[name])
+            pixels = _pixels(inputs, name, IMAGES)
+            read = _tower(model, inputs, method, model.model.image_tower, pixels)
             visuals.append(_whole(model, read, "image"))
     if given_pixels(inputs, "pixel_values_videos"):
-        videos = inputs["pixel_values_videos"]
+        videos = _pixels(inputs, "pixel_values_videos", VIDEOS)
         # transformers drops the [CLS] token of images only.
         read = _tower(model, inputs, method, model.model.video_tower, videos.flatten(0, 1), "full")
         frames = videos.shape[1]
@@ -209,6 +230,11 @@ def _tiled(
         raise ValueError(
             f"pixel_values has the shape {list(inputs['pixel_values'].shape)}, expected the "
             f"{sum(tiles)} tiles of {len(tiles)} images that image_sizes asks for"
+        )
+    if core.image_newline.device.type == "meta":
+        raise ValueError(
+            f"image_newline of the {type(core).__name__} is offloaded, expected weights on a "
+            "device: load the model without offloading"
         )
     source, scores, first = _tower(model, inputs, method, core.vision_tower, pixels)
     count, tokens = source.shape[:2]
@@ -333,7 +359,7 @@ def _llava_onevision(model: Any, inputs: Mapping[str, Any], method: Method) -> l
 
         visuals += _tiled(model, inputs, method, tiles, pack)
     if given_pixels(inputs, "pixel_values_videos"):
-        videos = inputs["pixel_values_videos"]
+        videos = _pixels(inputs, "pixel_values_videos", VIDEOS)
         frames = videos.shape[1]
         read = _tower(model, inputs, method, core.vision_tower, videos.flatten(0, 1))
         # Pooled after the projector: a token is a mixture of patches, which it needs all.
@@ -363,7 +389,8 @@ def _qwen(model: Any, inputs: Mapping[str, Any], method: Method) -> list[Visual]
     for kind, name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
         if given_pixels(inputs, name):
             grids = needed(inputs, f"{kind}_grid_thw")
-            visuals.append(_merged(model, kind, inputs[name], grids, method))
+            pixels = _pixels(inputs, name, PATCHES)
+            visuals.append(_merged(model, kind, pixels, grids, method))
     return visuals
 
 
@@ -372,10 +399,11 @@ def _merged(model: Any, kind: str, pixels: Tensor, grids: Tensor, method: Method
     if method.needs == "cls":
         raise _no_cls("the vision tower of Qwen2.5-VL", method)
     tower = model.model.visual
-    if has_hooks(tower) or has_hooks(tower.merger):
+    if is_watched(tower) or is_watched(tower.merger):
         raise ValueError(
-            "hooks on the vision tower of Qwen2.5-VL or on its merger are not supported: the "
-            "merger sees kept tokens only. Put them on the blocks or within the merger"
+            "hooks on the vision tower of Qwen2.5-VL or on its merger, or a forward of your own "
+            "there, are not supported: the merger sees kept tokens only. Put them on the blocks or "
+            "within the merger"
         )
     merge = tower.spatial_merge_size
     unit = merge * merge
@@ -454,7 +482,10 @@ def asks_for_pruning(inputs: Mapping[str, Any]) -> bool:
     """Whether there is anything to prune."""
     features = inputs.get("mm_encoder_outputs") or {}
     if any(value is not None for value in features.values()):
-        raise ValueError("mm_encoder_outputs: there are no scores to prune by; give pixel_values")
+        raise ValueError(
+            "mm_encoder_outputs: there are no scores to prune by; give pixel_values, to the model "
+            "that was attached"
+        )
     return any(given_pixels(inputs, name) for name in PIXELS)
 
 

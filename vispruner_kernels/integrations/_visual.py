@@ -8,8 +8,10 @@ A visual token is named by its row in `Visual.source`, the features as the tower
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +25,13 @@ NEWLINE = -1
 def send(x: Tensor, device: torch.device) -> Tensor:
     """A tensor of the host on the device, without waiting for what the device does."""
     return x.to(device, non_blocking=True)
+
+
+def on_host() -> AbstractContextManager[Any]:
+    """Tensors made without a device are on the host, also where `torch.set_default_device` says
+    otherwise."""
+    elsewhere = torch.get_default_device().type != "cpu"
+    return torch.device("cpu") if elsewhere else nullcontext()
 
 
 @dataclass

@@ -8,7 +8,7 @@ docs/transformers.md has the models, what counts as a token, and what is not sup
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from types import MappingProxyType
@@ -39,7 +39,7 @@ from vispruner_kernels.integrations._vision import (
     asks_for_pruning,
     reader,
 )
-from vispruner_kernels.integrations._visual import keep, lengths_of, send
+from vispruner_kernels.integrations._visual import keep, lengths_of, on_host, send
 from vispruner_kernels.methods import Method
 
 __all__ = ["Handle", "PrunedInputs", "attach", "prune_inputs"]
@@ -53,7 +53,7 @@ if tuple(int(x) for x in transformers.__version__.split(".")[:2]) < MINIMUM:
 
 # They need a transformers that is new enough.
 from vispruner_kernels.integrations._attach import Handle  # noqa: E402
-from vispruner_kernels.integrations._cache import cache_in  # noqa: E402
+from vispruner_kernels.integrations._cache import cache_in, length_of  # noqa: E402
 
 # What describes images or the prompt before pruning, and must not reach the model after it.
 _SPENT = (
@@ -93,6 +93,8 @@ class PrunedInputs(dict[str, Any]):
     input_ids: Tensor | None = None
     removed: Tensor | None = None
     features: Mapping[str, list[Tensor]] = MappingProxyType({})
+    # The first columns of the prompt that stay what they are, before any image.
+    unchanged: int = 0
 
 
 @dataclass(frozen=True)
@@ -192,18 +194,27 @@ def _prune(
     settings: _Settings,
 ) -> PrunedInputs:
     """`prune_inputs` of inputs with pixels; `padding` is "left", or "same" as in the inputs."""
+    with on_host():
+        return _prune_on_host(model, read, inputs, padding, settings)
+
+
+def _prune_on_host(
+    model: Any,
+    read: Reader,
+    inputs: dict[str, Any],
+    padding: str,
+    settings: _Settings,
+) -> PrunedInputs:
     ids, embeds, mask = given(inputs, "input_ids", "inputs_embeds", "attention_mask")
-    if ids is None and embeds is None:
-        raise ValueError("inputs has neither input_ids nor inputs_embeds")
-    batch, length = (embeds if ids is None else ids).shape[:2]
-    _check_shapes(inputs, batch, length)
+    _check_shapes(inputs)
+    length = (embeds if ids is None else ids).shape[1]
     past = None if mask is None else mask[:, : mask.shape[1] - length]
     mask = None if mask is None else mask[:, mask.shape[1] - length :]
 
     # All that waits for the device comes before the tower; the selection is queued behind it.
     found = placeholders(model, inputs)
     cache, cache_name = cache_in(inputs, type(model.model))
-    held = cache_name if cache is not None and cache.get_seq_length() else None
+    held = cache_name if length_of(cache) else None
     positions = positions_before(model, inputs, mask, found, held)
     mask_on_host = None if mask is None else mask.cpu()
     method, tiles = settings.method, settings.budget == "tile"
@@ -245,8 +256,10 @@ def _prune(
         removed = send(prompt.removed, positions.device)
         model.model.rope_deltas = (last.amax((0, 2)) + 1 - tokens_before + removed)[:, None]
     if inputs.get("labels") is not None:
-        pruned["labels"] = prompt.take(inputs["labels"], -100)
-    pruned.removed = prompt.removed
+        labels = prompt.take(inputs["labels"], -100)
+        # Nothing comes before the first token of a prompt, so its label never counts.
+        pruned["labels"] = labels.masked_fill(prompt.newly_padded.to(labels.device), -100)
+    pruned.removed, pruned.unchanged = prompt.removed, prompt.unchanged
     pruned.features = {
         kind: list(tokens.embeds.split(tokens.counts))
         for kind, tokens in zip(kinds, kept, strict=True)
@@ -259,24 +272,29 @@ def _prune(
     return pruned
 
 
-def _check_shapes(inputs: Mapping[str, Any], batch: int, length: int) -> None:
-    mask, labels, positions = given(inputs, "attention_mask", "labels", "position_ids")
-    if mask is not None and not (
-        isinstance(mask, Tensor)
-        and mask.dim() == 2
-        and mask.shape[0] == batch
-        and mask.shape[1] >= length
-    ):
-        got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(f"attention_mask: got {got}, expected [{batch}, {length}]")
-    if labels is not None and tuple(labels.shape) != (batch, length):
-        raise ValueError(f"labels: got {list(labels.shape)}, expected [{batch}, {length}]")
-    if positions is not None and (
-        positions.dim() not in (2, 3)
-        or positions.shape[-1] != length
-        or positions.shape[-2] not in (1, batch)
-    ):
-        raise ValueError(f"position_ids: got {list(positions.shape)}, expected [{batch}, {length}]")
+def _check_shapes(inputs: Mapping[str, Any]) -> None:
+    ids, embeds = given(inputs, "input_ids", "inputs_embeds")
+    if ids is None and embeds is None:
+        raise ValueError("inputs has neither input_ids nor inputs_embeds")
+    for name, x, layout in (("input_ids", ids, "[B, L]"), ("inputs_embeds", embeds, "[B, L, D]")):
+        if x is not None and not isinstance(x, Tensor):
+            raise TypeError(f"{name} is a {type(x).__name__}, expected a tensor")
+        if x is not None and (x.dim() != layout.count(",") + 1 or not len(x)):
+            raise ValueError(f"{name}: got {list(x.shape)}, expected {layout} with B >= 1")
+    batch, length = (embeds if ids is None else ids).shape[:2]
+
+    def fits(name: str, shape: Callable[[Tensor], bool]) -> None:
+        x = inputs.get(name)
+        if x is not None and not (isinstance(x, Tensor) and shape(x)):
+            got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"{name}: got {got}, expected [{batch}, {length}]")
+
+    fits("attention_mask", lambda x: x.dim() == 2 and len(x) == batch and x.shape[1] >= length)
+    fits("labels", lambda x: tuple(x.shape) == (batch, length))
+    fits(
+        "position_ids",
+        lambda x: x.dim() in (2, 3) and x.shape[-1] == length and x.shape[-2] in (1, batch),
+    )
 
 
 def _padding_id(model: Any) -> int:
