@@ -237,6 +237,31 @@ def test_shapes():
     assert torch.equal(one["position_ids"], expanded["position_ids"])
 
 
+def test_what_is_no_tensor_or_has_other_dimensions():
+    model, inputs = vlms.shared("llava"), one("llava")
+    ids, pixels = inputs["input_ids"], inputs["pixel_values"]
+    for name, x, error, words in (
+        ("input_ids", ids.tolist(), TypeError, "input_ids is a list, expected a tensor"),
+        ("input_ids", ids[0], ValueError, r"input_ids: got \[25\], expected \[B, L\]"),
+        ("input_ids", ids[:0], ValueError, r"got \[0, 25\], expected \[B, L\] with B >= 1"),
+        ("pixel_values", pixels.tolist(), TypeError, "pixel_values is a list, expected a tensor"),
+        ("pixel_values", pixels.numpy(), TypeError, "pixel_values is a ndarray, expected"),
+        ("pixel_values", torch.tensor(1.0), TypeError, "pixel_values is a Tensor, expected"),
+        ("pixel_values", pixels[0], ValueError, r"pixel_values has shape \[3, 56, 56\], expected"),
+        ("labels", ids.tolist(), ValueError, r"labels: got list, expected \[1, 25\]"),
+        ("position_ids", [1], ValueError, r"position_ids: got list, expected \[1, 25\]"),
+    ):
+        with pytest.raises(error, match=words):
+            prune_inputs(model, inputs | {name: x}, VisPruner(4))
+    for family, name in (("video-llava", "pixel_values_videos"), ("qwen2.5-vl", "pixel_values")):
+        bad = one(family, frames=2 if name.endswith("videos") else 0)
+        bad[name] = bad[name][None]
+        with pytest.raises(ValueError, match=f"{name} has shape .*, expected"):
+            prune_inputs(vlms.shared(family), bad, Random(4))
+    with attach(model, VisPruner(4)), pytest.raises(ValueError, match="shift_labels"):
+        model(**inputs, shift_labels=ids)
+
+
 @pytest.mark.parametrize(
     ("family", "name"),
     [

@@ -78,6 +78,38 @@ def test_labels_of_the_pruned_length(family):
     assert_same([out.loss], [loss])
 
 
+def test_a_first_token_that_gets_padding_before_it_has_no_label(family):
+    """Nothing came before it, so its label did not count."""
+    model, method = vlms.shared(family), method_of(family)
+    image = picture(family, 1)
+    inputs = prompts(family, [image, 3], [image.tokens + 3])
+    assert bool(inputs["attention_mask"].all())
+    pruned = prune_inputs(model, inputs, method)
+    rows = vlm_oracle.logits(vlm_oracle.eager(model), inputs, pruned.kept)
+    losses = [
+        torch.nn.functional.cross_entropy(row[:-1], ids[mask.bool()][1:], reduction="none")
+        for row, ids, mask in zip(rows, pruned.input_ids, pruned["attention_mask"], strict=True)
+    ]
+    with attach(model, method), torch.no_grad():
+        loss = model(**inputs, labels=inputs["input_ids"]).loss
+    assert_same([loss], [torch.cat(losses).mean()])
+
+
+def test_a_default_device(family):
+    """Host tensors are made on the host."""
+    model, method, inputs = vlms.shared(family), method_of(family), several(family)
+    expected = prune_inputs(model, inputs, method)
+    torch.set_default_device("meta")
+    try:
+        pruned = prune_inputs(model, inputs, method)
+        with attach(model, method), torch.no_grad():
+            logits = model(**inputs).logits
+    finally:
+        torch.set_default_device(None)
+    assert torch.equal(pruned["inputs_embeds"], expected["inputs_embeds"])
+    assert not logits.is_meta
+
+
 def test_the_core_alone(family):
     """`model.model(...)` prunes as `model(...)` does, and decoding by it goes on."""
     model, method, inputs = vlms.shared(family), method_of(family), several(family)
@@ -150,6 +182,44 @@ def test_a_hook_on_the_tower_sees_its_output():
     prune_inputs(model, inputs, VisPruner(4))
     hook.remove()
     assert_same(seen[1:], seen[:1])
+
+
+@pytest.mark.parametrize("how", ["hook", "layer", "forward"])
+@pytest.mark.parametrize("name", ["llava", "llava-onevision", "video-llava"])
+def test_what_users_change_in_the_tower_counts(name, how):
+    """By a hook on the tower or on its last layer, or by a forward of their own."""
+    model, inputs = vlms.make(name), prompts(name, [3, picture(name, 1), 5])
+    tower = tower_of(model)
+
+    def change(out: Any) -> Any:
+        out.hidden_states = tuple(None if x is None else 2 * x for x in out.hidden_states)
+        return out
+
+    seen: list[Any] = []
+    if how == "hook":
+        tower.register_forward_hook(lambda module, args, out: change(out))
+    elif how == "layer":
+        layers_of(tower)[-1].register_forward_hook(lambda module, args, out: seen.append(out))
+    else:
+        forward = tower.forward
+        tower.forward = lambda *args, **kwargs: change(forward(*args, **kwargs))
+    with torch.no_grad():
+        expected = model(**inputs).logits
+    kept = VisPruner(1.0, scores=scores_of(name))
+    with torch.no_grad():
+        assert_same([model(**prune_inputs(model, inputs, kept)).logits], [expected])
+    assert len(seen) == (2 if how == "layer" else 0)
+
+
+def test_hooks_on_all_modules_see_all_of_them():
+    model, inputs = vlms.make("llava"), prompts("llava", [3, picture("llava", 1), 5])
+    tower, seen = tower_of(model), []
+    hook = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, args, out: seen.append(module)
+    )
+    prune_inputs(model, inputs, VisPruner(4))
+    hook.remove()
+    assert {*layers_of(tower).modules()} - {layers_of(tower)} <= {*seen}
 
 
 @pytest.mark.parametrize("which", ["tower", "merger"])

@@ -272,22 +272,23 @@ def test_accelerate(first):
     assert length(unwrapped) == LENGTH
 
 
-def test_a_trainer_that_smooths_labels(tmp_path):
-    """By the class that docs/transformers.md shows."""
+def test_a_trainer(tmp_path):
+    """The class that docs/transformers.md shows: label smoothing and metrics."""
     pytest.importorskip("accelerate")
     from transformers import TrainingArguments
     from transformers.trainer_pt_utils import LabelSmoother
 
     page = (Path(__file__).parent.parent / "docs" / "transformers.md").read_text()
     (block,) = [x for x in re.findall(r"```python\n(.*?)```", page, re.S) if "Trainer" in x]
-    names: dict[str, Any] = {}
+    names: dict[str, Any] = {"prune_inputs": prune_inputs, "VisPruner": lambda keep: METHOD}
     exec(compile(block, "docs/transformers.md", "exec"), names)
     model, inputs = vlms.make("llava"), one()
     inputs["labels"] = inputs["input_ids"].clone()
     pruned = prune_inputs(model, inputs, METHOD)
     with torch.no_grad():
         smoother = LabelSmoother(epsilon=0.1)
-        expected = smoother(model(**pruned), pruned["labels"], shift_labels=True)
+        # As a Trainer calls it for models that are not in its list.
+        expected = smoother(model(**pruned), pruned["labels"], shift_labels=False)
     settings = TrainingArguments(
         output_dir=str(tmp_path),
         max_steps=1,
@@ -299,16 +300,67 @@ def test_a_trainer_that_smooths_labels(tmp_path):
         remove_unused_columns=False,
         dataloader_pin_memory=False,
     )
+    seen: list[Any] = []
+
+    def metrics(prediction: Any) -> dict[str, float]:
+        logits = prediction.predictions
+        logits = logits[0] if isinstance(logits, tuple) else logits
+        seen.append((logits.shape[:2], prediction.label_ids.tolist()))
+        return {}
+
     trainer = names["PruningTrainer"](
         model=model,
         args=settings,
         train_dataset=[inputs],
         eval_dataset=[inputs],
-        data_collator=lambda rows: rows[0],
+        data_collator=lambda rows: dict(rows[0]),
+        compute_metrics=metrics,
     )
-    with attach(model, METHOD):
-        before = trainer.evaluate()["eval_loss"]
-        loss = trainer.train().training_loss
+    before = trainer.evaluate()["eval_loss"]
+    loss = trainer.train().training_loss
     assert before == pytest.approx(float(expected), rel=1e-4)
     assert loss == pytest.approx(float(expected), rel=1e-4)
-    assert length(model) == LENGTH
+    assert seen == [((1, PRUNED), pruned["labels"].tolist())]
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_a_copy_after_remove_has_its_own_weights(wrap):
+    """Also where others stored what they got from the model while it pruned."""
+    model = vlms.make("llava")
+    with attach(model, METHOD):
+        undo = wrap(model)
+        if wrap is as_device_maps_do:
+            undo()
+    if wrap is as_a_user_does:
+        del model.forward
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+        assert not twin(**one()).logits.any()
+        assert model(**one()).logits.any()
+
+
+@pytest.mark.parametrize("how", ["stored", "subclass"])
+def test_positional_arguments_through_a_signature_that_hides_them(how):
+    model = vlms.make("llava")
+    if how == "stored":
+        as_a_user_does(model)
+    else:
+        cls = type(model)
+        forward = lambda self, *args, **kwargs: cls.forward(self, *args, **kwargs)  # noqa: E731
+        model.__class__ = type("Mine", (cls,), {"forward": forward})
+    ids = prompts("llava", [7])["input_ids"]
+    inputs = one()
+    with torch.no_grad():
+        expected = model(ids).logits
+        with attach(model, METHOD):
+            assert torch.equal(model(ids).logits, expected)
+            out = model(inputs["input_ids"], inputs["pixel_values"])
+            assert out.logits.shape[1] == PRUNED
+
+
+def test_a_model_that_prunes_is_not_exported():
+    model = vlms.make("llava")
+    with attach(model, METHOD), pytest.raises(Exception, match="cannot be exported: call remove"):
+        torch.export.export(model, (), one(), strict=False)

@@ -67,6 +67,8 @@ class Handle:
         before = held(cache)
         if before is None and not asks_for_pruning(arguments):
             return original(**arguments)
+        if torch.compiler.is_exporting():
+            raise RuntimeError("the model prunes, which cannot be exported: call remove() before")
         if before is not None:
             before.translate(arguments, cache, name)
         with released(cache, before):
@@ -84,8 +86,6 @@ class Handle:
         cache: Any,
         before: HeldPrompt | None,
     ) -> Any:
-        if torch.compiler.is_exporting():
-            raise RuntimeError("the model prunes, which cannot be exported: call remove() before")
         if arguments.get("shift_labels") is not None:
             raise ValueError("shift_labels are of the length before pruning: give labels")
         if isinstance(arguments.get("logits_to_keep"), Tensor):

@@ -138,8 +138,8 @@ class HeldPrompt:
         if cached < self.columns:
             raise ValueError(
                 f"{name} was cut to {cached} tokens, within a pruned prompt that ends at "
-                f"{self.columns}, expected at most {self.unchanged}, before the first image, or the "
-                "whole prompt anew"
+                f"{self.columns}, expected at most {self.unchanged}, before the first image, or "
+                "the whole prompt anew"
             )
         arguments.pop("cache_position", None)
         if mask is not None:
