@@ -98,7 +98,7 @@ test-newest: dev ## the integration and the operators with the newest of everyth
 	@$(NEWEST) -c '$(TORCH_HERE)' > .venv/newest/torch.txt
 	VISPRUNER_KERNELS_NATIVE=0 VISPRUNER_KERNELS_CUDA=0 $(NEWEST_PIP) install --upgrade \
 	  --upgrade-strategy eager -c .venv/newest/torch.txt -e ".[test]"
-	@echo "make: the index has newer:"; $(NEWEST_PIP) list --outdated
+	@echo "make: the index has newer:"; $(NEWEST_PIP) list --outdated 2>/dev/null
 	$(NEWEST_PIP) freeze --exclude-editable
 	@tests="$(NEWEST_TESTS)"; \
 	$(NEWEST) tests/kernels.py || { $(NEWEST) tests/aot.py --quick && tests="$$tests tests/test_triton.py"; } && \
