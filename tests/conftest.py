@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import interpreter
 import pytest
 import torch
 
@@ -15,6 +16,10 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from vispruner_kernels import _backends, _native, _schemas
+from vispruner_kernels._triton import operators
+
+if operators.INTERPRETED and operators.INSTALLED:
+    interpreter.patch_once()
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -16,7 +16,10 @@ import vispruner_kernels
 from vispruner_kernels import _schemas
 from vispruner_kernels._triton import operators
 
-pytestmark = pytest.mark.skipif(not operators.INSTALLED, reason=operators.REASON)
+pytestmark = [
+    pytest.mark.kernels,
+    pytest.mark.skipif(not operators.INSTALLED, reason=operators.REASON),
+]
 
 TESTS = Path(__file__).parent
 
@@ -43,12 +46,9 @@ def compile_variants(folder: Path, *options: str) -> dict[str, Any]:
     return report
 
 
-@pytest.fixture(scope="module", params=["quick", pytest.param("all", marks=pytest.mark.aot)])
-def report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    quick = request.param == "quick"
-    folder = tmp_path_factory.mktemp("aot")
-    got = compile_variants(folder, *(["--quick"] if quick else []))
-    return got | {"targets": QUICK_TARGETS if quick else tuple(TARGETS)}
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return compile_variants(tmp_path_factory.mktemp("aot"))
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -63,14 +63,14 @@ def test_every_variant(report, rule):
 
 def test_every_operator_kernel_and_target_is_there(report, capsys):
     assert report["errors"] == {}
-    for target in set(report["targets"]) - set(report["unavailable"]):
+    for target in set(TARGETS) - set(report["unavailable"]):
         results = [r for r in report["results"] if r.target == target]
         assert {op for r in results for op in r.ops} == set(_schemas.SCHEMAS), target
         assert {r.kernel for r in results} == set(report["kernels"]), target
         for op in SELECT_ALL:
             assert any(op in r.ops and not r.module.endswith(".topk") for r in results), target
     with capsys.disabled():
-        print(f"\n{table(report['results'])}" if len(report["targets"]) > 2 else "", end="")
+        print(f"\n{table(report['results'])}")
     # Not a pass: what could not be compiled is said.
     if report["unavailable"]:
         pytest.skip(str(report["unavailable"]))

@@ -198,14 +198,61 @@ def test_environment():
     assert status == 0, before
 
 
-def test_out_of_time(command):
+@pytest.fixture
+def late(monkeypatch):
+    """Lets time be out for the process that has this argument, as soon as a file is there, however
+    fast the machine is; so many of the waits for it end in vain. Returns the limits."""
+
+    def set_late(files: dict[str, tuple[Path, int]]) -> list[float]:
+        limits = []
+
+        class Process(subprocess.Popen):
+            waits = 0
+
+            def wait(self, timeout: float | None = None) -> int:
+                name = next((n for n in files if n in self.args), None)
+                if name is None or self.waits == files[name][1]:
+                    return super().wait(timeout)
+                self.waits += 1
+                if self.waits == 1:
+                    limits.append(timeout)
+                while not files[name][0].exists():
+                    assert self.poll() is None, "it has ended"
+                    time.sleep(0.05)
+                raise subprocess.TimeoutExpired(self.args, timeout)
+
+        names = ("PIPE", "STDOUT", "TimeoutExpired")
+        other = SimpleNamespace(Popen=Process, **{n: getattr(subprocess, n) for n in names})
+        monkeypatch.setattr(gpu_command, "subprocess", other)
+        # What is not late may be slow.
+        monkeypatch.setattr(gpu_command, "GRACE", 60.0)
+        return limits
+
+    return set_late
+
+
+def test_out_of_time(command, late, tmp_path):
     """What failed before is told, also where a process must be killed."""
-    long = f"{BAD}def test_long():\n    import signal, time\n    %s\n    time.sleep(99)\n"
-    deaf = long % "signal.signal(signal.SIGINT, signal.SIG_IGN)"
-    begin = time.monotonic()
-    arguments = ("--only", "tests", "--limit", "4")
-    status, before, summary = command({"test_a.py": long % "", "test_b.py": deaf}, *arguments)
-    assert time.monotonic() - begin < 30
+    long = """def test_long():
+    import signal, time
+    from pathlib import Path
+    {}
+    Path(__file__).with_suffix(".late").touch()
+    time.sleep(600)
+"""
+    hears = BAD + long.format("")
+    deaf = BAD + long.format("signal.signal(signal.SIGINT, signal.SIG_IGN)")
+    tests = tmp_path / "tests"
+    limits = late(
+        {
+            "tests/test_a.py": (tests / "test_a.late", 1),
+            "tests/test_b.py": (tests / "test_b.late", 2),
+        }
+    )
+    arguments = ("--only", "tests", "--limit", "400")
+    status, before, summary = command({"test_a.py": hears, "test_b.py": deaf}, *arguments)
+    assert len(limits) == 2
+    assert all(0 < limit <= 400 for limit in limits)
     assert status == 1
     assert states(summary)["test_a.py"] == states(summary)["test_b.py"] == "FAILED"
     assert sum("out of time after" in line for line in summary) == 2
@@ -225,7 +272,7 @@ echo ERROR SUMMARY: 0 errors
     ("tool", "does", "state", "why"),
     [
         ("neither", "", "passed", "sees shared memory only"),
-        ("racecheck", "sleep 9", "FAILED", "out of time"),
+        ("racecheck", "exec sleep 600", "FAILED", "out of time"),
         ("racecheck", "echo 'Timeout (0:00:01)!'; exit 1", "FAILED", "out of time"),
         ("racecheck", "exit 86", "FAILED", "status 86"),
         ("racecheck", "echo they agree; exit 0", "FAILED", "status 0"),
@@ -233,14 +280,15 @@ echo ERROR SUMMARY: 0 errors
         ("racecheck", "echo Device not supported; exit 1", "NOT RUN", "cannot watch this device"),
     ],
 )
-def test_the_sanitizer(command, monkeypatch, tmp_path, tool, does, state, why):
+def test_the_sanitizer(command, late, monkeypatch, tmp_path, tool, does, state, why):
     program = tmp_path / "compute-sanitizer"
     program.write_text(SANITIZER.format(tool=tool, does=does))
     program.chmod(0o755)
     monkeypatch.setattr(gpu_command, "_sanitizer", lambda: str(program))
     files = {"sanitize.py": "import sys; assert float(sys.argv[1]) > 0; print('agree')"}
-    limit = "1" if "sleep" in does else "60"
-    only = ("--only", "memcheck", "racecheck", "--limit", limit)
+    if "sleep" in does:
+        late({"racecheck": (program, 1)})
+    only = ("--only", "memcheck", "racecheck", "--limit", "600")
     status, _, summary = command(files, *only)
     assert status == (state == "FAILED")
     assert states(summary) == {

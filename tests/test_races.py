@@ -163,6 +163,7 @@ def barriers() -> set[str]:
     return lines
 
 
+@pytest.mark.kernels
 def test_every_barrier_is_needed(monkeypatch):
     """Without any one of them there is a hazard. So the cases reach them all."""
     missing = ""
@@ -193,6 +194,7 @@ def test_every_barrier_is_needed(monkeypatch):
     assert needed == barriers()
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize(("op", "way"), ATOMIC)
 def test_no_barriers(op, way, monkeypatch):
     monkeypatch.setattr(tl, "debug_barrier", lambda: None)
@@ -217,6 +219,7 @@ def weaker_atomics(semantic: Any) -> Iterator[None]:
         yield
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("semantic", ["RELAXED", "ACQUIRE", "RELEASE"])
 @pytest.mark.parametrize(("op", "way"), [case for case in ATOMIC if case[0] != "prune"])
 def test_weaker_atomics(op, way, semantic):

@@ -134,15 +134,25 @@ def test_select_varlen(seeds, sizes):
             raise AssertionError(f"seed {seed}") from error
 
 
-@pytest.mark.parametrize("keep", [1, 3, 7, 29, 49, 93])
-def test_important_tokens_of_packed_images_are_counted_in_float64(keep):
-    """In float32 some of these ratios keep a token more or less by score."""
+@pytest.mark.parametrize(
+    ("keep", "important"), [(22, 13), (22, 15), (23, 7), (23, 13), (23, 14), (26, 15), (49, 1)]
+)
+def test_important_tokens_of_packed_images_are_counted_in_float64(keep, important):
+    """In float32 the count is one more or one less, and other tokens are kept."""
+    ratio = important / keep
+    count, in_float32 = int(keep * ratio), int(torch.tensor(keep) * torch.tensor(ratio))
+    assert abs(in_float32 - count) == 1
+    # The other image's count is the same in float32.
+    lengths, keeps = [keep + 9, 10], [keep, 7]
     generator = torch.Generator().manual_seed(keep)
-    features = sample_features("normal", 1, 100, 3, generator)[0]
-    scores = sample_scores("uniform", 1, 100, generator)[0]
-    for ratio in {0.1, 0.29, 0.57, 0.7, 1 / 3, 1 / keep, (keep - 1) / keep}:
-        args = (features, scores, sample_offsets([100]), sample_offsets([keep]), 100, keep, ratio)
-        assert_same_bits(operators.select_varlen(*args), reference.select_varlen(*args))
+    features = sample_features("normal", 1, sum(lengths), 3, generator)[0]
+    scores = sample_scores("uniform", 1, sum(lengths), generator)[0]
+    offsets = sample_offsets(lengths), sample_offsets(keeps)
+    args = (features, scores, *offsets, max(lengths), sum(keeps), ratio)
+    expected = reference.select_varlen(*args)
+    wrong = (in_float32 + 0.5) / keep
+    assert not torch.equal(expected, reference.select_varlen(*args[:-1], wrong))
+    assert_same_bits(operators.select_varlen(*args), expected)
 
 
 def test_contradictory_offsets_stay_in_bounds(monkeypatch):
