@@ -71,7 +71,7 @@ def _unreachable() -> bool:
     """Whether the hub has no address here: then only its cache is asked, without any retries."""
     if getproxies():
         return False
-    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    hub = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     try:
         socket.getaddrinfo(urlsplit(hub).hostname, None)
     except OSError:
