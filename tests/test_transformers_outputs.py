@@ -265,6 +265,40 @@ def test_pruning_from_a_hook_of_a_tower(how, same):
     assert torch.equal(kept[0], expected[0][0])
 
 
+def test_a_model_that_runs_within_readings_of_it_and_another():
+    """Its attention is switched, but the scores that are wanted are the other's."""
+    models = [vlms.make("llava", seed=seed) for seed in (0, 1)]
+    inputs = [prompts("llava", [3, picture("llava", seed), 5]) for seed in (1, 2)]
+    expected = [
+        prune_inputs(m, x, VisPruner(4)).kept[0] for m, x in zip(models, inputs, strict=True)
+    ]
+    with torch.no_grad():
+        logits = models[0](**inputs[0]).logits
+    found: list[Any] = []
+
+    def once(work: Any) -> Any:
+        calls: list[int] = []
+
+        def hook(module: Any, args: Any) -> None:
+            if not calls:
+                calls.append(1)
+                found.append(work())
+
+        return hook
+
+    def plain() -> Tensor:
+        with torch.no_grad():
+            return models[0](**inputs[0]).logits
+
+    inner = lambda: prune_inputs(models[1], inputs[1], VisPruner(4)).kept[0]  # noqa: E731
+    for model, work in zip(models, (inner, plain), strict=True):
+        layers_of(tower_of(model))[-2].self_attn.register_forward_pre_hook(once(work))
+    kept = prune_inputs(models[0], inputs[0], VisPruner(4)).kept[0]
+    assert torch.equal(kept, expected[0])
+    assert torch.equal(found[1], expected[1])
+    assert_same([found[0]], [logits])
+
+
 def test_an_image_larger_than_the_tower_was_made_for():
     """LLaVA hands `interpolate_pos_encoding` on to its tower."""
     model = vlms.shared("llava")
