@@ -546,13 +546,27 @@ def test_a_table_that_fails_does_not_keep_others_from_being_measured(tmp_path):
 
 
 def test_stability_is_as_the_readme_says(tmp_path):
+    """README's range is that of the committed figures. Clustered features give those everywhere;
+    the features of the picture have other last bits on another processor, and there the bipartite
+    rule is another draw of so many tokens."""
     file = tmp_path / "stability.json"
     assert stability.main(["--json", str(file)]) == 0
-    rows = json.loads(file.read_text())["rows"]
-    assert len(rows) == 16
+    results = ROOT / "benchmarks" / "results" / "cpu-amd-epyc-avx512" / "stability.json"
+    rows, committed = (json.loads(x.read_text())["rows"] for x in (file, results))
+    assert len(rows) == len(committed) == 16
+    for row, figure in zip(rows, committed, strict=True):
+        changed, expected = row["changed %"], figure["changed %"]
+        if row["matching"] == "bipartite":
+            assert 28 <= round(expected) <= 44
+        else:
+            assert max(changed, expected) <= 1
+        if row["features"] == "clustered":
+            assert changed == pytest.approx(expected, abs=1e-9)
+        elif row["matching"] == "bipartite":
+            part = expected / 100
+            spread = 100 * (part * (1 - part) / row["keep"]) ** 0.5
+            assert abs(changed - expected) <= 3.29 * spread
     for bipartite, pairwise in zip(rows[::2], rows[1::2], strict=True):
-        assert 28 <= round(bipartite["changed %"]) <= 44
-        assert pairwise["changed %"] <= 1
         assert abs(bipartite["coverage"] - pairwise["coverage"]) <= 0.04
 
 

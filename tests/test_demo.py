@@ -585,7 +585,6 @@ READ = """
 import os, re, sys
 from pathlib import Path
 from vispruner_kernels import demo
-demo._require_extras()
 def peak():
     # ru_maxrss begins with the size of the process that started this one.
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
