@@ -30,7 +30,8 @@ def send(x: Tensor, device: torch.device) -> Tensor:
 def on_host() -> AbstractContextManager[Any]:
     """Tensors made without a device are on the host, also where `torch.set_default_device` says
     otherwise."""
-    elsewhere = torch.get_default_device().type != "cpu"
+    # torch.get_default_device() fails in PyTorch 2.8 once the default was set back to None.
+    elsewhere = torch.empty(0).device.type != "cpu"
     return torch.device("cpu") if elsewhere else nullcontext()
 
 
