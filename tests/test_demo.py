@@ -608,28 +608,28 @@ for name in sys.argv[1:]:
 def test_a_picture_takes_500_megabytes_at_most(tmp_path):
     turned = Image.Exif()
     turned[0x0112] = 6
-    floats = np.full((6300, 6300), np.nan, np.float32)
+    floats = np.full((5800, 5800), np.nan, np.float32)
     floats[::2] = np.inf
     wanted = {
         # Read, and as large as such may be.
-        "turned.png": r"\(1063, 1063\)",
-        "floats.tif": r"\(1050, 1050\)",
+        "turned.png": r"\(1176, 1176\)",
+        "floats.tif": r"\(1160, 1160\)",
         "scans.jpg": r"\(1500, 1500\)",
-        "lossless.webp": r"\(1150, 1150\)",
+        "lossless.webp": r"\(1066, 1066\)",
         # Refused.
         "bomb.png": r".*bomb.png is too large, save it smaller: Image size \(144000000 pixels\).*",
         "pixels.png": r".*save it smaller: to read its 9000 x 9000 pixels takes about 405 MB .*",
         "strip.tif": r".*strip.tif is too large, save it smaller: to read it takes more than .*",
         "canvas.webp": r"cannot read the image .*canvas.webp: .* or to read it takes more than .*",
     }
-    Image.new("RGBA", (6400, 6380)).save(tmp_path / "turned.png", exif=turned)
+    Image.new("RGBA", (5900, 5880)).save(tmp_path / "turned.png", exif=turned)
     Image.fromarray(floats).save(tmp_path / "floats.tif", compression="tiff_lzw")
     Image.new("RGB", (8000, 6000)).save(tmp_path / "scans.jpg", progressive=True)
-    Image.new("RGBA", (3450, 3450)).save(tmp_path / "lossless.webp", lossless=True)
+    Image.new("RGBA", (3200, 3200)).save(tmp_path / "lossless.webp", lossless=True)
     Image.fromarray(np.zeros((12000, 12000), np.uint16)).save(tmp_path / "bomb.png")
     Image.new("L", (9000, 9000)).save(tmp_path / "pixels.png")
     # libtiff decodes a strip as a whole, and Pillow turns a copy.
-    Image.new("RGBA", (6400, 6380)).save(
+    Image.new("RGBA", (5900, 5880)).save(
         tmp_path / "strip.tif", compression="tiff_lzw", strip_size=2**30, exif=turned
     )
     Image.new("RGB", (9000, 9000)).save(tmp_path / "canvas.webp", lossless=True)
@@ -643,7 +643,7 @@ def test_a_picture_takes_500_megabytes_at_most(tmp_path):
         print(f"{name}: {int(growth) / 1e6:.0f} MB beside {int(imports) / 1e6:.0f}")
         assert re.fullmatch(wanted[name], got), got
         # Libraries of Pillow are loaded on the way.
-        assert int(growth) < 225e6, name
+        assert int(growth) < 195e6, name
         # PyTorch with its libraries for CUDA is larger.
         assert int(imports) + int(growth) < 500e6 or torch.version.cuda, name
 

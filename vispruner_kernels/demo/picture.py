@@ -42,7 +42,7 @@ _SIGNS = {True: ("\u2713 ", "#007A5A"), False: ("\u2717 ", "#B84A00"), None: (""
 # A square of twice as many pixels or more is made smaller as it is read.
 _SIDE = 1024
 # What reading a picture may add to the memory of the process, in bytes.
-_MEMORY = 210_000_000
+_MEMORY = 180_000_000
 # What decoders take for a pixel beside Pillow's own image, in bytes: measured and rounded up.
 _DECODER_BYTES = {"AVIF": 9, "WEBP": 13, "JPEG2000": 21}
 
@@ -89,7 +89,7 @@ def load_photo(path: Path) -> Image:
     """Read a picture of any mode, upright, as RGB, cropped to the square in its middle.
 
     A square of 2048 pixels or more comes back smaller, 1024 to 2047 pixels wide. A process that
-    reads one grows by 210 MB at most; a picture that needs more is refused.
+    reads one grows by some 180 MB at most; a picture that needs more is refused.
     """
     from PIL import Image, UnidentifiedImageError
 
