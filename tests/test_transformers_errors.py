@@ -251,8 +251,14 @@ def test_what_is_no_tensor_or_has_other_dimensions():
         ("labels", ids.tolist(), ValueError, r"labels: got list, expected \[1, 25\]"),
         ("position_ids", [1], ValueError, r"position_ids: got list, expected \[1, 25\]"),
     ):
+        bad = inputs | {name: x}
         with pytest.raises(error, match=words):
-            prune_inputs(model, inputs | {name: x}, VisPruner(4))
+            prune_inputs(model, bad, VisPruner(4))
+        with attach(model, VisPruner(4)), pytest.raises(error, match=words):
+            model(**bad)
+        del bad["attention_mask"]
+        with attach(model, VisPruner(4)), pytest.raises(error, match=words):
+            model.generate(**bad, max_new_tokens=1)
     for family, name in (("video-llava", "pixel_values_videos"), ("qwen2.5-vl", "pixel_values")):
         bad = one(family, frames=2 if name.endswith("videos") else 0)
         bad[name] = bad[name][None]

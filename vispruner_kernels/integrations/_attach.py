@@ -94,7 +94,8 @@ class Handle:
         cached = length_of(cache)
         ids, embeds, positions = given(arguments, "input_ids", "inputs_embeds", "position_ids")
         prompt = embeds if ids is None else ids
-        if positions is None and prompt is not None and not hasattr(model.model, "get_rope_index"):
+        in_space = hasattr(model.model, "get_rope_index")
+        if positions is None and not in_space and isinstance(prompt, Tensor) and prompt.dim() > 1:
             # What the model would take them for, so that padding made anew does not count.
             columns = torch.arange(cached, cached + prompt.shape[1], device=prompt.device)
             arguments["position_ids"] = columns.expand(len(prompt), -1)
@@ -144,7 +145,7 @@ class Handle:
             if setting(option) is not None:
                 raise ValueError(f"{option} is given: not supported with a pruned prompt")
         ids = arguments.get("input_ids")
-        if ids is not None and arguments.get("attention_mask") is None:
+        if isinstance(ids, Tensor) and arguments.get("attention_mask") is None:
             arguments["attention_mask"] = _inferred_mask(ids, setting)
         pruned = self._prune(model, arguments, "left")
         embeds = pruned["inputs_embeds"]

@@ -183,7 +183,8 @@ def prune_inputs(
     settings = _Settings(method, budget, newlines, small)
     if not asks_for_pruning(inputs):
         return PrunedInputs(inputs)
-    return _prune(model, read, dict(inputs), "left", settings)
+    with on_host():
+        return _prune(model, read, dict(inputs), "left", settings)
 
 
 def _prune(
@@ -194,17 +195,6 @@ def _prune(
     settings: _Settings,
 ) -> PrunedInputs:
     """`prune_inputs` of inputs with pixels; `padding` is "left", or "same" as in the inputs."""
-    with on_host():
-        return _prune_on_host(model, read, inputs, padding, settings)
-
-
-def _prune_on_host(
-    model: Any,
-    read: Reader,
-    inputs: dict[str, Any],
-    padding: str,
-    settings: _Settings,
-) -> PrunedInputs:
     ids, embeds, mask = given(inputs, "input_ids", "inputs_embeds", "attention_mask")
     _check_shapes(inputs)
     length = (embeds if ids is None else ids).shape[1]
@@ -355,6 +345,7 @@ def attach(
     settings = _Settings(method, budget, newlines, small)
 
     def prune(model: Any, inputs: dict[str, Any], padding: str) -> PrunedInputs:
-        return _prune(model, read, inputs, padding, settings)
+        with on_host():
+            return _prune(model, read, inputs, padding, settings)
 
     return Handle(model, prune)
