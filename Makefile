@@ -70,9 +70,9 @@ test-aot: dev ## compile every Triton kernel for six GPUs; prints registers, mem
 	$(PY) -m pytest -m kernels -n 0 $(PYTEST_ARGS) tests/test_aot.py
 
 # Without PYTEST_ARGS: what passes is recorded. The compilers take all cores themselves.
-test-kernels: dev ## after a change of a Triton kernel: test-aot, and that every barrier and atomic is needed
+test-kernels: dev ## after a change of a GPU kernel: its long tests that need no GPU, and test-aot
 	$(PY) tests/kernels.py --now > .venv/kernels
-	$(PY) -m pytest -m kernels $(XDIST) tests/test_races.py
+	$(PY) -m pytest -m kernels $(XDIST) --ignore=tests/test_aot.py
 	$(PY) -m pytest -m kernels -n 0 tests/test_aot.py
 	$(PY) tests/kernels.py --passed < .venv/kernels
 

@@ -62,6 +62,13 @@ def backend(request: pytest.FixtureRequest) -> Any:
     return _backends.BACKENDS[request.param]["cpu"]
 
 
+@pytest.fixture
+def backends() -> list[Any]:
+    """The operators of each backend, for tests whose expected values take longer than the calls."""
+    names = [name for name in ("reference", "native") if name != "native" or _native.INSTALLED]
+    return [_backends.BACKENDS[name]["cpu"] for name in names]
+
+
 @pytest.fixture(params=_native._C.simd_sets() if _native.INSTALLED else [])
 def simd(request: pytest.FixtureRequest) -> Iterator[str]:
     """The native core with each instruction set of this processor in turn."""

@@ -1,4 +1,4 @@
-"""Whether make test-kernels has passed with these kernels, this Triton and these tests.
+"""Has make test-kernels passed with these kernels, this Triton and these tests?
 
     python tests/kernels.py             status 1 and what has changed since, if something has
     python tests/kernels.py --now       what is here now
@@ -19,12 +19,22 @@ ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "tests" / "kernels.sha256"
 # What the results depend on.
 SOURCES = (
+    "csrc/*.h",
+    "csrc/cuda/*",
+    "vispruner_kernels/_native/cuda.py",
     "vispruner_kernels/_triton/*.py",
     "tests/aot*.py",
     "tests/calls.py",
+    "tests/cuda_on_cpu/**/*.*",
+    "tests/emulated.py",
+    "tests/gpu*.py",
     "tests/races.py",
+    "tests/sanitize.py",
     "tests/test_aot.py",
+    "tests/test_cuda_on_cpu.py",
+    "tests/test_gpu_*.py",
     "tests/test_races.py",
+    "tests/test_triton.py",
 )
 
 

@@ -79,13 +79,14 @@ def test_real_encoders(backend, sequence, heads, head_dim, dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_oracle_everywhere(backend, head_dim, dtype):
+def test_oracle_everywhere(backends, head_dim, dtype):
     settings = itertools.product((*SEQUENCES, 257), (1, 3, 16), SCALES)
     for turn, (sequence, heads, scale) in enumerate(settings):
         num_prefix = (1, min(5, sequence - 1), sequence - 1)[turn % 3]
         q, k, _ = sample_qkv(2, sequence, heads, head_dim, dtype, turn)
         exact = oracle.cls_scores(*float64(q, k), scale, num_prefix)
-        assert_scores(backend.cls_scores(q, k, scale, num_prefix), exact, q, k, scale)
+        for backend in backends:
+            assert_scores(backend.cls_scores(q, k, scale, num_prefix), exact, q, k, scale)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -86,7 +86,7 @@ def run(library: str, environment: dict[str, str] | None = None, **todo: object)
 
 
 @pytest.mark.parametrize("shared", SHARED)
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.kernels) for n in (1, 2))])
 def test_random_cases(library, seed, shared):
     """Every dtype, layout, rule and operator, by threads in ascending, descending and any order."""
     begin = 1000 * list(SHARED).index(shared) + 300 * seed
@@ -94,6 +94,7 @@ def test_random_cases(library, seed, shared):
     assert run(library, **task) == 300
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("rounds", [0, 1])
 def test_pairwise_without_eager_rounds(library, rounds):
     task = {"random": [5000, 5150, 90], "eager_rounds": rounds, "device": 3 + 80 * rounds}
@@ -127,7 +128,7 @@ def test_other_keys(library):
     assert run(library, hubs=[0, 1, 64], tokens=210, seed=5, shared=SHARED["some"]) == 18
 
 
-@pytest.mark.slow
+@pytest.mark.kernels
 @pytest.mark.parametrize("shared", SHARED)
 @pytest.mark.parametrize("seed", range(2))
 def test_thousands_of_random_cases(library, seed, shared):
@@ -136,14 +137,14 @@ def test_thousands_of_random_cases(library, seed, shared):
     assert run(library, **task) == 1000
 
 
-@pytest.mark.slow
+@pytest.mark.kernels
 def test_long_images(library):
     sizes = [[1, 2880, 16, 160], [1, 1700, 16, 64]]
     todo = {"models": [sizes, "clustered", "float16"], "seed": 6, "shared": SHARED["most"]}
     assert run(library, **todo) == 4
 
 
-@pytest.mark.slow
+@pytest.mark.kernels
 def test_sanitizers(shared_folder):
     """No address outside of what was allocated, none that a GPU would call misaligned, no overflow
     that C++ has no meaning for."""

@@ -311,7 +311,7 @@ def test_what_the_sanitizer_watches_fails(command, monkeypatch):
     assert states(summary) == {**others, "alone": "FAILED"}
 
 
-@pytest.mark.slow
+@pytest.mark.kernels
 @needs_triton
 def test_in_the_interpreter():
     """All that needs no CUDA, but what takes longest."""
@@ -324,7 +324,7 @@ def test_in_the_interpreter():
     assert done.stdout.splitlines()[-1] == "test-gpu: FAILED"
 
 
-@pytest.mark.slow
+@pytest.mark.kernels
 @needs_triton
 def test_what_the_sanitizer_watches():
     simulated = {"TRITON_INTERPRET": "1", "VISPRUNER_KERNELS_BACKEND": "triton"}

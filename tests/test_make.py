@@ -127,6 +127,13 @@ def test_what_the_record_of_the_kernels_covers():
     names = {line.split("  ")[-1].split("==")[0] for line in kernels.now()}
     assert {"triton", "tests/races.py", "tests/aot_rules.py"} <= names
     assert {f"vispruner_kernels/_triton/{n}.py" for n in ("select", "cls_scores")} <= names
+    assert {f"csrc/{name}" for name in ("passes.h", "cuda/select.cu", "cuda/block.cuh")} <= names
+    assert {"tests/cuda_on_cpu/cuda_runtime.h", "tests/test_gpu_select.py"} <= names
+    # Nothing is marked that a change would not bring back.
+    marked = [
+        path for path in Path(__file__).parent.glob("*.py") if "mark.kernels" in path.read_text()
+    ]
+    assert {f"tests/{path.name}" for path in marked} - names == {"tests/test_make.py"}
 
 
 def test_record_of_the_kernels(tmp_path, monkeypatch, capsys):

@@ -92,7 +92,7 @@ def test_real_encoders(backend, sequence, heads, head_dim, num_prefix, dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_oracle_everywhere(backend, head_dim, dtype):
+def test_oracle_everywhere(backends, head_dim, dtype):
     settings = itertools.product((*SEQUENCES, 257), (1, 3, 16), SCALES)
     for turn, (sequence, heads, scale) in enumerate(settings):
         if sequence * heads > 1000:
@@ -100,7 +100,8 @@ def test_oracle_everywhere(backend, head_dim, dtype):
         num_prefix = (0, min(1, sequence - 1), min(5, sequence - 1), sequence - 1)[turn % 4]
         q, k, _ = sample_qkv(1, sequence, heads, head_dim, dtype, turn)
         exact = oracle.received_scores(*float64(q, k), scale, num_prefix)
-        assert_scores(backend.received_scores(q, k, scale, num_prefix), exact, q, k, scale)
+        for backend in backends:
+            assert_scores(backend.received_scores(q, k, scale, num_prefix), exact, q, k, scale)
 
 
 def test_arguments_by_name_and_default(backend):

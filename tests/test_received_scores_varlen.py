@@ -80,14 +80,15 @@ def test_oracle(backend, head_dim, dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_oracle_everywhere(backend, head_dim, dtype):
+def test_oracle_everywhere(backends, head_dim, dtype):
     for lengths, heads, scale in itertools.product(
         (LENGTHS, [257], [1] * 40, [64, 64, 64, 48]), (1, 3, 16), (None, 0.3, -0.2, 0.0, 2.0)
     ):
         q, k, cu_seqlens = sample_packed(lengths, heads, head_dim, dtype, heads)
         exact = oracle.received_scores_varlen(*float64(q, k), cu_seqlens.numpy(), 257, scale)
-        got = backend.received_scores_varlen(q, k, cu_seqlens, 257, scale)
-        assert_scores(got, exact, q, k, scale)
+        for backend in backends:
+            got = backend.received_scores_varlen(q, k, cu_seqlens, 257, scale)
+            assert_scores(got, exact, q, k, scale)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

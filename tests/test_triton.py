@@ -69,7 +69,7 @@ def small_sizes(seed: int) -> dict[str, int]:
 
 @pytest.mark.parametrize("matching", ["bipartite", "pairwise"])
 @pytest.mark.parametrize(
-    "seeds", [range(120), pytest.param(range(120, 400), marks=pytest.mark.slow)]
+    "seeds", [range(50), pytest.param(range(50, 400), marks=pytest.mark.kernels)]
 )
 def test_select(seeds, matching, sizes):
     for seed in seeds:
@@ -81,7 +81,9 @@ def test_select(seeds, matching, sizes):
             raise AssertionError(f"seed {seed}") from error
 
 
-@pytest.mark.parametrize("seeds", [range(30), pytest.param(range(30, 100), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "seeds", [range(15), pytest.param(range(15, 100), marks=pytest.mark.kernels)]
+)
 def test_prune(seeds, sizes):
     for seed in seeds:
         case = random_case(seed)
@@ -91,7 +93,10 @@ def test_prune(seeds, sizes):
 
 
 @pytest.mark.parametrize("matching", ["bipartite", "pairwise"])
-@pytest.mark.parametrize(("kind", "tokens"), [("clustered", 576), ("constant", 200)])
+@pytest.mark.parametrize(
+    ("kind", "tokens"),
+    [pytest.param("clustered", 576, marks=pytest.mark.kernels), ("constant", 200)],
+)
 def test_more_tokens(kind, tokens, matching):
     generator = torch.Generator().manual_seed(1)
     features = sample_features(kind, 1, tokens, 48, generator).half()
@@ -123,7 +128,9 @@ def packed(seed: int) -> tuple:
     )
 
 
-@pytest.mark.parametrize("seeds", [range(40), pytest.param(range(40, 150), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "seeds", [range(20), pytest.param(range(20, 150), marks=pytest.mark.kernels)]
+)
 def test_select_varlen(seeds, sizes):
     for seed in seeds:
         args = packed(seed)

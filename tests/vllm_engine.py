@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from torch import Tensor
@@ -46,6 +47,7 @@ def options(folder: Path, vispruner: dict[str, Any] | None, **more: Any) -> dict
         "max_num_seqs": 8,
         "block_size": 32,
         "kv_cache_memory_bytes": 2**25,
+        "num_gpu_blocks_override": 256,
         "limit_mm_per_prompt": {"image": 8},
         "hf_overrides": overrides,
         **more,
@@ -57,11 +59,14 @@ def engine(folder: Path, vispruner: dict[str, Any] | None, **more: Any) -> Itera
     """An engine; there can be one at a time."""
     from vllm import LLM
 
-    llm = LLM(**options(folder, vispruner, **more))
+    # vLLM collects garbage eight times, which takes longer than all the rest.
+    with mock.patch("gc.collect"):
+        llm = LLM(**options(folder, vispruner, **more))
     try:
         yield llm
     finally:
-        llm.llm_engine.engine_core.shutdown()
+        with mock.patch("gc.collect"):
+            llm.llm_engine.engine_core.shutdown()
         del llm
         gc.collect()
 
