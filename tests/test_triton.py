@@ -216,6 +216,7 @@ def test_select_topk_and_select_rows():
         assert_same_bits(operators.select_rows(*args), reference.select_rows(*args))
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("op", ["select", "cls_attention", "cls_scores", "received_scores"])
 def test_counters_are_left_as_a_replay_wants_them(op, monkeypatch):
     """A CUDA graph launches with the same arguments again and again: same tag, same scratch."""
