@@ -283,5 +283,6 @@ $(VLLM_STAMP): .venv/stamp-venv constraints/vllm.txt pyproject.toml tests/torchv
 # The folders too, for sources that were removed.
 .venv/stamp-native: .venv/stamp-deps $(CSRC) $(sort $(dir $(CSRC)))
 	@touch $@.begun
-	VISPRUNER_KERNELS_NATIVE=1 $(PY) setup.py build_ext --inplace
+	@# Without MAKEFLAGS ninja does not look for a jobserver that make keeps to itself.
+	MAKEFLAGS= VISPRUNER_KERNELS_NATIVE=1 $(PY) setup.py build_ext --inplace
 	@mv $@.begun $@
