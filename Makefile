@@ -43,6 +43,7 @@ NEWEST_PIP := $(NEWEST) -m pip --disable-pip-version-check
 NEWEST_TESTS := $(wildcard tests/test_transformers*.py tests/test_select*.py tests/test_cls_*.py \
   tests/test_received*.py) $(patsubst %,tests/test_%.py,prune methods registration compile launches)
 DEPRECATED := $(patsubst %,-W default::%,DeprecationWarning PendingDeprecationWarning FutureWarning)
+PURELIB := import sysconfig; print(sysconfig.get_path("purelib"))
 TORCH_HERE := import importlib.metadata as m; print("torch==" + m.version("torch"))
 VLLM_PIP := .venv/vllm/bin/python -m pip --disable-pip-version-check
 # Where nvcc is, a package without its kernels is an error.
@@ -90,6 +91,8 @@ test-oldest: .venv/stamp-oldest ## the tests of the integration with the oldest 
 # and compiler are tried where the Triton is not the one that test-kernels has passed with.
 test-newest: dev ## the integration and the operators with the newest of everything, not the locked
 	[ -x $(NEWEST) ] || $(PY) -m venv .venv/newest
+	@# What has nothing newer comes from .venv.
+	@$(PY) -c '$(PURELIB)' > "$$($(NEWEST) -c '$(PURELIB)')/borrowed.pth"
 	$(NEWEST_PIP) $(INSTALL) --upgrade pip
 	@set -e; \
 	if [ "$$(uname)" = Darwin ]; then torch=torch; $(NEWEST_PIP) $(INSTALL) --upgrade torch; else \
@@ -169,14 +172,13 @@ dist-test: dev ## build the sdist and the wheel, install each in a new environme
 	@set -e; \
 	repo=$$PWD; python=$$PWD/$(PY); \
 	tmp=$$(mktemp -d); trap 'rm -rf "$$tmp"' EXIT; trap 'exit 1' INT TERM; \
-	purelib='import sysconfig; print(sysconfig.get_path("purelib"))'; \
 	package='import os, vispruner_kernels as v; print(os.path.dirname(v.__file__))'; \
-	borrowed=$$("$$python" -c "$$purelib"); \
+	borrowed=$$("$$python" -c '$(PURELIB)'); \
 	cd "$$tmp"; \
 	try() { \
 	  echo "== $$1"; \
 	  "$$python" -m venv --without-pip $$1; \
-	  echo "$$borrowed" > "$$($$1/bin/python -c "$$purelib")/borrowed.pth"; \
+	  echo "$$borrowed" > "$$($$1/bin/python -c '$(PURELIB)')/borrowed.pth"; \
 	  "$$python" -m pip --python $$1/bin/python install --no-deps --no-build-isolation "$$2"; \
 	  $$1/bin/python -m vispruner_kernels; \
 	  installed=$$($$1/bin/python -c "$$package"); \

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -27,6 +28,15 @@ def pytest_configure(config: pytest.Config) -> None:
     if not _native.INSTALLED:
         filter_ = r"ignore:vispruner_kernels. the C\+\+ core is not built:RuntimeWarning"
         config.addinivalue_line("filterwarnings", filter_)
+
+
+def pytest_collection_finish() -> None:
+    # What is imported stays: the garbage collector need not look at it again and again.
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 needs_native = pytest.mark.skipif(not _native.INSTALLED, reason="vispruner_kernels._C is not built")

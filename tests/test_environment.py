@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import needs_native
+from fresh import python
 
 import vispruner_kernels
 from vispruner_kernels import _backends, _native
@@ -68,21 +69,6 @@ REMEDY = (
 
 # As if the C++ core had not been built.
 WITHOUT_CORE = "import sys; sys.modules['vispruner_kernels._C'] = None\n"
-
-
-def python(code: str, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs code in a fresh interpreter with these variables and no others of the package."""
-    kept = {n: v for n, v in os.environ.items() if not n.startswith("VISPRUNER_KERNELS_")}
-    path = [str(Path(vispruner_kernels.__file__).parent.parent), kept.get("PYTHONPATH", "")]
-    kept["PYTHONPATH"] = os.pathsep.join(filter(None, path))
-    return subprocess.run(
-        [sys.executable, *options, "-c", code],
-        env=kept | environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
 
 
 def answers(code: str = ANSWER, **environment: str) -> dict[str, object]:

@@ -33,7 +33,6 @@ from vispruner_kernels.methods import by_name
 pytestmark = pytest.mark.filterwarnings("default")
 
 HERE = Path(__file__).parent
-CPUS = sorted(os.sched_getaffinity(0))
 # Servers of our own are asked, through no proxy.
 os.environ["no_proxy"] = "127.0.0.1"
 
@@ -48,7 +47,7 @@ def saved(tmp_path_factory):
 
 
 def environment(**more: str) -> dict[str, str]:
-    found = os.environ | more
+    found = os.environ | dict(VLLM_ENABLE_V1_MULTIPROCESSING="1", OMP_NUM_THREADS="1") | more
     found["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parent)])
     return found
 
@@ -91,11 +90,7 @@ def test_ranks_agree(family, mode, given, saved, tmp_path):
     folder, model = saved[family]
     log, out = tmp_path / "log", tmp_path / "out"
     command = [sys.executable, str(HERE / "vllm_ranks.py"), str(folder), mode]
-    env = environment(
-        VLLM_ENABLE_V1_MULTIPROCESSING="1",
-        VLLM_ALLOW_INSECURE_SERIALIZATION="1",
-        VLLM_CPU_OMP_THREADS_BIND=f"{CPUS[0]}|{CPUS[-1]}",
-    )
+    env = environment(VLLM_ALLOW_INSECURE_SERIALIZATION="1")
     with started([*command, json.dumps(given), str(out)], log, env) as process:
         assert process.wait(300) == 0, tail(log)
     result = torch.load(out, weights_only=False)
@@ -207,10 +202,9 @@ def test_the_server_answers(saved, tmp_path):
     folder, _ = saved["llava"]
     number, log = port(), tmp_path / "log"
     given = dict(method="vispruner", keep=20, matching="pairwise")
-    env = environment(VLLM_ENABLE_V1_MULTIPROCESSING="1", VLLM_CPU_OMP_THREADS_BIND=f"{CPUS[0]}")
     text = {"type": "text", "text": words(7, 8, 9)}
     image, path = url(png(picture(1))), "/v1/chat/completions"
-    with started(arguments(folder, given, number), log, env) as process:
+    with started(arguments(folder, given, number), log, environment()) as process:
         deadline = time.monotonic() + 240
         while True:
             try:
@@ -267,7 +261,7 @@ def test_a_server_that_does_not_start(saved, tmp_path):
     log = tmp_path / "log"
     given = dict(method="vispruner", keep=65)
     command = arguments(folder, given, port())
-    with started(command, log, environment(VLLM_ENABLE_V1_MULTIPROCESSING="1")) as process:
+    with started(command, log, environment()) as process:
         assert process.wait(120) != 0
     lines = [line for line in log.read_text().splitlines() if "expected 1 <= keep <= 64" in line]
     assert lines, tail(log)

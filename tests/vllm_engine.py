@@ -18,8 +18,9 @@ from torch import Tensor
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("needs vLLM: make test-vllm", allow_module_level=True)
 
-# Read when it is imported. One process, so that hooks see tensors.
+# Read when it is imported. One process, so that hooks see tensors; one thread, as conftest.py says.
 os.environ.update(
+    VLLM_CPU_OMP_THREADS_BIND="nobind",
     VLLM_ENABLE_V1_MULTIPROCESSING="0",
     VLLM_CPU_KVCACHE_SPACE="1",
     VLLM_NO_USAGE_STATS="1",
