@@ -22,6 +22,9 @@ XDIST := -n auto --maxprocesses 8 --dist worksteal
 # For a second run of the tests, which changes nothing about these.
 UNCHANGED := $(foreach t,triton triton_attention races aot launches gpu_command cuda_on_cpu,--ignore=tests/test_$(t).py)
 
+# The other long tests of the GPU kernels.
+KERNELS := $(foreach t,aot races triton cuda_on_cpu,--ignore=tests/test_$(t).py)
+
 # The oldest transformers that pyproject.toml takes.
 OLDEST := transformers==$(shell sed -n 's/^transformers = \["transformers>=\(.*\)"\]/\1/p' pyproject.toml).0
 
@@ -64,8 +67,9 @@ test: dev ## the quick tests, on the CPU (PYTEST_ARGS=...)
 test-again: dev ## the same without those of the GPU kernels, for another backend
 	$(PY) -m pytest $(XDIST) $(UNCHANGED) $(PYTEST_ARGS)
 
+# Also those of test-kernels that depend on the whole package, as the tests of `make test-gpu` do.
 test-slow: dev ## the long tests that need no GPU
-	$(PY) -m pytest -m "slow and not gpu" $(XDIST) $(PYTEST_ARGS)
+	$(PY) -m pytest -m "(slow or kernels) and not gpu" $(KERNELS) $(XDIST) $(PYTEST_ARGS)
 
 test-triton: dev ## the tests of the operators with the Triton kernels, in Triton's interpreter
 	TRITON_INTERPRET=1 VISPRUNER_KERNELS_BACKEND=triton $(PY) -m pytest -k registered $(XDIST) $(PYTEST_ARGS) \
