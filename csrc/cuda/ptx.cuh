@@ -1,5 +1,5 @@
 // What CUDA C++ has no words for, or only in headers that cost seconds to compile. The tests have a
-// file of this name of their own, with which the kernels run on a CPU (tests/cuda_on_cpu).
+// file of this name of their own, with which the kernels run on a CPU (tests/support/cuda_on_cpu).
 #pragma once
 
 #include <cuda_runtime.h>

@@ -1,0 +1,358 @@
+"""What `forward` promises beside logits, and what users watch or call in a model that prunes."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("transformers")
+
+import vlm_oracle
+import vlms
+from pruned import assert_same, scores_of, several
+from vlms import FAMILIES, picture, prompts
+
+from vispruner_kernels.integrations.transformers import attach, prune_inputs
+from vispruner_kernels.methods import Method, Random, VisPruner
+
+GREEDY = dict(max_new_tokens=4, do_sample=False)
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def method_of(family: str) -> Method:
+    return VisPruner(4, scores=scores_of(family))
+
+
+def features_in(out: Any, kind: str) -> Any:
+    """By image, or, before transformers 5.24, one after another."""
+    if hasattr(out, f"{kind}_outputs"):
+        return getattr(out, f"{kind}_outputs").pooler_output
+    return getattr(out, f"{kind}_hidden_states", None)
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_projected_features_are_those_of_kept_tokens(family, kind):
+    if kind == "video" and family not in ("video-llava", "llava-onevision", "qwen2.5-vl"):
+        pytest.skip("it has no videos")
+    model, method = vlms.shared(family), method_of(family)
+    pictures = [picture(family, seed, frames=3 if kind == "video" else 0) for seed in (1, 2)]
+    inputs = prompts(family, [3, pictures[0], 5], [2, pictures[1]])
+    kept = prune_inputs(model, inputs, method).kept
+    all_of_them = vlm_oracle.embeddings(model, inputs)[kind]
+    expected = [x[chosen] for x, chosen in zip(all_of_them, kept, strict=True)]
+    with attach(model, method), torch.no_grad():
+        out = model(**inputs)
+        as_tuple = model(**inputs, return_dict=False)
+    found = features_in(out, kind)
+    if found is None:
+        pytest.skip("this version does not return them")
+    together = found if isinstance(found, Tensor) else torch.cat(found)
+    assert_same([together], [torch.cat(expected)])
+    if not isinstance(found, Tensor):
+        assert [len(x) for x in found] == [len(x) for x in expected]
+    assert isinstance(as_tuple, tuple)
+    assert len(as_tuple) == len(out.to_tuple())
+    assert torch.equal(as_tuple[0], out.logits)
+
+
+def test_labels_of_the_pruned_length(family):
+    """They go with the logits, as a loss of the caller's own wants them."""
+    model, method, inputs = vlms.shared(family), method_of(family), several(family)
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    with attach(model, method), torch.no_grad():
+        out = model(**inputs, labels=labels)
+        assert not hasattr(model(**inputs), "labels")
+    assert out.labels.shape == out.logits.shape[:2]
+    assert "labels" not in out
+    loss = torch.nn.functional.cross_entropy(
+        out.logits[:, :-1].flatten(0, 1), out.labels[:, 1:].flatten()
+    )
+    assert_same([out.loss], [loss])
+
+
+def test_a_first_token_that_gets_padding_before_it_has_no_label(family):
+    """Nothing came before it, so its label did not count."""
+    model, method = vlms.shared(family), method_of(family)
+    image = picture(family, 1)
+    inputs = prompts(family, [image, 3], [image.tokens + 3])
+    assert bool(inputs["attention_mask"].all())
+    pruned = prune_inputs(model, inputs, method)
+    rows = vlm_oracle.logits(vlm_oracle.eager(model), inputs, pruned.kept)
+    losses = [
+        torch.nn.functional.cross_entropy(row[:-1], ids[mask.bool()][1:], reduction="none")
+        for row, ids, mask in zip(rows, pruned.input_ids, pruned["attention_mask"], strict=True)
+    ]
+    with attach(model, method), torch.no_grad():
+        loss = model(**inputs, labels=inputs["input_ids"]).loss
+    assert_same([loss], [torch.cat(losses).mean()])
+
+
+def test_a_default_device(family):
+    """Host tensors are made on the host."""
+    model, method, inputs = vlms.shared(family), method_of(family), several(family)
+    expected = prune_inputs(model, inputs, method)
+    # As torch.set_default_device, which PyTorch 2.8 cannot set back.
+    with torch.device("meta"):
+        pruned = prune_inputs(model, inputs, method)
+        with attach(model, method), torch.no_grad():
+            logits = model(**inputs).logits
+    assert torch.equal(pruned["inputs_embeds"], expected["inputs_embeds"])
+    assert not logits.is_meta
+
+
+def test_the_core_alone(family):
+    """`model.model(...)` prunes as `model(...)` does, and decoding by it goes on."""
+    model, method, inputs = vlms.shared(family), method_of(family), several(family)
+    name = vlms.CACHE_NAMES[0]
+    with attach(model, method), torch.no_grad():
+        expected = model(**inputs).logits
+        tokens = model.generate(**inputs, **GREEDY)[:, -4:]
+        out = model.model(**inputs, use_cache=True)
+        assert torch.equal(model.lm_head(out[0]), expected)
+        mask = inputs["attention_mask"]
+        for i in range(4):
+            token = model.lm_head(out[0][:, -1:]).argmax(-1)
+            assert torch.equal(token[:, 0], tokens[:, i])
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+            cache = {name: vlms.cache_of(out)}
+            out = model.model(input_ids=token, attention_mask=mask, use_cache=True, **cache)
+    with torch.no_grad():
+        assert model.model(**inputs)[0].shape[1] == inputs["input_ids"].shape[1]
+
+
+def tower_of(model: Any) -> Any:
+    names = ("visual", "vision_tower", "image_tower")
+    return next(getattr(model.model, name) for name in names if hasattr(model.model, name))
+
+
+def layers_of(tower: Any) -> Any:
+    if hasattr(tower, "blocks"):
+        return tower.blocks
+    return getattr(tower, "vision_model", tower).encoder.layers
+
+
+def test_hooks_in_an_eager_tower_see_what_they_see_without_us(family):
+    """Every layer's attention map and output, also of layers that are not needed."""
+    model = vlm_oracle.eager(vlms.shared(family))
+    inputs = prompts(family, [3, picture(family, 1), 5])
+    layers = layers_of(tower_of(model))
+    seen: dict[int, list[Tensor]] = {}
+
+    def note(number: int) -> Any:
+        def hook(module: Any, args: Any, output: Any) -> None:
+            seen.setdefault(number, []).extend(x for x in output if isinstance(x, Tensor))
+
+        return hook
+
+    watched = [m for x in layers for m in (getattr(x, "self_attn", None) or x.attn, x.mlp)]
+    hooks = [module.register_forward_hook(note(i)) for i, module in enumerate(watched)]
+    with torch.no_grad():
+        model(**inputs)
+    expected = dict(seen)
+    seen.clear()
+    pruned = prune_inputs(model, inputs, method_of(family))
+    for hook in hooks:
+        hook.remove()
+    assert sorted(seen) == sorted(expected) == [*range(len(watched))]
+    for number, tensors in expected.items():
+        assert_same(seen[number], tensors)
+    # And it makes no difference to what is kept.
+    again = prune_inputs(model, inputs, method_of(family))
+    assert torch.equal(again.kept[0], pruned.kept[0])
+
+
+def test_a_hook_on_the_tower_sees_its_output():
+    model, inputs = vlms.make("llava"), prompts("llava", [3, picture("llava", 1), 5])
+    seen: list[Tensor] = []
+    hook = tower_of(model).register_forward_hook(
+        lambda module, args, out: seen.append(out.pooler_output)
+    )
+    with torch.no_grad():
+        model(**inputs)
+    prune_inputs(model, inputs, VisPruner(4))
+    hook.remove()
+    assert_same(seen[1:], seen[:1])
+
+
+@pytest.mark.parametrize("how", ["hook", "layer", "forward"])
+@pytest.mark.parametrize("name", ["llava", "llava-onevision", "video-llava"])
+def test_what_users_change_in_the_tower_counts(name, how):
+    """By a hook on the tower or on its last layer, or by a forward of their own."""
+    model, inputs = vlms.make(name), prompts(name, [3, picture(name, 1), 5])
+    tower = tower_of(model)
+
+    def change(out: Any) -> Any:
+        out.hidden_states = tuple(None if x is None else 2 * x for x in out.hidden_states)
+        return out
+
+    seen: list[Any] = []
+    if how == "hook":
+        tower.register_forward_hook(lambda module, args, out: change(out))
+    elif how == "layer":
+        layers_of(tower)[-1].register_forward_hook(lambda module, args, out: seen.append(out))
+    else:
+        forward = tower.forward
+        tower.forward = lambda *args, **kwargs: change(forward(*args, **kwargs))
+    with torch.no_grad():
+        expected = model(**inputs).logits
+    kept = VisPruner(1.0, scores=scores_of(name))
+    with torch.no_grad():
+        assert_same([model(**prune_inputs(model, inputs, kept)).logits], [expected])
+    assert len(seen) == (2 if how == "layer" else 0)
+
+
+def test_hooks_on_all_modules_see_all_of_them():
+    model, inputs = vlms.make("llava"), prompts("llava", [3, picture("llava", 1), 5])
+    tower, seen = tower_of(model), []
+    hook = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, args, out: seen.append(module)
+    )
+    prune_inputs(model, inputs, VisPruner(4))
+    hook.remove()
+    assert {*layers_of(tower).modules()} - {layers_of(tower)} <= {*seen}
+
+
+@pytest.mark.parametrize("which", ["tower", "merger"])
+def test_hooks_that_would_see_something_else_are_refused(which):
+    model = vlms.make("qwen2.5-vl")
+    inputs = prompts("qwen2.5-vl", [3, picture("qwen2.5-vl", 1), 5])
+    tower = tower_of(model)
+    hook = (tower if which == "tower" else tower.merger).register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r"hooks on the vision tower .* or on its merger"):
+        prune_inputs(model, inputs, Random(4))
+    hook.remove()
+    assert len(prune_inputs(model, inputs, Random(4)).kept[0]) == 4
+
+
+@pytest.mark.parametrize("how", ["here", "in a thread"])
+@pytest.mark.parametrize("same", [True, False])
+def test_pruning_from_a_hook_of_a_tower(how, same):
+    """Neither waits for the other, nor takes its scores or features."""
+    model = vlms.make("llava")
+    other = model if same else vlms.make("llava", seed=1)
+    inputs, inner = (prompts("llava", [3, picture("llava", seed), 5]) for seed in (1, 2))
+    expected = [prune_inputs(m, x, VisPruner(4)).kept for m, x in ((model, inputs), (other, inner))]
+    found: list[Any] = []
+
+    def hook(module: Any, args: Any) -> None:
+        if not found:
+            found.append(None)
+            work = lambda: found.append(prune_inputs(other, inner, VisPruner(4)).kept)  # noqa: E731
+            if how == "here":
+                return work()
+            thread = threading.Thread(target=work, daemon=True)
+            thread.start()
+            thread.join(60)
+        return None
+
+    # Within the layer that is read, before its attention.
+    attention = layers_of(tower_of(model))[-2].self_attn
+    handle = attention.register_forward_pre_hook(hook)
+    kept = prune_inputs(model, inputs, VisPruner(4)).kept
+    handle.remove()
+    assert len(found) == 2
+    assert torch.equal(found[1][0], expected[1][0])
+    assert torch.equal(kept[0], expected[0][0])
+
+
+def test_a_model_that_runs_within_readings_of_it_and_another():
+    """Its attention is switched, but the scores that are wanted are the other's."""
+    models = [vlms.make("llava", seed=seed) for seed in (0, 1)]
+    inputs = [prompts("llava", [3, picture("llava", seed), 5]) for seed in (1, 2)]
+    expected = [
+        prune_inputs(m, x, VisPruner(4)).kept[0] for m, x in zip(models, inputs, strict=True)
+    ]
+    with torch.no_grad():
+        logits = models[0](**inputs[0]).logits
+    found: list[Any] = []
+
+    def once(work: Any) -> Any:
+        calls: list[int] = []
+
+        def hook(module: Any, args: Any) -> None:
+            if not calls:
+                calls.append(1)
+                found.append(work())
+
+        return hook
+
+    def plain() -> Tensor:
+        with torch.no_grad():
+            return models[0](**inputs[0]).logits
+
+    inner = lambda: prune_inputs(models[1], inputs[1], VisPruner(4)).kept[0]  # noqa: E731
+    for model, work in zip(models, (inner, plain), strict=True):
+        layers_of(tower_of(model))[-2].self_attn.register_forward_pre_hook(once(work))
+    kept = prune_inputs(models[0], inputs[0], VisPruner(4)).kept[0]
+    assert torch.equal(kept, expected[0])
+    assert torch.equal(found[1], expected[1])
+    assert_same([found[0]], [logits])
+
+
+def test_an_image_larger_than_the_tower_was_made_for():
+    """LLaVA hands `interpolate_pos_encoding` on to its tower."""
+    model = vlms.shared("llava")
+    large = vlms.Picture("image", 36, dict(pixel_values=torch.randn(1, 3, 84, 84)))
+    inputs = prompts("llava", [3, large, 5])
+    option = dict(interpolate_pos_encoding=True)
+    core = model.model
+    whole = prune_inputs(model, inputs | option, VisPruner(1.0))
+    assert "interpolate_pos_encoding" not in whole
+    features = core.get_image_features(
+        inputs["pixel_values"], vision_feature_layer=-2, return_dict=True, **option
+    ).pooler_output
+    assert_same(whole.features["image"], list(features))
+    with attach(model, VisPruner(4)), torch.no_grad():
+        assert model(**inputs, **option).logits.shape[1] == 1 + 3 + 4 + 5
+        assert model.generate(**inputs, **option, **GREEDY).shape[1] == 45 + 4
+
+
+def test_an_option_that_the_model_does_not_hand_on(family):
+    if family in ("llava", "llava-siglip"):
+        pytest.skip("it does")
+    model, inputs = vlms.shared(family), prompts(family, [3, picture(family, 1), 5])
+    prune_inputs(model, inputs | {"interpolate_pos_encoding": False}, method_of(family))
+    words = "interpolate_pos_encoding is given, but a .*Model does not hand it on"
+    with pytest.raises(ValueError, match=words):
+        prune_inputs(model, inputs | {"interpolate_pos_encoding": True}, method_of(family))
+
+
+def test_generation_of_prompts_padded_at_the_right(family):
+    """Their padding moves to the left, so the answers are those of each prompt alone."""
+    model, method = vlms.shared(family), method_of(family)
+    a, b = picture(family, 1), picture(family, 2)
+    batch = prompts(family, [3, a, 1], [2, b, 9], padding="right", extra=2)
+    length = batch["input_ids"].shape[1]
+    alone = []
+    for i, part in enumerate(([3, a, 1], [2, b, 9])):
+        single = prompts(family, part)
+        single["input_ids"] = batch["input_ids"][i][batch["attention_mask"][i].bool()][None]
+        alone.append(single)
+    expected = torch.stack(vlm_oracle.logits(model, batch, _kept(model, batch, method), 4))
+    with attach(model, method):
+        out = model.generate(**batch, **GREEDY)
+        assert torch.equal(out[:, :length], batch["input_ids"])
+        assert torch.equal(out[:, length:], expected)
+        for row, single in zip(out, alone, strict=True):
+            assert torch.equal(model.generate(**single, **GREEDY)[0, -4:], row[length:])
+    pruned = prune_inputs(model, batch, method)
+    assert bool(pruned["attention_mask"][:, -1].all())
+    assert torch.equal(model.generate(**pruned, **GREEDY), expected)
+    # Logits of forward stay where the caller has the padding.
+    with attach(model, method), torch.no_grad():
+        logits = model(**batch).logits
+        for i, single in enumerate(alone):
+            row = model(**single).logits[0]
+            assert_same([logits[i, : len(row)]], [row])
+
+
+def _kept(model: Any, inputs: dict[str, Tensor], method: Method) -> list[Tensor]:
+    return prune_inputs(model, inputs, method).kept

@@ -1,0 +1,212 @@
+"""Runs the CUDA kernels on the CPU, and compares them with the core; see test_cuda_on_cpu.py.
+
+In a process of its own: what a kernel does wrong ends it, and says on standard error what it was.
+Arguments: the library, and what to do as JSON.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import json
+import os
+import random
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import torch  # noqa: E402
+from calls import leaves  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from vispruner_kernels import _native, reference  # noqa: E402
+from vispruner_kernels._native import cuda  # noqa: E402
+from vispruner_kernels.testing import (  # noqa: E402
+    assert_same_bits,
+    random_case,
+    sample_features,
+    sample_offsets,
+    sample_scores,
+)
+
+GUARD = 256
+Calls = list[tuple[str, tuple[Any, ...]]]
+
+
+class Memory:
+    """PyTorch, but for what is not initialised: that is random bytes between guards."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.guarded: list[tuple[Tensor, Tensor]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    def empty(self, size: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return self.empty_strided([size] if isinstance(size, int) else size, (), dtype, device)
+
+    def empty_strided(
+        self, size: Any, strides: Any, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        shape = torch.Size(size)
+        count = shape.numel() * dtype.itemsize
+        # As PyTorch's on a GPU, it begins at a multiple of 512.
+        memory = torch.empty(count + 2 * GUARD + 512, dtype=torch.uint8)
+        memory.random_(generator=self.generator)
+        begin = GUARD + (-(memory.data_ptr() + GUARD)) % 512
+        self.guarded.append((memory, torch.cat([memory[:begin], memory[begin + count :]])))
+        return memory[begin : begin + count].view(dtype).view(shape)
+
+    def check(self) -> None:
+        """Nothing was written but what was asked for."""
+        for memory, guards in self.guarded:
+            count = len(memory) - len(guards)
+            begin = GUARD + (-(memory.data_ptr() + GUARD)) % 512
+            assert torch.equal(torch.cat([memory[:begin], memory[begin + count :]]), guards)
+        self.guarded.clear()
+
+
+def load(library: str, seed: int, shared: int, device: int = 0) -> Memory:
+    """Puts the kernels in the place of those for a GPU: threads run in an order that depends on the
+    seed, in blocks that may have so many bytes of shared memory. All devices are alike; what is
+    known of one is only kept below 64."""
+    # The operators for the CPU are not in this build: they would be looked for when called.
+    flags = sys.getdlopenflags()
+    sys.setdlopenflags(os.RTLD_LAZY)
+    spec = importlib.util.spec_from_file_location("_C", library)
+    module: ModuleType = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.setdlopenflags(flags)
+    ctypes.CDLL(library).cuda_on_cpu_configure(ctypes.c_uint64(seed), shared, 132)
+    memory = Memory(seed)
+    cuda._C = module
+    cuda.torch = memory
+    cuda._device_and_stream = lambda tensor: (device, 0)
+    cuda._scratch_bytes.cache_clear()
+    return memory
+
+
+def expected(op: str, args: tuple[Any, ...]) -> Any:
+    return getattr(_native if _native.INSTALLED else reference, op)(*args)
+
+
+def packed(seed: int, most: int) -> tuple[Any, ...]:
+    """Arguments of `select_varlen`: images without tokens, images that keep all or nothing."""
+    rng = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    lengths = [rng.choice([0, 1, 2, rng.randint(1, most)]) for _ in range(rng.randint(1, 6))]
+    keep = [rng.choice([0, n, rng.randint(0, n), rng.randint(0, n)]) for n in lengths]
+    total = sum(lengths) + rng.choice([0, 0, 5])
+    features = sample_features("clustered", 1, max(1, total), rng.choice([3, 16, 70]), generator)
+    scores = sample_scores("ties", 1, max(1, total), generator)
+    return (
+        features[0],
+        scores[0],
+        sample_offsets(lengths),
+        sample_offsets(keep),
+        max(lengths) + rng.choice([0, 3]),
+        sum(keep) + rng.choice([0, 0, 2]),
+        rng.choice([0.0, 0.3, 0.5, rng.random(), 1.0]),
+        rng.choice([1, 3, 8]),
+        rng.choice(["bipartite", "pairwise"]),
+    )
+
+
+def random_calls(seeds: range, most: int) -> Calls:
+    calls: Calls = []
+    for seed in seeds:
+        case = random_case(seed, max_tokens=most)
+        calls.append(("prune" if seed % 3 == 0 else "select", tuple(case)))
+        if seed % 4 == 0:
+            calls.append(("select_varlen", packed(seed, most)))
+    return calls
+
+
+def model_calls(sizes: list[list[int]], kind: str, dtype: str) -> Calls:
+    """Images, tokens, channels, tokens kept."""
+    calls: Calls = []
+    for images, tokens, channels, keep in sizes:
+        generator = torch.Generator().manual_seed(tokens)
+        features = sample_features(kind, images, tokens, channels, generator)
+        features = features.to(getattr(torch, dtype))
+        scores = sample_scores("softmax", images, tokens, generator)
+        for matching in ("bipartite", "pairwise"):
+            calls.append(("prune", (features, scores, keep, 0.5, 8, matching)))
+    return calls
+
+
+def hub_calls(tokens: int) -> Calls:
+    """Images where one token is the nearest of most others, and where all are alike."""
+    generator = torch.Generator().manual_seed(11)
+    angle = torch.linspace(0.1, 1.5, tokens)[None, :, None]
+    hub = torch.cat([angle.cos(), angle.sin()], 2)
+    mixed = hub[:, torch.randperm(tokens, generator=generator)]
+    scores = torch.arange(tokens).float()[None], torch.rand(1, tokens, generator=generator)
+    return [
+        ("select", (features, score, tokens // 10, 0.0, 8, "pairwise"))
+        for features in (torch.ones_like(hub), hub, mixed)
+        for score in scores
+    ]
+
+
+def compare(calls: Calls, memory: Memory) -> int:
+    wrong = []
+    for number, (op, args) in enumerate(calls):
+        got, wanted = getattr(cuda, op)(*args), expected(op, args)
+        try:
+            for x, y in zip(leaves(got), leaves(wanted), strict=True):
+                assert_same_bits(x, y)
+            memory.check()
+        except AssertionError as error:
+            wrong.append(f"{number}: {op}{tuple(args[0].shape)}{args[2:]}: {error}")
+    assert not wrong, f"{len(wrong)} of {len(calls)} differ\n" + "\n".join(wrong[:8])
+    return len(calls)
+
+
+def stay_in_bounds(seeds: range, total: int, memory: Memory) -> int:
+    """Offsets that contradict each other or the tensors: every element is written, with a value in
+    [0, total)."""
+    from gpu import random_offsets
+
+    generator = torch.Generator().manual_seed(5)
+    features = sample_features("clustered", 1, total, 16, generator)[0]
+    scores = sample_scores("ties", 1, total, generator)[0]
+    for seed in seeds:
+        rng = random.Random(seed)
+        count = rng.choice([2, 3, 6, 41])
+        offsets = random_offsets(rng, count, total), random_offsets(rng, count, total)
+        sizes = rng.choice([3, 70, 157, 16383]), rng.randint(1, total)
+        rule = rng.choice([0.2, 0.5, 1.0]), 8, rng.choice(["bipartite", "pairwise"])
+        got = cuda.select_varlen(features, scores, *offsets, *sizes, *rule)
+        assert ((got >= 0) & (got < total)).all(), (seed, got)
+        memory.check()
+    return len(seeds)
+
+
+def main(library: str, task: str) -> int:
+    todo = json.loads(task)
+    torch.set_num_threads(1)
+    memory = load(library, todo["seed"], todo["shared"], todo.get("device", 0))
+    _native._EAGER_ROUNDS = todo.get("eager_rounds", _native._EAGER_ROUNDS)
+    count = 0
+    if "random" in todo:
+        begin, end, most = todo["random"]
+        count += compare(random_calls(range(begin, end), most), memory)
+    if "models" in todo:
+        count += compare(model_calls(*todo["models"]), memory)
+    for rounds in todo.get("hubs", []):
+        _native._EAGER_ROUNDS = rounds
+        count += compare(hub_calls(todo["tokens"]), memory)
+    if "offsets" in todo:
+        count += stay_in_bounds(range(todo["offsets"]), 151, memory)
+    print(count)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
