@@ -195,7 +195,7 @@ def test_a_broken_configuration(family, name, value, folders):
     target = config.hf_config if "pinpoints" in name else config.hf_config.vision_config
     vars(target)[name] = value
     with pytest.raises(ValueError, match=f"^[a-z_.]*{name} (is|has) .*expected") as caught:
-        plugin.Check.verify_and_update_config(
+        plugin.CheckPruned.verify_and_update_config(
             SimpleNamespace(model_config=config, lora_config=None)
         )
     assert "\n" not in str(caught.value)

@@ -1,7 +1,8 @@
-"""The models of vLLM with pruning between vision tower and projector.
+"""Models of vLLM that prune visual tokens between the vision tower and the projector.
 
-Scores are computed beside the attention of the last layer that vLLM builds, which is the layer
-whose output is the feature; its attention backend is whatever vLLM chose.
+The scores come from q and k of the last layer that vLLM builds, which is the layer that returns the
+features. A hook reads q and k; the layer itself runs unchanged on the attention backend that vLLM
+chose.
 """
 
 from __future__ import annotations
@@ -43,37 +44,40 @@ try:
         from_field,
     )
 except ImportError:
-    # Of another version, most likely: better that it says so.
+    # Most likely the version of vLLM is not supported; that message is clearer.
     check_version()
     raise
 
-# Of classes of vLLM, whose attributes mypy does not know.
+# The base of mixins for classes of vLLM; mypy does not know the attributes of those classes.
 _Mixin: Any = object
 
 
 class _Pruned(_Mixin):
-    # The mapping of LoRA counts the tokens of one call of the tower; we make several.
+    """Runs the vision tower, prunes its tokens, and projects the kept ones."""
+
+    # The LoRA mapping counts the tokens of one call of the tower; this class makes several calls.
     supports_tower_connector_lora = False
     supports_encoder_tp_data = True
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.settings = Settings.of(vllm_config.model_config.hf_config)
-        # The scheduler counts kept tokens, so it lets many more images in: the tower takes them in
-        # parts of as many tokens as it had without pruning.
+        # The scheduler counts kept tokens, so it admits many more images a step. The tower takes
+        # them in parts with at most as many tokens as a step has without pruning.
         self.tower_budget = vllm_config.scheduler_config.max_num_encoder_input_tokens
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
         settings, budgets = self.settings, kwargs.pop(KEEP, None)
         if kwargs.get("pixel_values") is None and kwargs.get("image_embeds") is not None:
-            # Of any length each; the processor has checked them.
+            # Embeddings from the client are not pruned. They may differ in length; the processor
+            # has checked them.
             return kwargs["image_embeds"]
         inputs = self._parse_and_validate_image_input(**kwargs)
         if inputs is None:
             return []
         sizes = self._sizes(inputs)
         images = [
-            # Images of one request are padded to the same number of tiles.
+            # The images of a request are padded to the same number of tiles; drop the padding.
             pixels.reshape(-1, *pixels.shape[-3:])[: settings.tiles(size)]
             for pixels, size in zip(inputs["pixel_values"], sizes, strict=True)
         ]
@@ -87,36 +91,37 @@ class _Pruned(_Mixin):
         return [self.settings.largest] * len(inputs["pixel_values"])
 
     def _parts(self, images: Sequence[Tensor]) -> Iterator[slice]:
-        """Runs of images whose tokens in the tower are within its budget, of one image at least."""
+        """Consecutive images that fit the budget of the tower together; at least one image each."""
         start, tokens = 0, 0
         for number, image in enumerate(images):
-            own = len(image) * self.settings.tower_tokens
-            if number > start and tokens + own > self.tower_budget:
+            added = len(image) * self.settings.tower_tokens
+            if number > start and tokens + added > self.tower_budget:
                 yield slice(start, number)
                 start, tokens = number, 0
-            tokens += own
+            tokens += added
         yield slice(start, len(images))
 
     def _prune(
         self, images: Sequence[Tensor], sizes: Sequence[Size], keeps: Sequence[float]
     ) -> list[Tensor]:
-        """The embeddings that are left of each image."""
+        """The embeddings of the kept tokens of each image."""
         settings = self.settings
         device = next(self.multi_modal_projector.parameters()).device
         features, scores = self._encode(async_tensor_h2d(torch.cat([*images]), device=device))
         tiles = torch.arange(len(features)).split([len(image) for image in images])
         embeds: list[Any] = [None] * len(images)
         for budget in dict.fromkeys(keeps):
+            # Images with the same budget are pruned in one call.
             numbers = [i for i, other in enumerate(keeps) if other == budget]
-            source, of_source = features, scores
+            source, source_scores = features, scores
             if len(numbers) < len(images):
                 chosen = torch.cat([tiles[i] for i in numbers]).to(features.device)
                 source = features[chosen]
-                of_source = None if scores is None else scores[chosen]
+                source_scores = None if scores is None else scores[chosen]
             visual = settings.visual(
                 [sizes[i] for i in numbers],
                 source,
-                of_source,
+                source_scores,
                 embed=partial(self._project, source),
                 newline=getattr(self, "image_newline", None),
             )
@@ -128,8 +133,8 @@ class _Pruned(_Mixin):
                 newlines=settings.newlines == "keep",
                 keep_small=settings.small == "keep",
             )
-            for i, own in zip(numbers, kept.embeds.split(kept.counts), strict=True):
-                embeds[i] = own
+            for i, part in zip(numbers, kept.embeds.split(kept.counts), strict=True):
+                embeds[i] = part
         return embeds
 
     def _project(self, source: Tensor, rows: Tensor) -> Tensor:
@@ -137,13 +142,14 @@ class _Pruned(_Mixin):
         return self.multi_modal_projector(source[rows // tokens, rows % tokens])
 
     def _encode(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Features [G, tokens, C] as the projector would get them, and scores [G, tokens]; the same
-        on every rank."""
+        """Features [G, tokens, C], as the projector gets them without pruning, and scores
+        [G, tokens]; both are the same on every rank."""
         attention = self.vision_tower.vision_model.encoder.layers[-1].self_attn
         ranks, count = get_tensor_model_parallel_world_size(), len(pixels)
         # With mm_encoder_tp_mode="data" each rank has the whole tower.
         shared = ranks > attention.tp_size
         if shared:
+            # Each rank encodes the same number of tiles; the last ones are zeros if need be.
             each = -(-count // ranks)
             spare = pixels.new_zeros(each * ranks - count, *pixels.shape[1:])
             rank = get_tensor_model_parallel_rank()
@@ -156,7 +162,7 @@ class _Pruned(_Mixin):
             features = gather(features.contiguous(), dim=0)[:count]
             scores = None if scores is None else gather(scores.contiguous(), dim=0)[:count]
         elif ranks > 1 and scores is not None:
-            # Each rank has as many heads, and the mean of its own.
+            # Each rank has the mean over its own heads; all ranks have the same number of heads.
             scores = tensor_model_parallel_all_reduce(scores.contiguous()) / ranks
         if features.stride(-1) != 1:
             features = features.contiguous()
@@ -164,12 +170,13 @@ class _Pruned(_Mixin):
 
     @contextmanager
     def _reading(self, attention: Any) -> Iterator[list[Tensor]]:
-        """Scores [G, tokens] of what this attention computes meanwhile, none if none are needed."""
+        """While the context is open, collect scores [G, tokens] from each call of this attention;
+        collect nothing if the method needs no scores."""
         settings = self.settings
         read: list[Tensor] = []
 
         def note(module: Any, args: tuple[Tensor, ...]) -> None:
-            # Parts of one qkv, [G, S, H * D].
+            # q and k are slices of one qkv tensor, [G, S, H * D] each.
             q, k = (x.unflatten(-1, (module.num_heads, module.head_size)) for x in args[:2])
             scores = settings.method.attention_scores(q, k, module.scale, settings.prefix)
             assert scores is not None
@@ -189,7 +196,8 @@ class _Pruned(_Mixin):
     PrunedLlavaProcessor, info=PrunedLlavaInfo, dummy_inputs=LlavaDummyInputsBuilder
 )
 class VisPrunerLlavaForConditionalGeneration(_Pruned, LlavaForConditionalGeneration):
-    """LLaVA-1.5 and other models of vLLM's class, with a CLIP or SigLIP tower."""
+    """LLaVA-1.5, and other models that vLLM serves with the same class, if their vision tower is
+    CLIP or SigLIP."""
 
 
 @MULTIMODAL_REGISTRY.register_processor(

@@ -1,4 +1,4 @@
-"""The prompt in vLLM: placeholders of the tokens that will be kept, and what identifies an image.
+"""Processing of requests in vLLM: placeholders for the kept tokens, and hashes of images.
 
 The budget of an image travels to the model beside its pixels, as the field `vispruner_keep`.
 """
@@ -23,11 +23,11 @@ from vllm.multimodal.parse import ImageEmbeddingItems, ImageProcessorItems, Imag
 from vllm.multimodal.processing import PromptReplacement, PromptUpdate
 
 from vispruner_kernels.integrations._vllm_settings import KEEP, Settings
-from vispruner_kernels.integrations.vllm import names_of
+from vispruner_kernels.integrations.vllm import option_names
 
 
 def to_field(keep: int | float) -> float:
-    """A budget as one number: a fraction is negative."""
+    """The budget as one float: a count is positive, a fraction is negative."""
     return -keep if isinstance(keep, float) else float(keep)
 
 
@@ -36,12 +36,16 @@ def from_field(number: float) -> int | float:
     return -number if number < 0 else int(number)
 
 
-# Of classes of vLLM, whose attributes mypy does not know.
+# The base of mixins for classes of vLLM; mypy does not know the attributes of those classes.
 _Mixin: Any = object
 
 
 class _Info(_Mixin):
-    """Counts after pruning; the largest image is the one with the most tokens before it."""
+    """Token counts for the scheduler and for profiling.
+
+    Counts are those after pruning. The largest image is the one with the most tokens before
+    pruning, because the vision tower runs on all of them.
+    """
 
     @cached_property
     def settings(self) -> Settings:
@@ -59,21 +63,21 @@ class _Info(_Mixin):
     ) -> Mapping[str, int]:
         most = self.settings.most
         if self.ctx.get_mm_config().enable_mm_embeds:
-            # They are not pruned.
+            # Embeddings from the client are not pruned.
             most = max(most, len(self.settings.layout(self.settings.largest)))
         return {"image": most}
 
 
 class PrunedLlavaInfo(_Info, LlavaProcessingInfo):
-    """Of LLaVA-1.5."""
+    """Token counts of LLaVA-1.5."""
 
 
 class PrunedLlavaNextInfo(_Info, LlavaNextProcessingInfo):
-    """Of LLaVA-NeXT."""
+    """Token counts of LLaVA-NeXT."""
 
 
 class _Processor(_Mixin):
-    """Pixels as the model's own processor makes them; placeholders and identity of our own."""
+    """Keeps the pixels of the model's own processor; replaces its placeholders and its hashes."""
 
     def _get_prompt_updates(
         self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, object], out_mm_kwargs: Any
@@ -91,7 +95,8 @@ class _Processor(_Mixin):
             height, width = size.height, size.width
             processed = out_mm_kwargs["image"][item]
             if "image_sizes" in processed:
-                # As the model will see it; of arrays there are two readings.
+                # The size that the model uses. For arrays it can differ from `get_image_size`,
+                # because channels may be first or last.
                 height, width = processed["image_sizes"].data.tolist()
             return [token] * self.info.settings.requested(keep, (height, width))
 
@@ -116,11 +121,12 @@ class _Processor(_Mixin):
         return processed
 
     def _check_pixels(self, images: Any, sizes: Any) -> None:
-        """What does not fit the model would fail there, and every other request with it."""
+        """Raise ValueError for pixels of a wrong shape. In the model they would fail all other
+        requests too."""
         settings = self.info.settings
         expected = [3, settings.pixels, settings.pixels]
         if settings.pinpoints:
-            # All are padded to the tiles of the image that has most.
+            # All images are padded to the tiles of the image with the most tiles.
             expected.insert(0, max(settings.tiles((int(h), int(w))) for h, w in sizes))
         for image in images:
             shape = [*image.shape] if isinstance(image, Tensor) else type(image).__name__
@@ -134,15 +140,16 @@ class _Processor(_Mixin):
         self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]
     ) -> Mapping[str, MultiModalFieldConfig]:
         fields = super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs)
-        # The model takes pixels to the device part by part.
+        # The model copies pixels to the device part by part.
         host = MultiModalFieldConfig.batched("image", keep_on_cpu=True)
         return {**fields, "pixel_values": host, KEEP: host}
 
     def _get_mm_hashes(self, inputs: Any) -> Any:
-        """Also of images that the client names: two budgets never share an entry of a cache."""
+        """Add the settings and the budget to the hash of each image, also if the client names the
+        image: two budgets never share an entry of a cache."""
         kwargs = inputs.hf_processor_mm_kwargs
-        own = replace(inputs, hf_processor_mm_kwargs=_without_keep(kwargs))
-        hashes = super()._get_mm_hashes(own)
+        plain = replace(inputs, hf_processor_mm_kwargs=_without_keep(kwargs))
+        hashes = super()._get_mm_hashes(plain)
         images = inputs.mm_data_items.get("image")
         if images is None or isinstance(images, ImageEmbeddingItems):
             return hashes
@@ -157,21 +164,23 @@ class _Processor(_Mixin):
 
 
 class PrunedLlavaProcessor(_Processor, LlavaMultiModalProcessor):
-    """Of LLaVA-1.5."""
+    """The processor of LLaVA-1.5."""
 
 
 class PrunedLlavaNextProcessor(_Processor, LlavaNextMultiModalProcessor):
-    """Of LLaVA-NeXT."""
+    """The processor of LLaVA-NeXT."""
 
 
 def _keep(kwargs: Mapping[str, object]) -> Any:
-    """The budget of a request, or None; ValueError where it has another name or place."""
-    for name in names_of(kwargs):
+    """The budget of a request, or None. Raises ValueError for a `vispruner*` option with another
+    name or in a nested option."""
+    for name in option_names(kwargs):
         if name.startswith("vispruner") and (name != KEEP or name not in kwargs):
             raise ValueError(f"mm_processor_kwargs has {name}, expected {KEEP}, in no other option")
     return kwargs.get(KEEP)
 
 
 def _without_keep(kwargs: Mapping[str, object]) -> dict[str, object]:
+    """The options without the budget, for the processor of transformers."""
     _keep(kwargs)
     return {name: value for name, value in kwargs.items() if name != KEEP}

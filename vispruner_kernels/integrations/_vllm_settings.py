@@ -1,6 +1,7 @@
-"""What pruning in vLLM is told, and the tokens that follow from it before any image is encoded.
+"""The settings of a server, and the number of tokens that each image keeps.
 
-The counts come from the same `Visual` and `budgets` that choose the tokens later, without data.
+vLLM needs the counts before it encodes an image. They come from the same `Visual` and `budgets` as
+the selection later; these need sizes only, no data. This module does not need vLLM.
 """
 
 from __future__ import annotations
@@ -19,39 +20,40 @@ from vispruner_kernels.methods import Method, Random, by_name
 
 # Prefix tokens ([CLS]) of the vision towers, by `model_type`.
 TOWERS = {"clip_vision_model": 1, "siglip_vision_model": 0}
-# Of a request, in `mm_processor_kwargs`.
+# The option of a request, in its `mm_processor_kwargs`.
 KEEP = "vispruner_keep"
 # A count travels to the model as a float64.
 MAX_COUNT = 2**53
-# Of images in tiles: how many pinpoints, and how many patches of one image in all its tiles. What
-# follows from them is kept in memory.
+# Models with tiles: the most pinpoints, and the most patches of one image over all its tiles. Both
+# bound the memory of the caches of `_layout` and `_count`.
 MAX_PINPOINTS, MAX_TILED = 256, 8 * MAX_TOKENS
 
-# Height, width.
+# Height and width, in pixels.
 Size = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Of a server, from `hf_overrides` and the configuration of the model."""
+    """The settings of a server, from `hf_overrides` and the configuration of the model."""
 
     method: Method
-    # As `prune_inputs` of the integration in transformers has them.
+    # The options of `prune_inputs` in the integration in transformers.
     budget: str
     newlines: str
     small: str
-    # Tokens of the tower before the patches, and leading tokens that the model drops.
+    # Tokens before the patches in the tower, and leading tokens of the tower that the model drops.
     prefix: int
     dropped: int
-    # Of a tile: patches in a row, and pixels.
+    # Patches and pixels along the side of a tile.
     side: int
     pixels: int
-    # Sizes that an image may be cut into tiles of; none: an image is one tile.
+    # The sizes to which an image may be resized before it is cut into tiles. Without any, an image
+    # is one tile.
     pinpoints: tuple[Size, ...]
 
     @staticmethod
     def of(config: Any) -> Settings:
-        """From a model's configuration, `hf_overrides` included."""
+        """Read the settings from a model's configuration, which includes `hf_overrides`."""
         given = getattr(config, "vispruner", None)
         if not isinstance(given, dict) or "method" not in given:
             raise ValueError(
@@ -132,7 +134,7 @@ class Settings:
         )
 
     def check(self) -> None:
-        """ValueError where no image could be pruned like this."""
+        """Raise ValueError if the settings cannot prune the largest image."""
         patches = self.tokens if self.budget == "tile" else self.tokens * self.tiles(self.largest)
         if patches > MAX_TOKENS and self.method.needs:
             raise ValueError(
@@ -141,21 +143,21 @@ class Settings:
             )
         self.count(self.largest)
 
-    # ---- geometry ----
+    # ---- tiles and layouts ----
 
     @property
     def tokens(self) -> int:
-        """Of a tile, as the model gets them."""
+        """Tokens of a tile that the model gets from the tower."""
         return self.prefix + self.side * self.side - self.dropped
 
     @property
     def tower_tokens(self) -> int:
-        """Of a tile, in the tower."""
+        """Tokens of a tile in the tower."""
         return self.prefix + self.side * self.side
 
     @cached_property
     def sizes(self) -> tuple[Size, ...]:
-        """Of images that fill their tiles."""
+        """The sizes of images that fill their tiles."""
         return self.pinpoints or ((self.pixels, self.pixels),)
 
     @cached_property
@@ -164,14 +166,15 @@ class Settings:
         return max(self.sizes, key=lambda size: len(self.layout(size)))
 
     def tiles(self, size: Size) -> int:
-        """Tiles of an image of that size."""
+        """The number of tiles of an image of that size."""
         if not self.pinpoints:
             return 1
         rows, columns = _shape(self, size)
         return 1 + rows * columns
 
     def layout(self, size: Size) -> Tensor:
-        """int64 [tokens]: the row of each of its tokens, tile after tile, or NEWLINE."""
+        """int64 [tokens]: for each token of the prompt without pruning, its row in the features of
+        all tiles, or NEWLINE."""
         return _layout(self, size)
 
     def visual(
@@ -182,7 +185,8 @@ class Settings:
         embed: Callable[[Tensor], Tensor] = lambda rows: rows,
         newline: Tensor | None = None,
     ) -> Visual:
-        """Images of these sizes, of features [G, tokens, C] and scores [G, tokens]."""
+        """The visual tokens of images of these sizes, from features [G, tokens, C] and scores
+        [G, tokens]; G counts the tiles of all images."""
         layouts, start = [], 0
         for size in sizes:
             layout = self.layout(size)
@@ -206,27 +210,28 @@ class Settings:
     # ---- counts ----
 
     def count(self, size: Size, method: Method | None = None) -> int:
-        """Placeholders of an image of that size, pruned by this method or the server's."""
+        """The placeholders of an image of that size, pruned by this method or the server's."""
         method = method or self.method
         return _count(self, size, method, method.keep)
 
     @property
     def most(self) -> int:
-        """The most placeholders that an image can have. Newlines are in no budget, so it may not be
-        the largest image that has them."""
+        """The most placeholders that any image can have. It need not be the largest image, because
+        newlines are kept in addition to the budget."""
         return max(map(self._bound, self.sizes))
 
     def _bound(self, size: Size) -> int:
-        """The most placeholders of images that are put into tiles of that size."""
+        """The most placeholders of the images that are resized to that size."""
         try:
             return self.count(size)
         except ValueError:
-            # It is refused, but unpadding cuts others of its tiles that are not.
+            # The method refuses an image of exactly this size. It may accept an image that
+            # unpadding cuts to fewer patches.
             keep = 1.0 if isinstance(self.method.keep, float) else self.method.keep
             return replace(self, small="keep").count(size, Random(keep))
 
     def asked(self, keep: Any) -> Method:
-        """The method with the budget of a request, if it has one."""
+        """The server's method, with the budget of a request if it has one."""
         if keep is None:
             return self.method
         try:
@@ -235,7 +240,7 @@ class Settings:
             raise ValueError(f"{KEEP}: {error}") from None
 
     def requested(self, keep: Any, size: Size) -> int:
-        """Placeholders of an image of that size in a request with this budget."""
+        """The placeholders of an image of that size in a request with this budget."""
         method = self.asked(keep)
         if keep is None:
             return self.count(size)
@@ -246,7 +251,7 @@ class Settings:
         try:
             most = self.count(size)
         except ValueError:
-            # The server's own is more than the image has, or no whole rows of it.
+            # The server's own keep exceeds the tokens of the image, or is no multiple of its row.
             most = self.most
         if count > most:
             raise ValueError(
@@ -255,11 +260,11 @@ class Settings:
         return count
 
     def identity(self, method: Method) -> str:
-        """All that decides which tokens of an image are kept."""
+        """A string of all settings that decide which tokens of an image are kept."""
         return f"{method} {self.budget} {self.newlines} {self.small}"
 
 
-# ---- what a server is given ----
+# ---- reading the settings and the configuration ----
 
 
 def _is_int(value: Any) -> TypeGuard[int]:
@@ -267,7 +272,7 @@ def _is_int(value: Any) -> TypeGuard[int]:
 
 
 def _choice(options: dict[str, Any], name: str, *values: str) -> str:
-    """An option, taken out; the first value is the default."""
+    """Remove an option and return its value; the first of `values` is the default."""
     value = options.pop(name, values[0])
     if value not in values:
         raise ValueError(f"{name} is {shown(value)}, expected {' or '.join(map(repr, values))}")
@@ -275,14 +280,14 @@ def _choice(options: dict[str, Any], name: str, *values: str) -> str:
 
 
 def _with_count(method: Method) -> Method:
-    """The method, if its count can travel to the model."""
+    """Return the method, or raise ValueError if a float64 cannot hold its count."""
     if method.keep > MAX_COUNT:
         raise ValueError(f"keep is {shown(method.keep)}, expected at most {MAX_COUNT}")
     return method
 
 
 def _size(vision: Any, name: str) -> int:
-    """A size of the vision tower."""
+    """A size from the configuration of the vision tower."""
     value = getattr(vision, name, None)
     if not _is_int(value) or not 1 <= value <= MAX_CHANNELS:
         raise ValueError(
@@ -292,9 +297,9 @@ def _size(vision: Any, name: str) -> int:
 
 
 def _side(vision: Any) -> int:
-    """Patches in a row of a tile."""
+    """The number of patches in a row of a tile."""
     pixels, patch = _size(vision, "image_size"), _size(vision, "patch_size")
-    # The CLIP of vLLM wants whole patches, its SigLIP leaves pixels over.
+    # CLIP in vLLM needs image_size to be a multiple of patch_size; SigLIP ignores the remainder.
     if patch > pixels or (vision.model_type == "clip_vision_model" and pixels % patch):
         raise ValueError(
             f"vision_config.patch_size is {patch}, expected a divisor of image_size, {pixels}"
@@ -309,7 +314,7 @@ def _side(vision: Any) -> int:
 
 
 def _pinpoints(config: Any, pixels: int, patches: int) -> tuple[Size, ...]:
-    """The sizes that an image may be cut into tiles of; none for models without tiles."""
+    """`image_grid_pinpoints` of the configuration; empty for models without tiles."""
     given = getattr(config, "image_grid_pinpoints", None)
     if given is None and getattr(config, "model_type", None) != "llava_next":
         return ()
@@ -337,16 +342,17 @@ def _pinpoints(config: Any, pixels: int, patches: int) -> tuple[Size, ...]:
     return tuple((height, width) for height, width in given)
 
 
-# ---- what follows ----
+# ---- layouts and counts ----
 
 
 def _shape(settings: Settings, size: Size) -> tuple[int, int]:
+    """The rows and columns of tiles for an image of that size."""
     from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 
     return get_anyres_image_grid_shape(size, [*map(list, settings.pinpoints)], settings.pixels)
 
 
-# An image is asked about several times, by its processor and by its model.
+# The processor and the model need the layout of an image several times.
 @lru_cache(1024)
 def _layout(settings: Settings, size: Size) -> Tensor:
     base = torch.arange(settings.tokens)
@@ -359,12 +365,13 @@ def _layout(settings: Settings, size: Size) -> Tensor:
     grid = torch.arange(rows * columns * side * side) + len(base)
     grid = grid.view(rows, columns, side, side).transpose(1, 2).reshape(rows * side, -1)
     grid = unpad_image(grid[None], size)[0]
-    # The thinnest images have no columns left, and newlines all the same.
+    # Unpadding may leave no columns of a very thin image; its newlines remain.
     newline = grid.new_full((len(grid), 1), NEWLINE)
     return torch.cat([base, torch.cat([grid, newline], 1).flatten()])
 
 
-# Methods that keep 1 token and 1.0 of them are equal: the type of `keep` tells them apart.
+# `keep` is an argument of its own because Method(1) == Method(1.0): one token, or all tokens. A
+# typed cache tells the int from the float.
 @lru_cache(4096, typed=True)
 def _count(settings: Settings, size: Size, method: Method, keep: int | float) -> int:
     source = torch.empty(settings.tiles(size), settings.tokens, 0)

@@ -4,8 +4,19 @@
       "architectures": ["VisPrunerLlavaForConditionalGeneration"],
       "vispruner": {"method": "vispruner", "keep": 64}}'
 
-vLLM calls `register` in each of its processes (entry point `vllm.general_plugins`). The models are
-imported only where their architecture is chosen. docs/vllm.md has settings, requests and limits.
+docs/vllm.md has the settings, the requests and the limits. From the start of a server to an answer:
+
+1. vLLM calls `register` in each of its processes (entry point `vllm.general_plugins`). It registers
+   the two architectures by name; their module is imported only when a server chooses one.
+2. At the start of a server, vLLM calls `CheckPruned`, which reads the settings from `hf_overrides`
+   (`Settings.of` in _vllm_settings.py) and raises an error for settings that cannot work.
+3. For each request, the processor in _vllm_processing.py reads the budget of the request, counts
+   the tokens that each image keeps (`Settings.requested`), puts that many placeholders into the
+   prompt, and adds the settings and the budget to the hash of each image. The scheduler and the KV
+   cache therefore see kept tokens only. The budget travels to the model beside the pixels.
+4. The model in _vllm_models.py runs the vision tower, computes scores from the attention of its
+   last layer, selects tokens (`keep` in _visual.py, as in the integration in transformers), and
+   projects the kept tokens only.
 """
 
 from __future__ import annotations
@@ -14,7 +25,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
-# What the models override is no public interface: other versions may not call it.
+# Versions (major, minor). The models override methods that are not a public interface of vLLM, so
+# other versions may not call them.
 SUPPORTED = ((0, 32),)
 ARCHITECTURES = (
     "VisPrunerLlavaForConditionalGeneration",
@@ -23,7 +35,7 @@ ARCHITECTURES = (
 
 
 def register() -> None:
-    """Make the architectures known to vLLM; again and again without effect."""
+    """Register the architectures in vLLM; further calls have no effect."""
     from vllm import ModelRegistry
 
     known = ModelRegistry.get_supported_archs()
@@ -31,18 +43,18 @@ def register() -> None:
         if name not in known:
             module = "vispruner_kernels.integrations._vllm_models"
             ModelRegistry.register_model(name, f"{module}:{name}")
-    # Nothing here may stop a vLLM that is asked for other models.
+    # An error here must not stop a server that serves other models.
     with suppress(ImportError):
         from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-        MODELS_CONFIG_MAP.update(dict.fromkeys(ARCHITECTURES, Check))
+        MODELS_CONFIG_MAP.update(dict.fromkeys(ARCHITECTURES, CheckPruned))
         if is_supported():
             for name in ARCHITECTURES:
-                MODELS_CONFIG_MAP.setdefault(name.removeprefix("VisPruner"), Forgotten)
+                MODELS_CONFIG_MAP.setdefault(name.removeprefix("VisPruner"), CheckUnpruned)
 
 
 def is_supported() -> bool:
-    """Whether this vLLM is of a version that is."""
+    """Whether the installed version of vLLM is one of `SUPPORTED`."""
     import vllm
 
     number = vllm.__version__.split(".")[:2]
@@ -50,7 +62,7 @@ def is_supported() -> bool:
 
 
 def check_version() -> None:
-    """ImportError for a vLLM that is not supported."""
+    """Raise ImportError unless the installed version of vLLM is supported."""
     import vllm
 
     if not is_supported():
@@ -61,30 +73,30 @@ def check_version() -> None:
         )
 
 
-def names_of(kwargs: Mapping[str, Any]) -> Iterator[str]:
-    """Of options, also of those within scopes such as `images_kwargs`."""
+def option_names(kwargs: Mapping[str, Any]) -> Iterator[str]:
+    """The names of options, and of the options nested in them (such as `images_kwargs`)."""
     for name, value in kwargs.items():
-        for own in (name, *(value if isinstance(value, Mapping) else ())):
-            yield str(own)
+        for each in (name, *(value if isinstance(value, Mapping) else ())):
+            yield str(each)
 
 
-class Check:
-    """What vLLM asks before it starts anything; an error here is why it does not start."""
+class CheckPruned:
+    """Checks a server with a pruned architecture; an error here stops the start of the server."""
 
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
-        """Before the rest is known."""
+        """Part of the interface of vLLM; the settings need the whole configuration."""
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
-        """Of the whole configuration."""
+        """Check the version of vLLM, the settings, and the options that exclude pruning."""
         check_version()
         from vispruner_kernels.integrations._vllm_settings import Settings
 
         model = vllm_config.model_config
         settings = Settings.of(model.hf_config)
         multimodal = model.multimodal_config
-        for name in names_of((multimodal and multimodal.mm_processor_kwargs) or {}):
+        for name in option_names((multimodal and multimodal.mm_processor_kwargs) or {}):
             if name.startswith("vispruner"):
                 raise ValueError(
                     f"mm_processor_kwargs of the server has {name}: give 'keep' in 'vispruner' of "
@@ -99,16 +111,17 @@ class Check:
         settings.check()
 
 
-class Forgotten:
-    """The same of the models that do not prune: settings without the architecture."""
+class CheckUnpruned:
+    """Checks a server with vLLM's own architecture: it must have no settings for pruning, which it
+    would ignore."""
 
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
-        """Before the rest is known."""
+        """Part of the interface of vLLM; the settings need the whole configuration."""
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
-        """Of the whole configuration."""
+        """Raise ValueError if `hf_overrides` has 'vispruner'."""
         model = vllm_config.model_config
         if hasattr(model.hf_config, "vispruner"):
             raise ValueError(
