@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from vispruner_kernels import _native, _schemas, reference
+from vispruner_kernels._native import cpu as _native_cpu
 from vispruner_kernels._native import cuda as _native_cuda
 from vispruner_kernels._triton import operators as _triton
 
@@ -31,7 +32,7 @@ _TRITON_DEVICES = ("cuda",) * (torch.version.hip is None) + ("cpu",) * _triton.I
 # name, but for those in BY_HAND. Triton owns CUDA devices whether it is installed or not: without
 # it the operators say what to install.
 BACKENDS: dict[str, dict[str, ModuleType]] = {
-    "native": {"cpu": _native, "cuda": _native_cuda},
+    "native": {"cpu": _native_cpu, "cuda": _native_cuda},
     "triton": dict.fromkeys(_TRITON_DEVICES, _triton),
     "reference": {"cpu": reference, "cuda": reference},
 }

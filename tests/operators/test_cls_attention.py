@@ -236,9 +236,9 @@ def test_scores_have_the_same_bits_for_any_number_of_threads(backend):
 def test_scores_have_the_same_bits_with_every_instruction_set(simd):
     qkv = sample_qkv(2, 50, 3, 72, torch.float16, 9)
     assert _native._C.simd() == simd
-    scores = _native.cls_attention(*qkv)[1]
+    scores = _native.cpu.cls_attention(*qkv)[1]
     _native._C.use_simd("portable")
-    assert_same_bits(scores, _native.cls_attention(*qkv)[1])
+    assert_same_bits(scores, _native.cpu.cls_attention(*qkv)[1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

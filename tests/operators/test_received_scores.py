@@ -202,10 +202,10 @@ def test_same_bits_with_every_instruction_set(simd, dtype):
         q, k = sample_cancelling(1, sequence, 2, head_dim, dtype, sequence)
         inputs.append((q, k, None, 0, exact_lse(q, k)))
     assert _native._C.simd() == simd
-    got = [_native.received_scores(*case) for case in inputs]
+    got = [_native.cpu.received_scores(*case) for case in inputs]
     _native._C.use_simd("portable")
     for one, case in zip(got, inputs, strict=True):
-        assert_same_bits(one, _native.received_scores(*case))
+        assert_same_bits(one, _native.cpu.received_scores(*case))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -280,12 +280,12 @@ def test_each_head_decides_for_itself_how_its_products_are_added():
     other_lse[0, 0, 3] = torch.inf
     exact = oracle.received_scores(*float64(*others), None, 0, other_lse.numpy())
     alone = [
-        _native.received_scores(q, k, None, 0, lse).double(),
-        _native.received_scores(*others, None, 0, other_lse).double(),
+        _native.cpu.received_scores(q, k, None, 0, lse).double(),
+        _native.cpu.received_scores(*others, None, 0, other_lse).double(),
     ]
     assert_scores(alone[1].float(), exact, *others, None)
     both = [torch.cat(pair, 2) for pair in zip((q, k), others, strict=True)]
-    got = _native.received_scores(*both, None, 0, torch.cat([lse, other_lse], 1))
+    got = _native.cpu.received_scores(*both, None, 0, torch.cat([lse, other_lse], 1))
     assert_close(got, (alone[0] + alone[1]) / 2, 1e-7)
 
 

@@ -197,14 +197,14 @@ def test_important_count_is_pythons(backend, ratio):
 )
 def test_passes_do_not_depend_on_the_block(monkeypatch, threads, compact_to):
     """The threads that a loop stands for, 512 as on a GPU, and from which on tokens move."""
-    monkeypatch.setattr(_native, "_BLOCK_THREADS", threads)
-    monkeypatch.setattr(_native, "_COMPACT_TO", compact_to)
+    monkeypatch.setattr(_native.arguments, "BLOCK_THREADS", threads)
+    monkeypatch.setattr(_native.arguments, "COMPACT_TO", compact_to)
     for seed in range(150):
         case = random_case(seed, max_tokens=150)
-        assert_same_bits(_native.select(*case), reference.select(*case))
+        assert_same_bits(_native.cpu.select(*case), reference.select(*case))
     for matching in ("bipartite", "pairwise"):
         args = (*clip_sized(6), 64, 0.5, 8, matching)
-        assert_same_bits(_native.select(*args), reference.select(*args))
+        assert_same_bits(_native.cpu.select(*args), reference.select(*args))
 
 
 @needs_native
@@ -213,16 +213,16 @@ def test_passes_do_not_depend_on_the_block(monkeypatch, threads, compact_to):
     "seeds", [range(QUICK), pytest.param(range(QUICK, THOROUGH), marks=pytest.mark.slow)]
 )
 def test_pairwise_does_not_depend_on_the_eager_rounds(monkeypatch, seeds, rounds):
-    monkeypatch.setattr(_native, "_EAGER_ROUNDS", rounds)
+    monkeypatch.setattr(_native.arguments, "EAGER_ROUNDS", rounds)
     for seed in seeds:
         case = random_case(seed, max_tokens=90, matching="pairwise")
-        assert torch.equal(_native.select(*case), by_oracle(case)), f"seed {seed}"
+        assert torch.equal(_native.cpu.select(*case), by_oracle(case)), f"seed {seed}"
 
 
 @needs_native
 def test_pairwise_ties_without_eager_rounds(monkeypatch):
     """Few different tokens, every budget: most pairs tie, and the last round decides by index."""
-    monkeypatch.setattr(_native, "_EAGER_ROUNDS", 0)
+    monkeypatch.setattr(_native.arguments, "EAGER_ROUNDS", 0)
     for seed in range(40):
         generator = torch.Generator().manual_seed(seed)
         n, kinds = 4 + seed % 17, 1 + seed % 3
@@ -231,7 +231,7 @@ def test_pairwise_ties_without_eager_rounds(monkeypatch):
         scores = torch.randperm(n, generator=generator).float()[None]
         for keep in range(1, n):
             case = Case(features, scores, keep, 0.0, 8, "pairwise")
-            assert torch.equal(_native.select(*case), by_oracle(case)), (seed, keep)
+            assert torch.equal(_native.cpu.select(*case), by_oracle(case)), (seed, keep)
 
 
 @needs_native
@@ -245,14 +245,14 @@ def test_pairwise_where_one_token_is_the_partner_of_all():
     for features in (equal, hub, hub[:, torch.randperm(n, generator=generator)]):
         for scores in (torch.arange(n).float()[None], torch.rand(1, n, generator=generator)):
             case = Case(features, scores, 70, 0.0, 8, "pairwise")
-            assert torch.equal(_native.select(*case), by_oracle(case))
+            assert torch.equal(_native.cpu.select(*case), by_oracle(case))
 
 
 @needs_native
 def test_every_instruction_set(simd):
     for seed in range(200):
         case = random_case(seed)
-        assert_same_bits(_native.select(*case), reference.select(*case))
+        assert_same_bits(_native.cpu.select(*case), reference.select(*case))
     # Sums of products that only fit an int32 over 8, some or all channels.
     for kind, channels in itertools.product(("constant", "outliers", "normal"), (8, 33, 200, 1024)):
         generator = torch.Generator().manual_seed(channels)
@@ -260,7 +260,7 @@ def test_every_instruction_set(simd):
         scores = sample_scores("softmax", 1, 70, generator)
         for matching in ("bipartite", "pairwise"):
             args = (features, scores, 20, 0.5, 8, matching)
-            assert_same_bits(_native.select(*args), reference.select(*args))
+            assert_same_bits(_native.cpu.select(*args), reference.select(*args))
 
 
 @needs_native
@@ -271,14 +271,14 @@ def test_float16_is_read_exactly(simd):
         values = bits.view(dtype)
         for part in values.split(16384):
             assert_same_bits(
-                _native.select_topk(part[None], 100), reference.select_topk(part[None], 100)
+                _native.cpu.select_topk(part[None], 100), reference.select_topk(part[None], 100)
             )
         finite = values[values.float().isfinite()]
         finite = finite[torch.randperm(len(finite), generator=torch.Generator().manual_seed(0))]
         features = finite[: len(finite) // 32 * 32].reshape(1, -1, 32)[:, :500]
         scores = torch.zeros(1, features.shape[1])
         args = (features, scores, 100, 0.0, 8, "pairwise")
-        assert_same_bits(_native.select(*args), reference.select(*args))
+        assert_same_bits(_native.cpu.select(*args), reference.select(*args))
 
 
 @needs_native
@@ -292,7 +292,7 @@ def test_subnormals_survive_flush_to_zero():
     if not torch.set_flush_denormal(True):
         pytest.skip("this processor has no such mode")
     try:
-        got = _native.select(*args)
+        got = _native.cpu.select(*args)
     finally:
         torch.set_flush_denormal(False)
     assert_same_bits(got, expected)
@@ -318,9 +318,9 @@ def test_lists_of_neighbours(monkeypatch, kind):
         generator = torch.Generator().manual_seed(tokens)
         features = sample_features(kind, 1, tokens, 16, generator)
         scores = sample_scores("softmax", 1, tokens, generator)
-        monkeypatch.setattr(_native, "_BLOCK_THREADS", threads)
+        monkeypatch.setattr(_native.arguments, "BLOCK_THREADS", threads)
         args = (features, scores, keep, 0.0, 8, "bipartite")
-        assert_same_bits(_native.select(*args), reference.select(*args))
+        assert_same_bits(_native.cpu.select(*args), reference.select(*args))
 
 
 @pytest.mark.slow
@@ -331,7 +331,7 @@ def test_long_images(matching):
     features = sample_features("clustered", 1, 4001, 24, generator)
     scores = sample_scores("softmax", 1, 4001, generator)
     args = (features, scores, 333, 0.5, 8, matching)
-    assert_same_bits(_native.select(*args), reference.select(*args))
+    assert_same_bits(_native.cpu.select(*args), reference.select(*args))
 
 
 def test_pairwise_keeps_the_more_important_of_duplicates(backend):

@@ -326,7 +326,7 @@ broken.cls_scores = lambda q, k, s, *a: real.cls_scores(q, k, shape(*s), *a)
 broken.received_scores = lambda q, k, l, s, *a: real.received_scores(q, k, l, shape(*s), *a)
 broken.received_scores_varlen = lambda q, k, l, c, t, s, *a: real.received_scores_varlen(
     q, k, l, c, t, shape(*s), *a)
-_native._C = broken
+_native.cpu._C = broken
 print(json.dumps({op: error(op, *calls[op]) for op in calls}))
 """
     )

@@ -321,13 +321,15 @@ def long_calls() -> dict[str, Callable[[], Any]]:
     offsets, keep = sample_offsets([2000]), sample_offsets([100])
     packed = (features[0], scores[0], offsets, keep, 2000, 100)
     return {
-        "select": lambda: _native.select(features, scores, 100),
-        "select_varlen": lambda: _native.select_varlen(*packed),
-        "select_topk": lambda: _native.select_topk(many, 100),
-        "select_rows": lambda: _native.select_rows(many, 1, 100),
-        "cls_scores": lambda: _native.cls_scores(rows, rows),
-        "received_scores": lambda: _native.received_scores(q, q),
-        "received_scores_varlen": lambda: _native.received_scores_varlen(q[0], q[0], offsets, 2000),
+        "select": lambda: _native.cpu.select(features, scores, 100),
+        "select_varlen": lambda: _native.cpu.select_varlen(*packed),
+        "select_topk": lambda: _native.cpu.select_topk(many, 100),
+        "select_rows": lambda: _native.cpu.select_rows(many, 1, 100),
+        "cls_scores": lambda: _native.cpu.cls_scores(rows, rows),
+        "received_scores": lambda: _native.cpu.received_scores(q, q),
+        "received_scores_varlen": lambda: _native.cpu.received_scores_varlen(
+            q[0], q[0], offsets, 2000
+        ),
     }
 
 
@@ -350,7 +352,7 @@ def test_the_core_releases_the_gil(name, monkeypatch):
         function(*args)
         notes.append(count)
 
-    monkeypatch.setattr(_native, "_C", SimpleNamespace(**{name: noted}))
+    monkeypatch.setattr(_native.cpu, "_C", SimpleNamespace(**{name: noted}))
     torch.set_num_threads(1)
     interval = sys.getswitchinterval()
     thread = threading.Thread(target=other)

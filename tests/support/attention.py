@@ -125,7 +125,7 @@ import resource, sys
 import torch
 from vispruner_kernels import _native, reference
 
-backend = {"native": _native, "reference": reference}[sys.argv[1]]
+backend = {"native": _native.cpu, "reference": reference}[sys.argv[1]]
 op, sequence = sys.argv[2], int(sys.argv[3])
 torch.set_num_threads(1)
 

@@ -92,7 +92,7 @@ def load(library: str, seed: int, shared: int, device: int = 0) -> Memory:
 
 
 def expected(op: str, args: tuple[Any, ...]) -> Any:
-    return getattr(_native if _native.INSTALLED else reference, op)(*args)
+    return getattr(_native.cpu if _native.INSTALLED else reference, op)(*args)
 
 
 def packed(seed: int, most: int) -> tuple[Any, ...]:
@@ -192,7 +192,7 @@ def main(library: str, task: str) -> int:
     todo = json.loads(task)
     torch.set_num_threads(1)
     memory = load(library, todo["seed"], todo["shared"], todo.get("device", 0))
-    _native._EAGER_ROUNDS = todo.get("eager_rounds", _native._EAGER_ROUNDS)
+    _native.arguments.EAGER_ROUNDS = todo.get("eager_rounds", _native.arguments.EAGER_ROUNDS)
     count = 0
     if "random" in todo:
         begin, end, most = todo["random"]
@@ -200,7 +200,7 @@ def main(library: str, task: str) -> int:
     if "models" in todo:
         count += compare(model_calls(*todo["models"]), memory)
     for rounds in todo.get("hubs", []):
-        _native._EAGER_ROUNDS = rounds
+        _native.arguments.EAGER_ROUNDS = rounds
         count += compare(hub_calls(todo["tokens"]), memory)
     if "offsets" in todo:
         count += stay_in_bounds(range(todo["offsets"]), 151, memory)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vispruner_kernels import _native
-from vispruner_kernels._native import _C, _MATCHINGS, _packed, _tokens
+from vispruner_kernels._native import _C, arguments
 
 
 def _reason() -> str:
@@ -60,8 +60,8 @@ def _select(
     size = _scratch_bytes(batch, n, batch * n, important < keep < n)
     scratch = torch.empty_strided((size,), (1,), dtype=torch.int8, device=device)
     _C.cuda_select(
-        _tokens(features),
-        _tokens(scores),
+        arguments.tokens(features),
+        arguments.tokens(scores),
         (0, 0),
         (0, 0),
         batch,
@@ -70,7 +70,7 @@ def _select(
         batch * n,
         keep,
         important,
-        (important_ratio, min(step, n), _MATCHINGS[matching], _native._EAGER_ROUNDS),
+        (important_ratio, min(step, n), arguments.MATCHINGS[matching], arguments.EAGER_ROUNDS),
         out.data_ptr(),
         kept,
         scratch.data_ptr(),
@@ -125,8 +125,8 @@ def select_varlen(
     size = _scratch_bytes(images, longest, total, True)
     scratch = torch.empty_strided((size,), (1,), dtype=torch.int8, device=features.device)
     _C.cuda_select(
-        _packed(features),
-        _packed(scores),
+        arguments.packed(features),
+        arguments.packed(scores),
         (cu_seqlens.data_ptr(), cu_seqlens.stride(0)),
         (cu_keep.data_ptr(), cu_keep.stride(0)),
         images,
@@ -135,7 +135,12 @@ def select_varlen(
         total,
         total_keep,
         0,
-        (important_ratio, min(step, longest), _MATCHINGS[matching], _native._EAGER_ROUNDS),
+        (
+            important_ratio,
+            min(step, longest),
+            arguments.MATCHINGS[matching],
+            arguments.EAGER_ROUNDS,
+        ),
         out.data_ptr(),
         0,
         scratch.data_ptr(),
