@@ -5,7 +5,6 @@ from __future__ import annotations
 import doctest
 import importlib.util
 import inspect
-import json
 import re
 
 import pytest
@@ -162,12 +161,12 @@ def test_contract_has_every_schema():
     _backends.REQUESTED != "auto" or not _native.INSTALLED, reason="the table is of auto and a core"
 )
 def test_table_of_operators_is_true():
-    """The README's operators by backend are those that `_backends` registers."""
+    """The owners in docs/architecture.md are those that `_backends` registers."""
     names = {"C++": "native", "SDPA and C++": "native", "reference": "reference"}
     names["Triton"] = "triton"
     rows = re.findall(
         r"^\| `(\w+)` \| [^|]+ \| ([^|]+) \| ([^|]+) \| ([^|]+) \|$",
-        page(ROOT / "README.md"),
+        page(ROOT / "docs" / "architecture.md"),
         re.MULTILINE,
     )
     table = {
@@ -177,32 +176,3 @@ def test_table_of_operators_is_true():
     }
     assert table == _backends.OWNERS
     assert {hip for *_, hip in rows} == {"reference"}
-
-
-def test_figures_of_the_readme_are_the_committed_ones():
-    text = page(ROOT / "README.md")
-    file = re.search(r"\((benchmarks/results/[^)]+/select\.json)\)", text).group(1)
-    result = json.loads(page(ROOT / file))
-    assert result["command"] in text
-    rows = re.findall(
-        r"^\| `(\S+)` \| (\d+) x (\d+) x (\d+) -> (\d+) \| (\w+) \| ([^|]+) \| ([\d.]+) ms \|"
-        r" ([^|]*)\|$",
-        text,
-        re.MULTILINE,
-    )
-    assert len(rows) >= 4
-    for matching, batch, n, c, keep, dtype, loop, ours, ratio in rows:
-        sizes = [int(x) for x in (batch, n, c, keep)]
-        (row,) = [
-            row
-            for row in result["rows"]
-            if [row[x] for x in ("B", "N", "C", "keep")] == sizes
-            and (row["dtype"], row["matching"]) == (dtype, matching)
-        ]
-        assert f"{row['ours ms [p10, p90]']['p50']:.2f}" == ours
-        if row["published / ours"] is None:
-            assert row["published ms"].startswith(loop)
-            assert ratio == ""
-        else:
-            assert f"{row['published ms']['p50']:.1f} ms" == loop
-            assert f"**{row['published / ours']:.0f}** " == ratio
