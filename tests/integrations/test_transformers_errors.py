@@ -13,8 +13,9 @@ pytest.importorskip("transformers")
 import vlms
 from vlms import picture, prompts
 
-from vispruner_kernels.integrations import _cache, _vision
+from vispruner_kernels.integrations import _cache
 from vispruner_kernels.integrations import transformers as integration
+from vispruner_kernels.integrations._readers import qwen2_5_vl
 from vispruner_kernels.integrations.transformers import attach, prune_inputs
 from vispruner_kernels.methods import FasterVLM, FoPru, Random, VisPruner
 
@@ -282,7 +283,7 @@ def test_what_the_processor_returned_is_missing(family, name):
 
 
 def test_more_patches_than_an_operator_takes(monkeypatch):
-    monkeypatch.setattr(_vision, "MAX_TOKENS", 90)
+    monkeypatch.setattr(qwen2_5_vl, "MAX_TOKENS", 90)
     model, inputs = vlms.shared("qwen2.5-vl"), one("qwen2.5-vl", (8, 12))
     words = "image 0 of the batch has 8 x 12 patches, expected at most 90", "max_pixels"
     fails(model, inputs, FoPru(4), ValueError, *words)

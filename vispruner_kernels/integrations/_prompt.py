@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vispruner_kernels.integrations._vision import given_pixels, needed
+from vispruner_kernels.integrations._readers.arguments import given_pixels, needed
 from vispruner_kernels.integrations._visual import Kept, send
 
 

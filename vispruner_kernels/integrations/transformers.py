@@ -32,13 +32,8 @@ from vispruner_kernels.integrations._prompt import (
     placeholders,
     positions_before,
 )
-from vispruner_kernels.integrations._vision import (
-    PIXELS,
-    TOWER_OPTIONS,
-    Reader,
-    asks_for_pruning,
-    reader,
-)
+from vispruner_kernels.integrations._readers.arguments import PIXELS, TOWER_OPTIONS
+from vispruner_kernels.integrations._vision import Reader, asks_for_pruning, reader
 from vispruner_kernels.integrations._visual import keep, lengths_of, on_host, send
 from vispruner_kernels.methods import Method
 

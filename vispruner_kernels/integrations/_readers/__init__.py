@@ -1,0 +1,1 @@
+"""Readers of vision towers, one file for each family of models."""
