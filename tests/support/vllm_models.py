@@ -1,5 +1,8 @@
-"""Tiny models that vLLM can load, in folders as published checkpoints are: real weights, words, a
-processor. Their words are w3 to w79."""
+"""Tiny models for the tests of the vLLM plugin.
+
+`save` writes a folder that vLLM can load, like those of published checkpoints: weights, a tokenizer
+and a processor. The words of the tokenizer are w3 to w79. `settings_config` needs no vLLM.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,12 @@ import vlms
 from PIL import Image
 from safetensors.torch import save_file
 
-# Of a tile: patches in a row, pixels, patches.
+# A tile: patches in a row, pixels along its side, patches.
 SIDE = 8
 TILE = SIDE * vlms.PATCH
 N = SIDE * SIDE
 PINPOINTS = [[TILE, 2 * TILE], [2 * TILE, TILE], [2 * TILE, 2 * TILE], [3 * TILE, TILE]]
-# The attention of vLLM on a CPU wants heads of 32 channels, two ranks want two heads.
+# The attention of vLLM on a CPU needs heads of 32 channels, and two ranks need two heads.
 TEXT = dict(hidden_size=64, num_attention_heads=2, num_key_value_heads=2)
 TEMPLATE = (
     "{% for message in messages %}{% if message.content is string %}{{ message.content }} "
@@ -25,7 +28,8 @@ TEMPLATE = (
     "{% if part.type == 'image' %}<image> {% else %}{{ part.text }} {% endif %}"
     "{% endfor %}{% endif %}{% endfor %}"
 )
-# Of published checkpoints; what transformers writes today vLLM does not read.
+# Prefixes of weights: the present ones of transformers, which vLLM cannot read, and those of
+# published checkpoints.
 PUBLISHED = {
     "model.vision_tower.vision_model.": "vision_tower.vision_model.",
     "model.vision_tower.": "vision_tower.vision_model.",
@@ -36,8 +40,16 @@ PUBLISHED = {
 }
 
 
+def settings_config(family: str = "llava", **given: Any) -> Any:
+    """A model's configuration with `vispruner` settings as `hf_overrides` add them. Its tiles have
+    the size of vlms.py."""
+    found = vlms.make(family).config
+    found.vispruner = dict(method="vispruner", keep=4) | given
+    return found
+
+
 def save(family: str, folder: Path, **changes: Any) -> Any:
-    """Write the model to the folder, and return it."""
+    """Write the model to the folder and return the model of transformers."""
     import transformers as tf
     from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -51,7 +63,7 @@ def save(family: str, folder: Path, **changes: Any) -> Any:
     folder.mkdir(parents=True)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     model.config.save_pretrained(folder)
-    # vLLM takes the token that ends a sequence from here.
+    # vLLM reads the token that ends a sequence from this file.
     tf.GenerationConfig(bos_token_id=1, pad_token_id=vlms.PAD).save_pretrained(folder)
 
     words = {f"w{i}": i for i in range(vlms.TEXT["vocab_size"])}
@@ -93,18 +105,19 @@ def save(family: str, folder: Path, **changes: Any) -> Any:
 
 
 def picture(seed: int, height: int = 60, width: int = 60) -> Image.Image:
-    """Smooth noise, so that resizing leaves something of it."""
+    """Smooth noise, which resizing does not average out."""
     generator = np.random.default_rng(seed)
     coarse = generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def words(*numbers: int) -> str:
+    """The words of these numbers, as text."""
     return " ".join(f"w{number}" for number in numbers)
 
 
 def inputs(folder: Path, text: str, *pictures: Image.Image) -> dict[str, torch.Tensor]:
-    """What the processor of transformers makes of a prompt, with the placeholders of all tokens."""
+    """The inputs that the processor of transformers makes, with placeholders for all tokens."""
     from transformers import AutoProcessor
 
     processor = AutoProcessor.from_pretrained(folder)

@@ -72,7 +72,9 @@ class Settings:
         vision = getattr(config, "vision_config", None)
         tower = getattr(vision, "model_type", None)
         if not isinstance(tower, str) or tower not in TOWERS:
-            raise ValueError(f"the vision tower is a {tower}, expected one of {', '.join(TOWERS)}")
+            raise ValueError(
+                f"vision_config.model_type is {shown(tower)}, expected one of {', '.join(TOWERS)}"
+            )
         prefix = TOWERS[tower]
         if method.needs == "cls" and not prefix:
             name = given["method"]
