@@ -161,9 +161,10 @@ lock: .venv/uv/bin/uv ## choose anew what pyproject.toml leaves open: constraint
 	grep -vxFf constraints/dev.txt constraints/oldest.txt > $$new/differs.txt; \
 	{ echo "# Made by make lock: what must differ from dev.txt."; cat $$new/differs.txt; } > constraints/oldest.txt
 
-lint: .venv/stamp-deps ## ruff, mypy, clang-format
+lint: .venv/stamp-deps ## check style and types: ruff, mypy, clang-format, plain English
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
+	$(PY) tests/support/plain_english.py
 	$(PY) -m mypy vispruner_kernels
 	$(PY) .venv/bin/clang-format --dry-run -Werror $(CSRC) $(wildcard tests/support/cuda_on_cpu/*.h tests/support/cuda_on_cpu/*/*.cuh)
 

@@ -1,10 +1,11 @@
-"""A check of `make lint`: comments, docstrings, pages and names of tests are plain English.
+"""A check of `make lint`: comments, docstrings, errors, pages and names of tests are plain English.
 
     plain_english.py [PATH ...]    prints `path:line: text` for each fault; status 1 if any
 
 A sentence has a subject and a verb, so it does not begin with a noun made of "who", "whose" or
-"what". A term of the field stands where a metaphor could. The check sees two signs of the contrary:
-a sentence that begins with one of these words and is no question, and a word of `WORDS`.
+"what". A metaphor or an archaic word gives way to the term of the field. The check finds two
+signs: a sentence that begins with one of these three words and is no question, and a word of
+`WORDS`. Text in backticks and in code blocks passes.
 """
 
 from __future__ import annotations
@@ -15,90 +16,119 @@ import re
 import subprocess
 import sys
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-# A word or phrase, and the plain one.
+# Patterns, and the plain words to use instead.
 WORDS = {
     r"marr(y|ies|ied|iage)": "set_partner, pair",
     r"widow\w*": "orphaned token, lost_partner",
-    r"look(s|ed|ing)?(?! up)": "search, read, test; it seems",
+    r"look(s|ed|ing)?(?![ -]up)": "search, read, test; it seems",
     r"superfluous": "unneeded, beyond the length",
     r"who(so)?ever": "the caller, the owner, every ...",
     r"whatever": "any ..., every ...",
     r"but for": "except",
     r"no say": "does not depend on",
     r"of (its|their) own accord": "by itself",
-    r"wants? (no|a|an|the|just|what)": "needs",
+    r"wants? (no|a|an|the|just|what)": "needs, expected",
     r"nothing but": "only",
+    r"hence|thereby": "so",
+    r"likewise": "also, in the same way",
+    r"in the place of": "instead of",
+    r"(is|are) to be": "must be, will be",
+    r"content with": "accepts",
+    r"hears?": "receives, notices",
 }
 _WORDS = re.compile(rf"\b(?:{'|'.join(f'(?:{word})' for word in WORDS)})\b", re.IGNORECASE)
-_NOUN = re.compile(r"(?:^|(?<=[.;:!?] )|(?<=[.;:] \())(?:Who|Whose|What)\b[^.?!]*(?:[.?!]|$)")
+# At the start of a paragraph, a sentence, a parenthesis or a cell of a table.
+_NOUN = re.compile(
+    r"(?:^|(?<=[.;:!?|] )|(?<=\())[\"'*\[]{0,2}(?:Who|Whose|What)\b.*?(?:[.?!](?=\W|$)|$)"
+)
+_CODE = re.compile(r"`[^`]+`")
 _TEST = re.compile(r"^test_(?:what|who|whose)_")
-# Generated, quoted or not ours.
-_SKIPPED = re.compile(r"^(?:LICENSE|NOTICE|constraints/|benchmarks/results/|.*\.(?:json|png|pth|safetensors))")
+_ITEM = re.compile(r"^(?:[-*|#]|\d+\.)\s")
+# Generated, quoted or binary files, and licences.
+_SKIPPED = re.compile(
+    r"^(?:LICENSE|NOTICE|constraints/|benchmarks/results/|.*\.(?:json|png|pth|safetensors))"
+)
 
-# A line number and the text from there on, in one paragraph.
-Text = tuple[int, str]
+# A comment or a line of text: its number, its column, whether code stands before it, its text.
+Line = tuple[int, int, bool, str]
+# The line on which a paragraph begins, and the paragraph on one line.
+Paragraph = tuple[int, str]
 
 
-def _joined(lines: list[tuple[int, str]]) -> Iterator[Text]:
-    """Consecutive lines as one paragraph; an empty one ends it."""
-    start, words, last = 0, [], -1
-    for number, line in lines:
-        if words and (number != last + 1 or not line):
+def _paragraphs(lines: Iterable[Line]) -> Iterator[Paragraph]:
+    """Join consecutive lines. An empty line, a list item and a comment after code end a paragraph.
+
+    The lines below a comment after code continue it if they begin in its column.
+    """
+    start, words, last, place = 0, [], -1, 0
+    for number, column, after_code, line in lines:
+        follows = number == last + 1 and column == place and not after_code
+        if words and not (follows and line and not _ITEM.match(line)):
             yield start, " ".join(words)
             words = []
         if line:
             start = start if words else number
-            words.append(line)
-        last = number
+            words.append(_ITEM.sub("", line))
+        last, place = number, column
     if words:
         yield start, " ".join(words)
 
 
-def _python(source: str) -> Iterator[Text]:
-    comments = []
+def _strings(node: ast.AST) -> str:
+    values = [child.value for child in ast.walk(node) if isinstance(child, ast.Constant)]
+    return " ".join(value for value in values if isinstance(value, str))
+
+
+def _python(source: str) -> Iterator[Paragraph]:
+    comments: list[Line] = []
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
-            comments.append((token.start[0], token.string.lstrip("# ")))
-    yield from _joined(comments)
+            number, column = token.start
+            after_code = bool(token.line[:column].strip())
+            comments.append((number, column, after_code, token.string.lstrip("# ")))
+    yield from _paragraphs(comments)
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.FunctionDef) and _TEST.match(node.name):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and _TEST.match(node.name):
             yield node.lineno, f"What: {node.name}"
+        if isinstance(node, ast.Raise):
+            yield node.lineno, _strings(node)
+        if isinstance(node, ast.keyword) and node.arg in ("help", "description"):
+            yield node.value.lineno, _strings(node)
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             if ast.get_docstring(node, clean=False) is not None:
                 text = node.body[0].value  # type: ignore[attr-defined]
-                lines = text.value.split("\n")
-                numbers = range(text.lineno, text.lineno + len(lines))
-                yield from _joined([(n, x.strip()) for n, x in zip(numbers, lines, strict=True)])
+                lines = enumerate(text.value.split("\n"), text.lineno)
+                yield from _paragraphs((n, 0, False, line.strip()) for n, line in lines)
 
 
-def _commented(source: str, mark: str) -> Iterator[Text]:
-    found = []
+def _commented(source: str, mark: str) -> Iterator[Paragraph]:
+    lines: list[Line] = []
     for number, line in enumerate(source.split("\n"), 1):
-        if match := re.search(rf"(?:^|\s){mark}+ ?(.*)", line):
-            found.append((number, match[1].strip()))
-    yield from _joined(found)
+        # Make hides a comment of a recipe behind @.
+        if match := re.search(rf"(?:^|[\s@]){mark}+ ?(.*)", line):
+            before = line[: match.start()].strip()
+            lines.append((number, match.start(), bool(before), match[1].strip()))
+    yield from _paragraphs(lines)
 
 
-def _markdown(source: str) -> Iterator[Text]:
-    lines, code = [], False
+def _markdown(source: str) -> Iterator[Paragraph]:
+    lines: list[Line] = []
+    code = False
     for number, line in enumerate(source.split("\n"), 1):
         fence = line.lstrip().startswith("```")
         code ^= fence
-        text = re.sub(r"^\s*(?:[-*|>]|\d+\.)\s+|[*`]", "", line).strip()
-        item = re.match(r"^\s*(?:[-*|#]|\d+\.)\s", line)
-        if item and lines:
-            # A list item, a row or a heading is a paragraph.
-            yield from _joined(lines)
-            lines = []
-        lines.append((number, "" if code or fence else text))
-    yield from _joined(lines)
+        text = "" if code or fence else line.strip(" >")
+        # A column of its own keeps a heading apart from the text below.
+        lines.append((number, line.startswith("#"), False, text))
+    yield from _paragraphs(lines)
 
 
-def texts(path: Path) -> Iterator[Text]:
+def texts(path: Path) -> Iterator[Paragraph]:
+    """The paragraphs of a file that people read."""
     source = path.read_text(encoding="utf-8")
     if path.suffix in (".py", ".pyi"):
         return _python(source)
@@ -110,9 +140,10 @@ def texts(path: Path) -> Iterator[Text]:
 
 
 def faults(text: str) -> list[str]:
-    """The words of a paragraph that are not plain English."""
+    """The parts of a paragraph that are not plain English."""
     nouns = [match[0] for match in _NOUN.finditer(text) if not match[0].endswith("?")]
-    return [*(noun[:40] for noun in nouns), *(match[0] for match in _WORDS.finditer(text))]
+    words = [match[0] for match in _WORDS.finditer(_CODE.sub("`code`", text))]
+    return [*(noun[:40] for noun in nouns), *words]
 
 
 def main(arguments: list[str]) -> int:
@@ -123,11 +154,11 @@ def main(arguments: list[str]) -> int:
         text=True,
         check=True,
     ).stdout.splitlines()
-    paths = [ROOT / name for name in listed if not _SKIPPED.match(name)]
+    # A file that was removed is still listed until the commit.
+    paths = [ROOT / name for name in listed if not _SKIPPED.match(name) and (ROOT / name).exists()]
     found = [
-        f"{path.relative_to(ROOT)}:{number}: {fault!r}"
+        f"{path.relative_to(ROOT).as_posix()}:{number}: {fault!r}"
         for path in paths
-        if path.exists() and path != Path(__file__).resolve()
         for number, text in texts(path)
         for fault in faults(text)
     ]
