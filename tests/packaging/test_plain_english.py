@@ -191,6 +191,8 @@ def test_command_prints_faults_of_tracked_and_new_files(tmp_path, monkeypatch, c
         subprocess.run(["git", *arguments], cwd=tmp_path, check=True, capture_output=True)
 
     monkeypatch.setattr(plain_english, "ROOT", tmp_path)
+    assert plain_english.main([]) == 0
+    assert "not checked" in capsys.readouterr().out
     git("init")
     for name in ("tracked.py", "new.py", "removed.py", "LICENSE", "ignored.py"):
         (tmp_path / name).write_text("# What it is.\n")

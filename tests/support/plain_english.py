@@ -147,6 +147,9 @@ def faults(text: str) -> list[str]:
 
 
 def main(arguments: list[str]) -> int:
+    if not (ROOT / ".git").exists():
+        print("plain English: not checked, because this is no git checkout")
+        return 0
     listed = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard", *arguments],
         cwd=ROOT,
