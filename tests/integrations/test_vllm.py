@@ -1,4 +1,4 @@
-"""The plugin in real engines of vLLM, offline, on tiny models with saved weights."""
+"""The plugin in engines of vLLM, offline, on tiny models with saved weights."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ import pytest
 import torch
 import vllm_models
 import vlm_oracle
-from torch import Tensor
 from vllm_engine import ask, engine, model_of, prompt, watching
-from vllm_models import SIDE, TILE, N, picture, words
+from vllm_models import SIDE, N, picture, words
+from vllm_selection import chosen, expected, packing, scores_of
 
-from vispruner_kernels import reference
-from vispruner_kernels.methods import FasterVLM, FoPru, Method, VisPruner, by_name
+from vispruner_kernels.methods import Method, by_name
 
 pytestmark = pytest.mark.filterwarnings("default")
 
-# Of the second SigLIP model the first patch is dropped.
+# The second SigLIP model drops the first patch.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llava": {},
     "llava-siglip": {},
@@ -38,7 +37,7 @@ class Saved:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """By family, a folder and the model of transformers that was saved there."""
+    """A function from a family to a folder and the model of transformers that is saved there."""
     made: dict[str, Saved] = {}
 
     def get(family: str) -> Saved:
@@ -49,34 +48,6 @@ def saved(tmp_path_factory):
         return made[family]
 
     return get
-
-
-def scores_of(method: Method, q: Tensor, k: Tensor, prefix: int) -> Tensor | None:
-    """Means over heads (and queries) of the attention, in float64, of the bits that we choose by
-    rounded: the operator itself is tested elsewhere."""
-    scores = method.attention_scores(q, k, num_prefix=prefix)
-    if scores is None:
-        return None
-    q, k = q.double().transpose(1, 2), k.double().transpose(1, 2)
-    attention = torch.softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, -1)
-    rows = attention[:, :, :1] if method.needs == "cls" else attention
-    right = rows.mean((1, 2))[:, prefix:]
-    assert (scores - right).abs().max() < 1e-6
-    return scores
-
-
-def chosen(method: Method, features: Tensor, scores: Tensor | None) -> Tensor:
-    """The rule of a method once more, by the reference; features [n, C] of rows of a tile."""
-    method = method.on_grid(SIDE)
-    keep = method.retained_tokens(len(features))
-    if isinstance(method, VisPruner):
-        rule = method.important_ratio, method.step, method.matching
-        return reference.select(features[None], scores[None], keep, *rule)[0]
-    if isinstance(method, FasterVLM) or getattr(method, "strategy", "") == "rank":
-        return reference.select_topk(scores[None], keep)[0]
-    if isinstance(method, FoPru):
-        return reference.select_rows(scores[None], SIDE, keep // SIDE)[0]
-    return method.select(features[None])[0]
 
 
 METHODS = [
@@ -95,8 +66,9 @@ METHODS = [
 
 
 @pytest.mark.parametrize(("family", "given"), METHODS, ids=str)
-def test_methods(family, given, saved):
-    """Prompt, selection, projector and answer."""
+def test_prompt_selection_projector_and_answer(family, given, saved):
+    """The prompt has the kept tokens only, the selection is that of the reference, and projector
+    and answer are those of transformers with these tokens."""
     folder, model = saved(family).folder, saved(family).model
     image, method = picture(1), by_name(**given)
     keep = method.retained_tokens(N)
@@ -107,7 +79,7 @@ def test_methods(family, given, saved):
         assert not tower.encoder.layers[-1].self_attn.attn._forward_pre_hooks
     assert answer.length == 2 + keep + 3
 
-    # The tokens are those of the rule, on what the tower of vLLM made.
+    # Selection: the reference, applied to the features of vLLM's tower.
     prefix = 1 if family == "llava" else 0
     dropped = 1 if family == "llava-siglip-default" else 0
     (features,), (q,), (k,), (rows,) = seen.features, seen.q, seen.k, seen.rows
@@ -118,15 +90,15 @@ def test_methods(family, given, saved):
     assert len(indices) == keep
     assert torch.equal(rows, features[0, indices])
 
-    # They answer as in transformers.
+    # Projector and answer: transformers, with the same tokens.
     inputs = vllm_models.inputs(folder, TEXT, image)
     embeds = vlm_oracle.embeddings(model, inputs)["image"][0][indices]
     assert torch.allclose(seen.embeds[0], embeds, rtol=1e-4, atol=1e-4)
-    (said,) = vlm_oracle.logits(model, inputs, [indices], new=len(answer.tokens))
-    assert answer.tokens == said.tolist()
+    (tokens,) = vlm_oracle.logits(model, inputs, [indices], new=len(answer.tokens))
+    assert answer.tokens == tokens.tolist()
 
 
-def test_the_integration_in_transformers_with_the_same_indices(saved):
+def test_the_integration_in_transformers_gives_the_same_answer(saved):
     from vispruner_kernels.integrations.transformers import prune_inputs
 
     folder, model = saved("llava").folder, saved("llava").model
@@ -160,7 +132,7 @@ def test_the_integration_in_transformers_with_the_same_indices(saved):
 
 
 @pytest.mark.parametrize("family", ["llava", "llava-next"])
-def test_all_tokens_are_vllm_without_the_plugin(family, saved):
+def test_keeping_all_tokens_equals_vllm_without_the_plugin(family, saved):
     folder = saved(family).folder
     prompts = [
         prompt(TEXT, picture(1)),
@@ -171,7 +143,7 @@ def test_all_tokens_are_vllm_without_the_plugin(family, saved):
         before = ask(llm, *prompts)
     with engine(folder, dict(method="vispruner", keep=1.0)) as llm:
         after = ask(llm, *prompts)
-        # One patch, where 1.0 is all of them.
+        # The count 1 is one patch, the fraction 1.0 all of them.
         (one,) = ask(llm, prompt(TEXT, picture(1), vispruner_keep=1))
     newlines = SIDE if family == "llava-next" else 0
     assert one.length == 2 + 1 + newlines + 3
@@ -180,8 +152,9 @@ def test_all_tokens_are_vllm_without_the_plugin(family, saved):
         assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
 
 
-def test_prompts_in_one_batch_are_those_alone(saved):
-    """Text alone, several images, budgets of their own; images in parts for the tower."""
+def test_a_batch_gives_the_answers_of_its_prompts_alone(saved):
+    """Prompts without images, with several images, and with budgets of their own. The tower takes
+    the images of the batch in parts."""
     prompts = [
         prompt(words(3, 4, 5)),
         prompt(TEXT, picture(1)),
@@ -190,14 +163,14 @@ def test_prompts_in_one_batch_are_those_alone(saved):
         prompt(f"<image> <image> <image> {words(9)}", picture(4), picture(1), picture(5)),
         prompt(TEXT, picture(6), vispruner_keep=0.1),
     ]
-    # Of which no near tie depends on the batch.
+    # The batch may change features in their last bits; `random` does not depend on them.
     given = dict(method="random", keep=20)
     more = dict(enable_prefix_caching=False, mm_processor_cache_gb=0)
     with engine(saved("llava").folder, given, **more) as llm:
         alone = [ask(llm, one)[0] for one in prompts]
     assert [a.length for a in alone] == [3, 25, 13, 12, 61, 11]
 
-    # Kept tokens of all eight images fit in one step; in the tower only two fit.
+    # The kept tokens of all eight images fit in one step; two images fit in the tower.
     budget = 2 * (N + 1) + 3
     more = dict(max_num_batched_tokens=budget, enable_chunked_prefill=True)
     with engine(saved("llava").folder, given, **more) as llm:
@@ -207,12 +180,12 @@ def test_prompts_in_one_batch_are_those_alone(saved):
     assert [a.length for a in together] == [a.length for a in alone]
     sizes = [len(features) for features in seen.features]
     assert max(sizes) == 2
-    # One image is there twice with the same budget.
+    # Eight images, but one occurs twice with the same budget.
     assert sum(sizes) == 7
 
 
-def test_tiles_in_one_batch_are_those_alone(saved):
-    """Images of several tiles, with budgets of their own, in parts for the tower."""
+def test_a_batch_of_tiles_gives_the_answers_of_its_prompts_alone(saved):
+    """Images of several tiles with budgets of their own. The tower takes them in parts."""
     sizes = [(60, 100), (200, 200), (60, 100), (100, 60), (330, 100), (200, 210)]
     budgets = [{}, {"vispruner_keep": 5}, {"vispruner_keep": 2}, {}, {"vispruner_keep": 0.05}, {}]
     prompts = [
@@ -236,13 +209,12 @@ def test_tiles_in_one_batch_are_those_alone(saved):
     assert [a.length for a in together] == [a.length for a in alone]
     parts = [len(features) for features in seen.features]
     assert sum(parts) == sum(tiles)
-    # Of eight tiles at most, and of more than one image.
+    # A part has at most eight tiles, and one part has more than one image.
     assert 5 < max(parts) <= 8
 
 
-def test_half_precision(saved):
-    """The budget is exact, and so is the selection."""
-    # In bfloat16 it would be 0.2578125, and 17 tokens.
+def test_bfloat16_does_not_round_the_budget(saved):
+    # In bfloat16 the budget would be 0.2578125, and the image would keep 17 tokens.
     given = dict(method="vispruner", keep=0.2578)
     with engine(saved("llava").folder, given, dtype="bfloat16") as llm:
         with watching(model_of(llm)) as seen:
@@ -256,7 +228,7 @@ def test_half_precision(saved):
 
 
 @pytest.mark.parametrize("budget", [32, 48])
-def test_prefill_in_parts(budget, saved):
+def test_chunked_prefill_gives_the_same_answer(budget, saved):
     text = f"{words(*range(3, 20))} <image> {words(*range(20, 40))} <image> {words(9)}"
     one = prompt(text, picture(1), picture(2))
     given = dict(method="random", keep=20)
@@ -271,8 +243,8 @@ def test_prefill_in_parts(budget, saved):
 
 
 @pytest.mark.parametrize("named", [False, True], ids=["hashed", "named by the client"])
-def test_two_budgets_with_caches(named, saved):
-    """Of one image, in turns, also where the client says that it is the same image."""
+def test_two_budgets_of_an_image_share_no_cache_entry(named, saved):
+    """Requests with different budgets alternate, also if the client names the image."""
     text = f"<image> {words(*range(3, 40))}"
 
     def one(**kwargs: Any) -> dict[str, Any]:
@@ -289,8 +261,9 @@ def test_two_budgets_with_caches(named, saved):
             cached = [ask(llm, one(**turn))[0] for turn in turns]
     assert [a.length for a in cached] == [57, 45, 57, 45, 57]
     assert [a.tokens for a in cached] == [a.tokens for a in alone]
-    # Caches were used: one run of the tower for each budget, and blocks of the prompt; what asks
-    # for the server's own budget is the same image.
+    # The caches were used: the tower ran once for each budget, and blocks of the prompt were read
+    # from the prefix cache. A request for the server's own budget, 20, shares its entries with a
+    # request without a budget.
     assert len(seen.features) == 2
     assert [a.cached for a in cached] == [0, 0, 32, 32, 32]
 
@@ -309,8 +282,8 @@ def test_two_budgets_with_caches(named, saved):
     ],
     ids=str,
 )
-def test_llava_next(given, sizes, saved):
-    """Tiles, unpadding and newlines; images of a prompt have different numbers of tiles."""
+def test_llava_next_keeps_the_tokens_of_the_reference(given, sizes, saved):
+    """Tiles, unpadding and newlines. The images of a prompt have different numbers of tiles."""
     folder, model = saved("llava-next").folder, saved("llava-next").model
     given = dict(given)
     pictures = [picture(i, *size) for i, size in enumerate(sizes)]
@@ -333,14 +306,14 @@ def test_llava_next(given, sizes, saved):
         seen.embeds, vlm_oracle.embeddings(model, inputs)["image"], places, strict=True
     ):
         assert torch.allclose(embeds, full[kept], rtol=1e-4, atol=1e-4)
-    (said,) = vlm_oracle.logits(model, inputs, places, new=len(answer.tokens))
-    assert answer.tokens == said.tolist()
+    (tokens,) = vlm_oracle.logits(model, inputs, places, new=len(answer.tokens))
+    assert answer.tokens == tokens.tolist()
 
 
-def test_small_images_in_a_batch(saved):
-    """Keep all of their tokens beside large ones, which keep what they keep alone."""
+def test_small_images_keep_all_tokens_beside_large_images(saved):
+    """The large images of the batch keep the same tokens as alone."""
     folder = saved("llava-next").folder
-    # Patches without newlines: 320, 128 (beside it a budget of its own), 128 and 64.
+    # Patches without newlines: 320, 128, 128 and 64.
     sizes = [(224, 224), (112, 112), (112, 112), (300, 1)]
     budgets = [{}, {}, {"vispruner_keep": 20}, {"vispruner_keep": 1000}]
     prompts = [
@@ -362,7 +335,7 @@ def test_small_images_in_a_batch(saved):
     assert together[4].length == 128 + 150 + 1
     assert sorted(len(embeds) for embeds in seen.embeds) == sorted(counts)
     assert [a.tokens for a in together] == [a.tokens for a in alone]
-    # A small image is answered as without pruning.
+    # The answer about a small image is that without pruning.
     with engine(folder, dict(method="random", keep=1.0, newlines="drop"), **more) as llm:
         unpruned = [ask(llm, prompts[1])[0], *ask(llm, prompt(TEXT, picture(3, 300, 1)))]
     for before, after in zip(unpruned, (together[1], together[3]), strict=True):
@@ -370,49 +343,7 @@ def test_small_images_in_a_batch(saved):
         assert before.logprobs == pytest.approx(after.logprobs, abs=1e-4)
 
 
-def packing(model: Any, sizes: list[tuple[int, int]]) -> list[tuple[Tensor, int]]:
-    """By image, the row of each token or -1, as transformers packs them, and its tiles."""
-    from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
-
-    found = []
-    for size in sizes:
-        tiles = image_size_to_num_patches(list(size), model.config.image_grid_pinpoints, TILE)
-        rows = torch.arange(tiles * N, dtype=torch.float64).view(tiles, N, 1)
-        newline = torch.tensor([-1.0]).double()
-        packed, _ = model.model.pack_image_features(
-            [rows], [list(size)], "default", image_newline=newline
-        )
-        found.append((packed[0][:, 0].long(), tiles))
-    return found
-
-
-def expected(
-    packed: list[tuple[Tensor, int]],
-    features: Tensor,
-    scores: Tensor,
-    method: Method,
-    budget: str,
-    newlines: str = "keep",
-) -> tuple[Tensor, list[Tensor]]:
-    """What the projector gets of packed images, and by image which of its tokens stay."""
-    rows, places, start = [], [], 0
-    for layout, tiles in packed:
-        of_tiles = features[start : start + tiles].flatten(0, 1)
-        of_scores = scores[start : start + tiles].flatten()
-        present = layout[layout >= 0].sort().values
-        groups = [present]
-        if budget == "tile":
-            groups = [present[present // N == tile] for tile in range(tiles)]
-        kept = torch.cat([g[chosen(method, of_tiles[g], of_scores[g])] for g in groups])
-        stays = torch.isin(layout, kept) | ((layout < 0) & (newlines == "keep"))
-        places.append(stays.nonzero()[:, 0])
-        rows.append(of_tiles[kept])
-        start += tiles
-    return torch.cat(rows), places
-
-
-def test_embeddings_pass(saved):
-    """Of images that the client has encoded itself."""
+def test_embeddings_from_the_client_are_not_pruned(saved):
     folder, model = saved("llava").folder, saved("llava").model
     inputs = vllm_models.inputs(folder, TEXT, picture(1))
     embeds = vlm_oracle.embeddings(model, inputs)["image"][0]
@@ -421,10 +352,10 @@ def test_embeddings_pass(saved):
         one = prompt(TEXT)
         one["multi_modal_data"] = {"image": embeds[None]}
         (answer,) = ask(llm, one)
-        # Of several lengths in one batch.
+        # Embeddings of several lengths in one batch.
         few = [prompt(TEXT) for _ in range(2)]
-        for count, one_of in zip((9, 12), few, strict=True):
-            one_of["multi_modal_data"] = {"image": embeds[None, :count]}
+        for count, short in zip((9, 12), few, strict=True):
+            short["multi_modal_data"] = {"image": embeds[None, :count]}
         lengths = [a.length for a in ask(llm, *few, one, prompt(TEXT, picture(1)))]
         assert lengths == [2 + 9 + 3, 2 + 12 + 3, 2 + N + 3, 2 + 20 + 3]
         with pytest.raises(ValueError, match="vispruner_keep: image_embeds are not pruned"):
@@ -432,12 +363,11 @@ def test_embeddings_pass(saved):
         (pruned,) = ask(llm, prompt(TEXT, picture(1)))
     assert answer.length == 2 + N + 3
     assert pruned.length == 2 + 20 + 3
-    (said,) = vlm_oracle.logits(model, inputs, [torch.arange(N)], new=len(answer.tokens))
-    assert answer.tokens == said.tolist()
+    (tokens,) = vlm_oracle.logits(model, inputs, [torch.arange(N)], new=len(answer.tokens))
+    assert answer.tokens == tokens.tolist()
 
 
-def test_bad_budgets_of_requests(saved):
-    """Fail, and no other request does."""
+def test_a_bad_request_fails_alone(saved):
     with engine(saved("llava").folder, dict(method="vispruner", keep=20)) as llm:
         for kwargs, error in (
             (dict(vispruner_keep=21), "vispruner_keep is 21, expected at most the server's keep"),
@@ -449,13 +379,12 @@ def test_bad_budgets_of_requests(saved):
         assert ask(llm, prompt(TEXT, picture(1), vispruner_keep=8))[0].length == 13
 
 
-def test_the_code_of_the_page(capsys):
-    """As it stands there."""
+def test_the_code_of_the_page_runs(capsys):
     from pages import ROOT, blocks, page
 
     (code,) = blocks(page(ROOT / "docs" / "vllm.md"), "python")
     exec(compile(code, "docs/vllm.md", "exec"), {"__name__": "__main__"})
-    # The engine was a local variable.
+    # The engine was a local variable: free it.
     gc.collect()
     (comment,) = re.findall(r"print.*# (.*)$", code, re.MULTILINE)
     assert capsys.readouterr().out.splitlines()[-1].strip() == comment

@@ -1,4 +1,4 @@
-"""The plugin without an engine: what it registers, what it refuses, what identifies an image."""
+"""The plugin without an engine: registration, refusals, token counts and hashes of images."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def processed(made, *pictures, name=None, **kwargs):
 # ---- registration ----
 
 
-def test_the_entry_point():
+def test_vllm_finds_the_entry_point():
     (entry,) = (
         entry
         for entry in importlib.metadata.entry_points(group="vllm.general_plugins")
@@ -63,8 +63,8 @@ def test_the_entry_point():
     assert entry.load() is plugin.register
 
 
-def test_the_plugin_is_light():
-    """Its import and registration bring in no model of vLLM; without vLLM it can be imported."""
+def test_import_and_registration_import_no_model():
+    """The import of the plugin does not even import vLLM."""
     code = (
         "import sys\n"
         "from vispruner_kernels.integrations.vllm import register\n"
@@ -75,7 +75,7 @@ def test_the_plugin_is_light():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_registration_again_changes_nothing():
+def test_a_second_registration_changes_nothing():
     from vllm import ModelRegistry
 
     plugin.register()
@@ -84,8 +84,8 @@ def test_registration_again_changes_nothing():
     assert all(ModelRegistry.models[name] is before[name] for name in ARCHITECTURES)
 
 
-def test_what_is_overridden_is_what_vllm_calls():
-    """The same methods with the same parameters; a vLLM that changed one would not call ours."""
+def test_overridden_methods_have_the_parameters_of_vllm():
+    """A vLLM that renamed a method or a parameter would not call the method of the plugin."""
     from vispruner_kernels.integrations import _vllm_models, _vllm_processing
 
     pairs = [
@@ -96,12 +96,12 @@ def test_what_is_overridden_is_what_vllm_calls():
         (_vllm_models._Pruned, _vllm_models.LlavaForConditionalGeneration),
         (_vllm_models._Pruned, _vllm_models.LlavaNextForConditionalGeneration),
     ]
-    own = {"_check_pixels", "_sizes", "_parts", "_project"}
-    own |= {"_prune", "_encode", "_reading"}
+    not_overridden = {"_check_pixels", "_sizes", "_parts", "_project"}
+    not_overridden |= {"_prune", "_encode", "_reading"}
     compared = 0
     for ours, theirs in pairs:
         for name, function in vars(ours).items():
-            if inspect.isfunction(function) and name not in own:
+            if inspect.isfunction(function) and name not in not_overridden:
                 expected = inspect.signature(getattr(theirs, name)).parameters
                 assert [*inspect.signature(function).parameters] == [*expected], name
                 compared += 1
@@ -143,7 +143,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("family", "given", "more", "words"), REFUSED)
-def test_what_the_server_does_not_start_with(family, given, more, words, folders):
+def test_the_server_refuses_to_start_with(family, given, more, words, folders):
     with pytest.raises((TypeError, ValueError)) as caught:
         configuration(folders / family, given, **more)
     (line,) = (line for line in str(caught.value).splitlines() if words in line)
@@ -151,8 +151,8 @@ def test_what_the_server_does_not_start_with(family, given, more, words, folders
 
 
 @pytest.mark.parametrize("family", ["llava", "llava-next"])
-def test_settings_without_the_architecture(family, folders):
-    """Would serve without pruning, silently."""
+def test_settings_without_the_architecture_are_refused(family, folders):
+    """vLLM's own model would ignore them and serve without pruning."""
     stock = ARCHITECTURES[family == "llava-next"].removeprefix("VisPruner")
     overrides = dict(architectures=[stock], vispruner=dict(method="vispruner", keep=20))
     words = f"hf_overrides has 'vispruner', but the architecture is {stock}, expected"
@@ -161,7 +161,7 @@ def test_settings_without_the_architecture(family, folders):
 
 
 def test_pixtral_is_refused(folders, tmp_path):
-    """It is a LLaVA to vLLM too."""
+    """vLLM serves Pixtral checkpoints of transformers with the architecture of LLaVA too."""
     import json
     import shutil
 
@@ -191,8 +191,9 @@ BROKEN = [
 
 
 @pytest.mark.parametrize(("family", "name", "value"), BROKEN)
-def test_a_broken_configuration(family, name, value, folders):
-    """One line of ours names the setting, unless vLLM or transformers refuse to read it before."""
+def test_the_error_names_the_broken_setting(family, name, value, folders):
+    """The error is one line. The test changes a configuration that vLLM has read, because vLLM or
+    transformers may refuse to read the broken one."""
     config = configuration(folders / family, dict(method="vispruner", keep=20)).model_config
     target = config.hf_config if "pinpoints" in name else config.hf_config.vision_config
     vars(target)[name] = value
@@ -203,16 +204,15 @@ def test_a_broken_configuration(family, name, value, folders):
     assert "\n" not in str(caught.value)
 
 
-def test_a_version_that_is_not_supported(folders, monkeypatch):
+def test_another_version_serves_only_unpruned_models(folders, monkeypatch):
     monkeypatch.setattr(plugin, "SUPPORTED", ((0, 7),))
     words = r"vLLM is 0\.\d+\.\d+, expected 0.7: pip install 'vllm==0.7.\*'"
     with pytest.raises(ImportError, match=words):
         configuration(folders / "llava", dict(method="vispruner", keep=20))
-    # Models without pruning start.
     configuration(folders / "llava", None)
 
 
-def test_lora_of_the_language_model_is_not_refused(folders):
+def test_lora_of_the_language_model_is_accepted(folders):
     given = dict(method="vispruner", keep=20)
     assert configuration(folders / "llava", given, enable_lora=True).lora_config
 
@@ -220,8 +220,8 @@ def test_lora_of_the_language_model_is_not_refused(folders):
 # ---- counts ----
 
 
-def test_counts_before_pruning_are_those_of_vllm(folders):
-    """For many sizes: the layout, which decides what is kept, has as many tokens."""
+def test_layouts_have_the_token_counts_of_vllm(folders):
+    """For many sizes: the count of vLLM before pruning is the length of the plugin's layout."""
     from vllm.model_executor.models.llava_next import LlavaNextProcessingInfo
 
     info = processor(folders / "llava-next", dict(method="vispruner", keep=20)).info
@@ -233,14 +233,14 @@ def test_counts_before_pruning_are_those_of_vllm(folders):
         assert len(info.settings.layout((height, width))) == expected, (height, width)
 
 
-def test_what_is_profiled(folders):
-    """The image that is largest for the tower; as many placeholders as any image can have."""
+def test_profiling_uses_the_largest_image_and_the_most_placeholders(folders):
+    """The largest image has the most tokens in the tower; another may have more placeholders."""
     info = processor(folders / "llava-next", dict(method="vispruner", keep=20)).info
     size = info.get_image_size_with_most_features()
     assert (size.height, size.width) == (2 * TILE, 2 * TILE)
     assert info.get_mm_max_tokens_per_item(640, {"image": 1}) == {"image": 20 + 3 * SIDE}
     assert info.get_num_image_tokens(image_height=size.height, image_width=size.width) == 20 + 16
-    # What the client has encoded is not pruned.
+    # Embeddings from the client are not pruned.
     more = dict(enable_mm_embeds=True)
     info = processor(folders / "llava-next", dict(method="vispruner", keep=20), **more).info
     everything = 5 * N + 2 * SIDE
@@ -258,8 +258,8 @@ MISFITS = [
 
 
 @pytest.mark.parametrize(("family", "kwargs"), MISFITS, ids=str)
-def test_pixels_that_do_not_fit_the_model(family, kwargs, folders):
-    """Would pass here and fail there, with every other request."""
+def test_pixels_of_a_wrong_shape_are_refused(family, kwargs, folders):
+    """In the model they would fail all other requests too."""
     made = processor(folders / family, dict(method="vispruner", keep=20))
     with pytest.raises(ValueError, match=r"the processor made pixel_values .*, expected \["):
         processed(made, picture(1, 100, 80), **kwargs)
@@ -275,15 +275,15 @@ def test_pixels_that_do_not_fit_the_model(family, kwargs, folders):
     ],
     ids=str,
 )
-def test_a_budget_in_the_wrong_place(kwargs, folders):
+def test_a_budget_with_another_name_or_place_is_refused(kwargs, folders):
     made = processor(folders / "llava", dict(method="vispruner", keep=20))
-    words = r"mm_processor_kwargs has vispruner_ke?e?p, expected vispruner_keep, in no other option"
+    words = r"mm_processor_kwargs has vispruner_ke?e?p, expected vispruner_keep, not nested"
     with pytest.raises(ValueError, match=words):
         processed(made, picture(1), **kwargs)
 
 
 @pytest.mark.parametrize("shape", [(60, 100, 3), (3, 60, 100), (3, 50, 3), (3, 40, 1), (50, 3, 3)])
-def test_arrays_have_the_size_that_the_model_sees(shape, folders):
+def test_the_count_of_an_array_uses_the_size_that_the_model_gets(shape, folders):
     made = processor(folders / "llava-next", dict(method="vispruner", keep=0.5))
     array = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     out = processed(made, array)
@@ -292,8 +292,8 @@ def test_arrays_have_the_size_that_the_model_sees(shape, folders):
     assert place.length == made.info.settings.count((height, width))
 
 
-def test_small_images(folders):
-    """All of their tokens, in requests too, and never more than the server gives."""
+def test_small_keep_keeps_all_tokens_of_a_small_image(folders):
+    """In requests with a budget too; no request gets more than the server's count."""
     given = dict(method="vispruner", keep=200, newlines="drop")
     made = processor(folders / "llava-next", given | dict(small="keep"))
 
@@ -302,7 +302,7 @@ def test_small_images(folders):
         return place.length
 
     assert count(2 * TILE, 2 * TILE) == 200
-    # Two tiles, of which unpadding leaves half, and the one of the whole image.
+    # One tile of the whole image, and two tiles of which unpadding removes half.
     assert count(TILE, TILE) == count(TILE, TILE, vispruner_keep=1000) == 2 * N
     assert count(TILE, TILE, vispruner_keep=2 * N - 1) == 2 * N - 1
     assert count(2 * TILE, 2 * TILE, vispruner_keep=150) == 150
@@ -314,11 +314,11 @@ def test_small_images(folders):
         count(TILE, TILE)
 
 
-# ---- identity ----
+# ---- hashes ----
 
 
-def test_settings_identify_an_image(folders):
-    """By content or by the client's own name, whatever processor asks, also in another server."""
+def test_the_hash_of_an_image_depends_on_every_setting(folders):
+    """With and without a name from the client; two processors with the same settings agree."""
     settings = [
         dict(method="vispruner", keep=20),
         dict(method="vispruner", keep=21),
@@ -336,20 +336,20 @@ def test_settings_identify_an_image(folders):
         dict(method="random", keep=20, seed=1),
     ]
     for name in (None, "mine"):
-        seen = []
+        found = []
         for given in settings:
             (identity,) = processed(processor(folders / "llava", given), picture(1), name=name)[
                 "mm_hashes"
             ]["image"]
-            seen.append(identity)
-        assert len(set(seen)) == len(settings)
+            found.append(identity)
+        assert len(set(found)) == len(settings)
         (again,) = processed(processor(folders / "llava", settings[0]), picture(1), name=name)[
             "mm_hashes"
         ]["image"]
-        assert again == seen[0]
+        assert again == found[0]
 
 
-def test_budgets_identify_an_image(folders):
+def test_the_hash_of_an_image_depends_on_the_budget(folders):
     made = processor(folders / "llava", dict(method="vispruner", keep=20))
     for name in (None, "mine"):
 
@@ -361,15 +361,15 @@ def test_budgets_identify_an_image(folders):
         assert of()[1:] == (20, 20)
         assert of(vispruner_keep=8)[1:] == (8, 8)
         assert len({of()[0], of(vispruner_keep=8)[0], of(vispruner_keep=9)[0]}) == 3
-        # The server's own budget is the same image as none.
+        # A request for the server's own budget has the hash of a request without a budget.
         assert of(vispruner_keep=20) == of()
-        # Other options still count.
+        # Other options still change the hash.
         assert of(do_rescale=False)[0] != of()[0]
         assert (of(seed=2)[0] == of()[0]) == (name is not None)
 
 
 def test_pixels_stay_on_the_host(folders):
-    """For the scheduler admits by kept tokens; the model takes them to the device in parts."""
+    """The scheduler counts kept tokens and admits many images; the model copies them in parts."""
     out = processed(processor(folders / "llava", dict(method="random", keep=1)), picture(1))
     fields = out["mm_kwargs"]["image"][0]
     assert sorted(fields) == ["pixel_values", "vispruner_keep"]
@@ -377,7 +377,7 @@ def test_pixels_stay_on_the_host(folders):
     assert all(element.field.keep_on_cpu for element in fields.values())
 
 
-def test_the_field_of_a_budget():
+def test_the_field_holds_any_budget_exactly():
     from vispruner_kernels.integrations._vllm_processing import from_field, to_field
 
     for keep in (1, 64, 16384, 1.0, 0.25, 0.1, 5e-324):

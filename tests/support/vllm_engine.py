@@ -1,4 +1,4 @@
-"""vLLM in this process, and what its model does with images."""
+"""Engines of vLLM in this process, and hooks that record how the model processes images."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from torch import Tensor
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("needs vLLM: make test-vllm", allow_module_level=True)
 
-# Read when it is imported. One process, so that hooks see tensors; one thread, as conftest.py says.
+# vLLM reads these variables when it is imported. One process, so that hooks can read tensors; one
+# thread, for the reason in conftest.py.
 os.environ.update(
     VLLM_CPU_OMP_THREADS_BIND="nobind",
     VLLM_ENABLE_V1_MULTIPROCESSING="0",
@@ -35,7 +36,7 @@ ARCHITECTURES = (
 
 
 def options(folder: Path, vispruner: dict[str, Any] | None, **more: Any) -> dict[str, Any]:
-    """Arguments of an engine; None: vLLM's own model."""
+    """The arguments of an engine; without settings, those of vLLM's own model."""
     architecture = ARCHITECTURES["next" in folder.name]
     overrides: dict[str, Any] = {"architectures": [architecture], "vispruner": vispruner}
     if vispruner is None:
@@ -57,10 +58,10 @@ def options(folder: Path, vispruner: dict[str, Any] | None, **more: Any) -> dict
 
 @contextmanager
 def engine(folder: Path, vispruner: dict[str, Any] | None, **more: Any) -> Iterator[Any]:
-    """An engine; there can be one at a time."""
+    """An engine of vLLM; only one can exist at a time."""
     from vllm import LLM
 
-    # vLLM collects garbage eight times, which takes longer than all the rest.
+    # vLLM collects garbage eight times, which takes most of the time of a start.
     with mock.patch("gc.collect"):
         llm = LLM(**options(folder, vispruner, **more))
     try:
@@ -73,7 +74,7 @@ def engine(folder: Path, vispruner: dict[str, Any] | None, **more: Any) -> Itera
 
 
 def prompt(text: str, *pictures: Any, **kwargs: Any) -> dict[str, Any]:
-    """A prompt of words with some <image>."""
+    """A prompt for `LLM.generate`, with one picture for each <image> of the text."""
     found: dict[str, Any] = {"prompt": text}
     if pictures:
         found["multi_modal_data"] = {"image": [*pictures]}
@@ -84,29 +85,33 @@ def prompt(text: str, *pictures: Any, **kwargs: Any) -> dict[str, Any]:
 
 @dataclass
 class Answer:
-    """Of one prompt: its length, the tokens said, and their log-probabilities."""
+    """The answer to one prompt."""
 
+    # Tokens of the prompt.
     length: int
+    # Generated tokens, and their log-probabilities.
     tokens: list[int]
     logprobs: list[float]
+    # Tokens of the prompt that were in the prefix cache.
     cached: int
 
 
 def ask(llm: Any, *prompts: dict[str, Any], tokens: int = 6) -> list[Answer]:
-    """What greedy decoding says."""
+    """Answer prompts by greedy decoding."""
     from vllm import SamplingParams
 
     sampling = SamplingParams(temperature=0, max_tokens=tokens, logprobs=0, ignore_eos=True)
     answers = []
     for result in llm.generate([*prompts], sampling, use_tqdm=False):
-        said = result.outputs[0]
+        output = result.outputs[0]
         probabilities = [
-            step[token].logprob for step, token in zip(said.logprobs, said.token_ids, strict=True)
+            step[token].logprob
+            for step, token in zip(output.logprobs, output.token_ids, strict=True)
         ]
         answers.append(
             Answer(
                 len(result.prompt_token_ids),
-                list(said.token_ids),
+                list(output.token_ids),
                 probabilities,
                 result.num_cached_tokens or 0,
             )
@@ -116,15 +121,16 @@ def ask(llm: Any, *prompts: dict[str, Any], tokens: int = 6) -> list[Answer]:
 
 @dataclass
 class Seen:
-    """What the model did with images, call by call."""
+    """The tensors of each call while the model processes images."""
 
-    # [G, tokens, C] of each call of the tower; of its last attention q and k [G, S, H, D].
+    # Of each call of the tower: the features [G, tokens, C], and q and k [G, S, H, D] of its last
+    # layer.
     features: list[Tensor] = field(default_factory=list)
     q: list[Tensor] = field(default_factory=list)
     k: list[Tensor] = field(default_factory=list)
-    # [K, C] of each call of the projector.
+    # The input [K, C] of each call of the projector.
     rows: list[Tensor] = field(default_factory=list)
-    # [tokens, D] of each image.
+    # The embeddings [tokens, D] of each image.
     embeds: list[Tensor] = field(default_factory=list)
 
 
@@ -134,7 +140,7 @@ def model_of(llm: Any) -> Any:
 
 @contextmanager
 def watching(model: Any) -> Iterator[Seen]:
-    """Hooks of our own on the modules of vLLM, for a while."""
+    """Record the calls of the modules of vLLM."""
     seen, original = Seen(), model.embed_multimodal
     attention = model.vision_tower.vision_model.encoder.layers[-1].self_attn.attn
 

@@ -1,6 +1,10 @@
-"""Two ranks of tensor parallelism: python vllm_ranks.py FOLDER MODE OUT writes what each rank saw.
+"""Two tensor-parallel ranks of vLLM, which are processes of their own.
 
-A program of its own, since ranks are processes."""
+    python vllm_ranks.py FOLDER MODE SETTINGS OUT
+
+loads the model in FOLDER with `mm_encoder_tp_mode` MODE and the `vispruner` SETTINGS (JSON),
+answers two prompts, and writes the answers and the recorded tensors of each rank to OUT.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ import torch
 
 
 def watch(model: Any) -> None:
+    """Begin to record, for the life of the process."""
     from vllm_engine import watching
 
     model.vispruner_watched = watching(model)
@@ -20,6 +25,7 @@ def watch(model: Any) -> None:
 
 
 def seen(model: Any) -> dict[str, Any]:
+    """The recorded tensors."""
     return vars(model.vispruner_seen)
 
 

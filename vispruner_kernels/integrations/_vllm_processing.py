@@ -176,7 +176,9 @@ def _keep(kwargs: Mapping[str, object]) -> Any:
     name or in a nested option."""
     for name in option_names(kwargs):
         if name.startswith("vispruner") and (name != KEEP or name not in kwargs):
-            raise ValueError(f"mm_processor_kwargs has {name}, expected {KEEP}, in no other option")
+            raise ValueError(
+                f"mm_processor_kwargs has {name}, expected {KEEP}, not nested in another option"
+            )
     return kwargs.get(KEEP)
 
 
