@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import vlm_oracle
+import vlms
 from torch import Tensor
 from vlms import CLS_FAMILIES, picture, prompts
 
+from vispruner_kernels.integrations.transformers import prune_inputs
 from vispruner_kernels.methods import FasterVLM, FoPru, Method, Random, VisPruner
+
+NEW = 5
+GREEDY = dict(max_new_tokens=NEW, do_sample=False)
 
 
 def methods(family: str, keep: float = 5) -> list[Method]:
@@ -59,3 +67,35 @@ def recording(keep: int, **settings) -> Recording:
     method = Recording(keep, **settings)
     object.__setattr__(method, "calls", [])
     return method
+
+
+def method_of(family: str, keep: float = 4) -> Method:
+    return VisPruner(keep, scores=scores_of(family))
+
+
+def expected_tokens(model: Any, inputs: dict[str, Tensor], method: Method) -> Tensor:
+    """Greedy decoding without a cache, prompt by prompt, of tokens dropped by hand."""
+    kept = prune_inputs(model, inputs, method).kept
+    return torch.stack(vlm_oracle.logits(vlm_oracle.eager(model), inputs, kept, NEW))
+
+
+# As the caller sees them: padded, and not padded though pruning makes them so, also where the
+# longest prompt loses nothing.
+BATCHES = {
+    "padded": lambda f: several(f),
+    "one": lambda f: prompts(f, [3, picture(f, 1), 5]),
+    "made unequal": lambda f: _filled(f, [20, picture(f, 1), 5], [2, picture(f, 2), 4, _more(f)]),
+    "longest without": lambda f: _filled(f, [3, picture(f, 1), 5], []),
+}
+
+
+def _more(family: str) -> vlms.Picture:
+    return picture(family, 3)
+
+
+def _filled(family: str, *rows: list) -> dict[str, Tensor]:
+    """Prompts as long as each other, by words at their end."""
+    lengths = [int(x.sum()) for x in prompts(family, *rows)["attention_mask"]]
+    return prompts(
+        family, *([*row, max(lengths) - n] for row, n in zip(rows, lengths, strict=True))
+    )
