@@ -9,44 +9,24 @@ from __future__ import annotations
 
 import argparse
 import functools
-import itertools
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
 
 from benchmarks.tiny_vlm import answers
 from benchmarks.tiny_vlm import model as tiny
-from benchmarks.tiny_vlm.scenes import (
-    ASKED,
-    COLOURS,
-    KINDS,
-    PATCH,
-    PLACES,
-    SHAPES,
-    SIDE,
-    TRAINED,
-    TYPES,
-    Scene,
-    scene,
-    sheet,
-)
-
-NAMES = [*COLOURS]
-SLOTS = sum(TRAINED.values())
-# More than there are in a picture, and the number of no thing.
-NOTHING = PLACES**2
-# Colours by kind (of shapes, and frames), kinds of shapes, digits.
-TAGS = len(COLOURS) * (len(SHAPES) + 1) + len(SHAPES) + 10
+from benchmarks.tiny_vlm.attention import Watch, attention, look_around, pointing
+from benchmarks.tiny_vlm.scenes import ASKED, TYPES, scene, sheet
+from benchmarks.tiny_vlm.supervision import SLOTS, Heads, Pictures, Sample
 
 
 @dataclass(frozen=True)
@@ -97,176 +77,6 @@ STAGES = (
 )
 
 
-class Sample(NamedTuple):
-    """A picture and all that is known of it; N = 576 patches, Q = SLOTS questions.
-
-    Attributes:
-        pixels: `[192, 192, 3]` uint8.
-        ids, labels: `[Q * SLOT]`, of `tiny.pack`.
-        types: `[Q]`, of the questions.
-        patches: `[N, 8]`, kind, colour and digit of what a patch shows, and the kinds of what is
-            left, right, above and below of that, each from 1, or 0; 1 where its middle is.
-        things: `[N]`, which of the scene's things that is, or NOTHING.
-        tags: `[TAGS]`, what a caption of the picture could name.
-        seen, then: `[Q, NOTHING + 1]` bool, things that a question names, and its answer's.
-    """
-
-    pixels: Tensor
-    ids: Tensor
-    labels: Tensor
-    types: Tensor
-    patches: Tensor
-    things: Tensor
-    tags: Tensor
-    seen: Tensor
-    then: Tensor
-
-
-def sample_of(s: Scene) -> Sample:
-    patches = np.zeros((SIDE, SIDE, 8), dtype=np.int64)
-    things = np.full((SIDE, SIDE), NOTHING)
-    tags = torch.zeros(TAGS)
-    centres = np.arange(SIDE) * PATCH + PATCH / 2
-    by_colour = len(SHAPES) + 1
-    at = {thing.place: KINDS.index(thing.kind) for thing in s.things}
-    for i, thing in enumerate(s.things):
-        rows = np.flatnonzero((centres > thing.top) & (centres < thing.bottom))
-        columns = np.flatnonzero((centres > thing.left) & (centres < thing.right))
-        here = np.ix_(rows, columns)
-        kind = KINDS.index(thing.kind)
-        colour = NAMES.index(thing.colour) if thing.colour else -1
-        things[here] = i
-        row, column = thing.place
-        near = [(row, column - 1), (row, column + 1), (row - 1, column), (row + 1, column)]
-        kinds = [at.get(place, -1) for place in near]
-        patches[here] = [1 + x for x in (kind, colour, -1, *kinds, -1)]
-        middle = (thing.top + thing.bottom) // 2 // PATCH, (thing.left + thing.right) // 2 // PATCH
-        patches[middle][-1] = 1
-        for part, digit in enumerate(thing.digits):
-            width = (thing.right - thing.left) / len(thing.digits)
-            left = thing.left + part * width
-            inside = columns[(centres[columns] > left) & (centres[columns] <= left + width)]
-            patches[rows[:, None], inside, 2] = 1 + digit
-        if thing.colour:
-            tags[colour * by_colour + min(kind, len(SHAPES))] = 1
-        if thing.kind in SHAPES:
-            tags[len(COLOURS) * by_colour + kind] = 1
-        tags[[TAGS - 10 + digit for digit in thing.digits]] = 1
-    seen, then = torch.zeros(2, SLOTS, NOTHING + 1, dtype=torch.bool)
-    for i, question in enumerate(s.questions):
-        seen[i, list(question.seen)] = True
-        then[i, question.then] = question.then >= 0
-    types = [TYPES.index(question.type) for question in s.questions]
-    return Sample(
-        torch.from_numpy(s.pixels),
-        *tiny.pack(s.questions, SLOTS),
-        torch.tensor(types + [0] * (SLOTS - len(types))),
-        torch.from_numpy(patches).flatten(0, 1),
-        torch.from_numpy(things).flatten(),
-        tags,
-        seen,
-        then,
-    )
-
-
-class Pictures(Dataset[Sample]):
-    """So many sheets or training scenes from that number on."""
-
-    def __init__(self, make: Callable[[int], Scene], first: int, count: int) -> None:
-        self.make, self.first, self.count = make, first, count
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> Sample:
-        return sample_of(self.make(self.first + index))
-
-
-class Heads(nn.Module):
-    """What is read in training, and then dropped: from each visual token, before and after the
-    projector, what it shows and where it is; from CLS what a caption would name."""
-
-    def __init__(self, width: int, projected: int) -> None:
-        super().__init__()
-        self.sizes = [len(KINDS) + 1, len(COLOURS), 10, SIDE, SIDE, *4 * [len(KINDS) + 1], 2]
-        self.feature = nn.Linear(width, sum(self.sizes))
-        self.visual = nn.Linear(projected, sum(self.sizes))
-        self.cls = nn.Linear(width, TAGS)
-
-    def tags(self, cls: Tensor, s: Sample) -> Tensor:
-        return F.binary_cross_entropy_with_logits(self.cls(cls).float(), s.tags)
-
-    def patches(self, read: Tensor, s: Sample) -> Tensor:
-        words = read.float().flatten(0, 1).split(self.sizes, -1)
-        kind, colour, digit, *near, middle = s.patches.flatten(0, 1).unbind(-1)
-        at = torch.arange(SIDE, device=kind.device)
-        row, column = at.repeat_interleave(SIDE), at.repeat(SIDE)
-        # Most patches show nothing.
-        weight = torch.ones(self.sizes[0], device=kind.device)
-        weight[0] = 0.2
-        sides = [
-            F.cross_entropy(said, torch.where(kind > 0, side, -1), ignore_index=-1)
-            for said, side in zip(words[5:-1], near, strict=True)
-        ]
-        return (
-            F.cross_entropy(words[0], kind, weight)
-            + F.cross_entropy(words[1], colour - 1, ignore_index=-1)
-            + F.cross_entropy(words[2], digit - 1, ignore_index=-1)
-            + 0.2 * F.cross_entropy(words[3], row.repeat(len(read)))
-            + 0.2 * F.cross_entropy(words[4], column.repeat(len(read)))
-            + 0.5 * torch.stack(sides).mean()
-            + F.cross_entropy(words[-1], torch.where(kind > 0, middle, -1), ignore_index=-1)
-        )
-
-
-def look_around(tower: Any) -> None:
-    """Positions start as waves, and heads looking at a neighbour each, from which the layers learn
-    as convolutions would: Zheng et al. (arXiv:2404.01139), who fit q and k to such attention; with
-    waves these can be written down."""
-    width, heads = tower.config.hidden_size, tower.config.num_attention_heads
-    waves = math.pi / 40 * torch.arange(1, width // 4 + 1)
-
-    def shift(by: int) -> Tensor:
-        """Of sines and cosines of a place, those of the place so much further on."""
-        cos, sin = (waves * by).cos().diag(), (waves * by).sin().diag()
-        return torch.cat([torch.cat([cos, sin], 1), torch.cat([-sin, cos], 1)])
-
-    angles = torch.arange(SIDE)[:, None] * waves
-    axis = torch.cat([angles.sin(), angles.cos()], 1)
-    rows, columns = axis[:, None].expand(-1, SIDE, -1), axis[None].expand(SIDE, -1, -1)
-    neighbours = [(0, 1), (0, -1), (1, 0), (-1, 0), (1, 1), (-1, -1), (1, -1), (-1, 1)]
-    neighbours += [(0, 2), (0, -2), (2, 0), (-2, 0)]
-    with torch.no_grad():
-        positions = tower.embeddings.position_embedding.weight
-        positions[1:] = 0.3 * torch.cat([rows, columns], 2).flatten(0, 1)
-        every = itertools.product(tower.encoder.layers, range(heads))
-        for (layer, head), (down, right) in zip(every, neighbours, strict=True):
-            # Each head has a share of the waves.
-            waves_of = slice(head, None, heads)
-            block = layer.self_attn
-            mine = slice(head * block.head_dim, (head + 1) * block.head_dim)
-            moved = torch.block_diag(shift(down), shift(right))
-            block.q_proj.weight[mine] += 2 * moved[waves_of]
-            block.k_proj.weight[mine] += 2 * torch.eye(width)[waves_of]
-
-
-def attention(
-    module: Any,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    scaling: float,
-    **unused: Any,
-) -> tuple[Tensor, None]:
-    """As transformers calls it. Forward and backward in bfloat16 on a CPU it takes half the time of
-    PyTorch's fused one, for this tower (35 and 67 ms a layer of 16 pictures)."""
-    logits = (q * scaling) @ k.mT
-    if mask is not None:
-        logits = logits.masked_fill(~mask, -torch.inf)
-    return (logits.softmax(-1, dtype=v.dtype) @ v).transpose(1, 2), None
-
-
 def between(bounds: tuple[int, int], share: float) -> int:
     fewest, most = bounds
     return int(fewest * (most / fewest) ** share)
@@ -284,75 +94,6 @@ def part(features: Tensor, count: int, first: Tensor | None = None) -> Tensor:
         x = 100 * first
     x = x - torch.empty_like(x).exponential_().log()
     return x.topk(count).indices.sort(1).values
-
-
-class Watch:
-    """Attention of a language model's layers: what they saw in the last forward pass."""
-
-    def __init__(self, llama: Any, layers: tuple[int, ...]) -> None:
-        self.llama = llama
-        self.seen: dict[int, tuple[Tensor, Any]] = {}
-        self.hooks = [
-            llama.layers[i].register_forward_pre_hook(self._keep(i), with_kwargs=True)
-            for i in layers
-        ]
-
-    def _keep(self, layer: int) -> Any:
-        def hook(module: Any, args: Any, kwargs: Any) -> None:
-            self.seen[layer] = args[0], kwargs["position_embeddings"]
-
-        return hook
-
-    def logs(self, layer: int, rows: Tensor, visual: int) -> Tensor:
-        """`[B, Q, 1 + visual]`: logs of the attention of a layer's first head at `rows` `[B, Q]`,
-        to START and the picture only."""
-        from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
-
-        block, (hidden, rope) = self.llama.layers[layer], self.seen[layer]
-        size = block.self_attn.head_dim
-        normed = block.input_layernorm(hidden)
-        q, k = (
-            F.linear(normed, projection.weight[:size])[:, None]
-            for projection in (block.self_attn.q_proj, block.self_attn.k_proj)
-        )
-        q, k = (x[:, 0].float() for x in apply_rotary_pos_emb(q, k, *rope))
-        q = q.gather(1, rows[..., None].expand(-1, -1, size))
-        return (q @ k[:, : 1 + visual].mT * size**-0.5).log_softmax(-1)
-
-
-def pointing(watch: Watch, s: Sample, things: Tensor, middle: Tensor | None) -> Tensor:
-    """At the end of a question, and at the last word before END, the second layer looks at what is
-    asked about; at the end of a question about a relation the third at what is there. To count, the
-    second looks at START and the middles of what is asked about, each alike, so that the share of
-    START tells how many there are.
-
-    Args:
-        things, middle: `[B, T]`, of the visual tokens; no middle where some may be missing.
-    """
-    count = things.shape[1]
-    spoken = (s.labels >= 0).unflatten(-1, (SLOTS, -1))
-    begin = spoken.int().argmax(-1)
-    last = (begin + spoken.sum(-1) - 2).clamp_min(0)
-    slots = 1 + count + torch.arange(SLOTS, device=begin.device) * tiny.SLOT
-    which = things[:, None].expand(-1, SLOTS, -1)
-    seen, then = s.seen.gather(2, which), s.then.gather(2, which)
-    counts = s.types == TYPES.index("count")
-    asked = seen & ~counts[..., None]
-    second = watch.logs(1, slots + begin, count)
-    looks = (
-        (second, asked),
-        (watch.logs(1, slots + last, count), asked),
-        (watch.logs(2, slots + begin, count), then),
-    )
-    losses = [
-        -logs[..., 1:].masked_fill(~wanted, -1e9).logsumexp(-1)[wanted.any(-1)].mean()
-        for logs, wanted in looks
-    ]
-    if middle is not None:
-        alike = F.pad(seen & middle[:, None], (1, 0), value=True).float()
-        alike = alike / alike.sum(-1, keepdim=True)
-        losses.append((alike * (alike.clamp_min(1e-9).log() - second)).sum(-1)[counts].mean())
-    return torch.stack(losses).nan_to_num().sum()
 
 
 def language_loss(

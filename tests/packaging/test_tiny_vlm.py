@@ -14,7 +14,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("skimage")
 
 from benchmarks import accuracy  # noqa: E402
-from benchmarks.tiny_vlm import answers, scenes, train  # noqa: E402
+from benchmarks.tiny_vlm import answers, attention, scenes, supervision, train  # noqa: E402
 from benchmarks.tiny_vlm import model as tiny  # noqa: E402
 from vispruner_kernels.demo import tiny_vlm  # noqa: E402
 from vispruner_kernels.methods import FasterVLM, FoPru, Random, VisPruner  # noqa: E402
@@ -372,7 +372,7 @@ def test_training_runs_and_is_reproducible(tmp_path, monkeypatch):
 def test_heads_start_out_looking_at_a_neighbour_each():
     torch.manual_seed(0)
     tower = tiny.make().model.vision_tower
-    train.look_around(tower)
+    attention.look_around(tower)
     positions = tower.embeddings.position_embedding.weight.detach()
     found = []
     for layer in tower.encoder.layers:
@@ -396,7 +396,7 @@ def test_watched_attention_is_that_of_the_model(model, batch):
     embeddings, mask, positions = tiny.packed(model, answers.project(model, batch), batch.ids)
     rows = 577 + torch.tensor([3, 40, 75]).expand(len(batch.ids), -1)
     before = llama.config._attn_implementation
-    watch = train.Watch(llama, (1, 2))
+    watch = attention.Watch(llama, (1, 2))
     try:
         model.set_attn_implementation("eager")
         with torch.no_grad():
@@ -423,7 +423,7 @@ class Table:
     """In place of a Watch: what layers 1 and 2 see, `[1, S, 1 + visual]` each."""
 
     def __init__(self, visual):
-        self.seen = torch.zeros(3, 1, 1 + visual + train.SLOTS * tiny.SLOT, 1 + visual)
+        self.seen = torch.zeros(3, 1, 1 + visual + supervision.SLOTS * tiny.SLOT, 1 + visual)
         self.seen[..., 0] = 1
 
     def look(self, layer, row, where):
@@ -436,7 +436,7 @@ class Table:
 
 def test_pointing_wants_looks_at_what_is_asked_about():
     scene = scenes.scene("train", 5)
-    sample = train.Sample(*(x[None] for x in train.sample_of(scene)))
+    sample = supervision.Sample(*(x[None] for x in supervision.sample_of(scene)))
     things, middle = sample.things, sample.patches[..., -1] > 0
     visual = things.shape[1]
     table = Table(visual)
@@ -460,18 +460,18 @@ def test_pointing_wants_looks_at_what_is_asked_about():
     assert {name for name, *_ in looks} == {*scenes.TYPES, "second digit", "what is there"}
     for _, layer, row, where in looks:
         table.look(layer, row, where)
-    assert train.pointing(table, sample, things, middle) < 1e-4
+    assert attention.pointing(table, sample, things, middle) < 1e-4
     for name, layer, row, where in looks:
         table.look(layer, row, 1.0 * (where == 0))
-        assert train.pointing(table, sample, things, middle) > 0.2, name
+        assert attention.pointing(table, sample, things, middle) > 0.2, name
         # Where things may be missing, nothing is said of counts.
-        assert (train.pointing(table, sample, things, None) < 1e-4) == (name == "count"), name
+        assert (attention.pointing(table, sample, things, None) < 1e-4) == (name == "count"), name
         table.look(layer, row, where)
     # START has its share in a count.
     _, layer, row, where = next(x for x in looks if x[0] == "count" and x[-1].sum() > 1)
     where[0] = 0
     table.look(layer, row, where)
-    assert train.pointing(table, sample, things, middle) > 0.2
+    assert attention.pointing(table, sample, things, middle) > 0.2
 
 
 def test_parts_of_the_tokens():
@@ -492,7 +492,7 @@ def test_attention_of_the_training_is_that_of_torch():
     mask = torch.rand(2, 1, 37, 37) < 0.5
     mask |= torch.eye(37, dtype=torch.bool)
     for seen in (None, mask):
-        y, _ = train.attention(None, q, k, v, seen, scaling=0.25)
+        y, _ = attention.attention(None, q, k, v, seen, scaling=0.25)
         right = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, scale=0.25)
         torch.testing.assert_close(y, right.transpose(1, 2))
 
@@ -518,7 +518,7 @@ def test_sheets_are_training_material():
 @pytest.mark.parametrize("kind", ["scene", "sheet"])
 def test_supervision_says_what_is_in_the_picture(kind):
     scene = scenes.sheet(5) if kind == "sheet" else scenes.scene("train", 5)
-    sample = train.sample_of(scene)
+    sample = supervision.sample_of(scene)
     grid = sample.things.view(scenes.SIDE, scenes.SIDE)
     kinds = sample.patches.view(scenes.SIDE, scenes.SIDE, 8)
     for i, thing in enumerate(scene.things):
@@ -532,13 +532,13 @@ def test_supervision_says_what_is_in_the_picture(kind):
             assert kinds[row, column, 2] == 1 + digit
         left = [x for x in scene.things if x.place == (thing.place[0], thing.place[1] - 1)]
         assert kinds[row, column, 3] == (scenes.KINDS.index(left[0].kind) + 1 if left else 0)
-    assert (grid == train.NOTHING).float().mean() > 0.5
+    assert (grid == supervision.NOTHING).float().mean() > 0.5
     for i, question in enumerate(scene.questions):
         assert sample.seen[i].nonzero().flatten().tolist() == list(question.seen)
         if question.type == "relation":
             (there,) = sample.then[i].nonzero().flatten().tolist()
             assert scene.things[there].kind == question.answer
-    assert not sample.seen[:, train.NOTHING].any()
+    assert not sample.seen[:, supervision.NOTHING].any()
 
 
 # What the documentation says

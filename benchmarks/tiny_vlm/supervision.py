@@ -1,0 +1,154 @@
+"""Labels of a training picture, and the linear heads that predict them from visual tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+
+from benchmarks.tiny_vlm import model as tiny
+from benchmarks.tiny_vlm.scenes import (
+    COLOURS,
+    KINDS,
+    PATCH,
+    PLACES,
+    SHAPES,
+    SIDE,
+    TRAINED,
+    TYPES,
+    Scene,
+)
+
+NAMES = [*COLOURS]
+SLOTS = sum(TRAINED.values())
+# More than there are in a picture, and the number of no thing.
+NOTHING = PLACES**2
+# Colours by kind (of shapes, and frames), kinds of shapes, digits.
+TAGS = len(COLOURS) * (len(SHAPES) + 1) + len(SHAPES) + 10
+
+
+class Sample(NamedTuple):
+    """A picture and all that is known of it; N = 576 patches, Q = SLOTS questions.
+
+    Attributes:
+        pixels: `[192, 192, 3]` uint8.
+        ids, labels: `[Q * SLOT]`, of `tiny.pack`.
+        types: `[Q]`, of the questions.
+        patches: `[N, 8]`, kind, colour and digit of what a patch shows, and the kinds of what is
+            left, right, above and below of that, each from 1, or 0; 1 where its middle is.
+        things: `[N]`, which of the scene's things that is, or NOTHING.
+        tags: `[TAGS]`, what a caption of the picture could name.
+        seen, then: `[Q, NOTHING + 1]` bool, things that a question names, and its answer's.
+    """
+
+    pixels: Tensor
+    ids: Tensor
+    labels: Tensor
+    types: Tensor
+    patches: Tensor
+    things: Tensor
+    tags: Tensor
+    seen: Tensor
+    then: Tensor
+
+
+def sample_of(s: Scene) -> Sample:
+    patches = np.zeros((SIDE, SIDE, 8), dtype=np.int64)
+    things = np.full((SIDE, SIDE), NOTHING)
+    tags = torch.zeros(TAGS)
+    centres = np.arange(SIDE) * PATCH + PATCH / 2
+    by_colour = len(SHAPES) + 1
+    at = {thing.place: KINDS.index(thing.kind) for thing in s.things}
+    for i, thing in enumerate(s.things):
+        rows = np.flatnonzero((centres > thing.top) & (centres < thing.bottom))
+        columns = np.flatnonzero((centres > thing.left) & (centres < thing.right))
+        here = np.ix_(rows, columns)
+        kind = KINDS.index(thing.kind)
+        colour = NAMES.index(thing.colour) if thing.colour else -1
+        things[here] = i
+        row, column = thing.place
+        near = [(row, column - 1), (row, column + 1), (row - 1, column), (row + 1, column)]
+        kinds = [at.get(place, -1) for place in near]
+        patches[here] = [1 + x for x in (kind, colour, -1, *kinds, -1)]
+        middle = (thing.top + thing.bottom) // 2 // PATCH, (thing.left + thing.right) // 2 // PATCH
+        patches[middle][-1] = 1
+        for part, digit in enumerate(thing.digits):
+            width = (thing.right - thing.left) / len(thing.digits)
+            left = thing.left + part * width
+            inside = columns[(centres[columns] > left) & (centres[columns] <= left + width)]
+            patches[rows[:, None], inside, 2] = 1 + digit
+        if thing.colour:
+            tags[colour * by_colour + min(kind, len(SHAPES))] = 1
+        if thing.kind in SHAPES:
+            tags[len(COLOURS) * by_colour + kind] = 1
+        tags[[TAGS - 10 + digit for digit in thing.digits]] = 1
+    seen, then = torch.zeros(2, SLOTS, NOTHING + 1, dtype=torch.bool)
+    for i, question in enumerate(s.questions):
+        seen[i, list(question.seen)] = True
+        then[i, question.then] = question.then >= 0
+    types = [TYPES.index(question.type) for question in s.questions]
+    return Sample(
+        torch.from_numpy(s.pixels),
+        *tiny.pack(s.questions, SLOTS),
+        torch.tensor(types + [0] * (SLOTS - len(types))),
+        torch.from_numpy(patches).flatten(0, 1),
+        torch.from_numpy(things).flatten(),
+        tags,
+        seen,
+        then,
+    )
+
+
+class Pictures(Dataset[Sample]):
+    """So many sheets or training scenes from that number on."""
+
+    def __init__(self, make: Callable[[int], Scene], first: int, count: int) -> None:
+        self.make, self.first, self.count = make, first, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Sample:
+        return sample_of(self.make(self.first + index))
+
+
+class Heads(nn.Module):
+    """What is read in training, and then dropped: from each visual token, before and after the
+    projector, what it shows and where it is; from CLS what a caption would name."""
+
+    def __init__(self, width: int, projected: int) -> None:
+        super().__init__()
+        self.sizes = [len(KINDS) + 1, len(COLOURS), 10, SIDE, SIDE, *4 * [len(KINDS) + 1], 2]
+        self.feature = nn.Linear(width, sum(self.sizes))
+        self.visual = nn.Linear(projected, sum(self.sizes))
+        self.cls = nn.Linear(width, TAGS)
+
+    def tags(self, cls: Tensor, s: Sample) -> Tensor:
+        return F.binary_cross_entropy_with_logits(self.cls(cls).float(), s.tags)
+
+    def patches(self, read: Tensor, s: Sample) -> Tensor:
+        words = read.float().flatten(0, 1).split(self.sizes, -1)
+        kind, colour, digit, *near, middle = s.patches.flatten(0, 1).unbind(-1)
+        at = torch.arange(SIDE, device=kind.device)
+        row, column = at.repeat_interleave(SIDE), at.repeat(SIDE)
+        # Most patches show nothing.
+        weight = torch.ones(self.sizes[0], device=kind.device)
+        weight[0] = 0.2
+        sides = [
+            F.cross_entropy(said, torch.where(kind > 0, side, -1), ignore_index=-1)
+            for said, side in zip(words[5:-1], near, strict=True)
+        ]
+        return (
+            F.cross_entropy(words[0], kind, weight)
+            + F.cross_entropy(words[1], colour - 1, ignore_index=-1)
+            + F.cross_entropy(words[2], digit - 1, ignore_index=-1)
+            + 0.2 * F.cross_entropy(words[3], row.repeat(len(read)))
+            + 0.2 * F.cross_entropy(words[4], column.repeat(len(read)))
+            + 0.5 * torch.stack(sides).mean()
+            + F.cross_entropy(words[-1], torch.where(kind > 0, middle, -1), ignore_index=-1)
+        )
