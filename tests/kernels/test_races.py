@@ -42,6 +42,7 @@ if operators.INTERPRETED:
     from vispruner_kernels._triton import (
         bipartite,
         cls_attention,
+        cls_row,
         cls_scores,
         neighbours,
         pairwise,
@@ -76,7 +77,7 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name, value in {"LOOK": SWEEP, "LOOK_AGAIN": 8, "FIRST": 4, "CHUNK": 32}.items():
         monkeypatch.setattr(neighbours, name, tl.constexpr(value))
     for name, value in {"CHUNK": 32, "BLOCK_H": 2, "BLOCK_S": 16}.items():
-        monkeypatch.setattr(cls_scores, name, value)
+        monkeypatch.setattr(cls_row, name, value)
     monkeypatch.setattr(received_scores, "BLOCK_H", tl.constexpr(2))
     monkeypatch.setattr(received_scores, "ADDED", 1)
     for cache in caches:

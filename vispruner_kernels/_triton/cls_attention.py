@@ -11,16 +11,14 @@ import triton.language as tl
 from torch import Tensor
 
 from vispruner_kernels._triton import launch
-from vispruner_kernels._triton.cls_scores import (
-    INTEGERS,
-    INTERPRETED,
-    cls_plan,
-    cls_row,
+from vispruner_kernels._triton.attention import (
+    dot,
     is_signed,
     largest,
     split_scale,
     stride_unit,
 )
+from vispruner_kernels._triton.cls_row import INTEGERS, cls_plan, cls_row
 
 # (bytes of an element, padded head dimension): BLOCK_M, BLOCK_N and num_stages where rows begin at
 # multiples of 16 bytes, and where every element takes the registers of a pointer; by registers and
@@ -37,19 +35,6 @@ BLOCKS = {
     (4, 128): ((32, 16, 2), (16, 32, 3)),
     (4, 256): ((32, 16, 2), (16, 16, 2)),
 }
-
-# What the interpreter's products are computed in; tl.dot takes float64 from Triton 3.5 on.
-WIDE = tl.constexpr(tl.float32 if triton.__version__.startswith("3.4.") else tl.float64)
-
-
-@triton.jit
-def dot(a, b, acc=None):
-    """a @ b (+ acc) in float32: half types on tensor cores, float32 as float32."""
-    if INTERPRETED:
-        # numpy has no bfloat16, and the order of its sums depends on the shape of the tile.
-        x = tl.dot(a.to(WIDE), b.to(WIDE), out_dtype=WIDE).to(tl.float32)
-        return x if acc is None else acc + x
-    return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from vispruner_kernels._schemas import check_offsets
 from vispruner_kernels._triton import launch
-from vispruner_kernels._triton.cls_attention import dot
-from vispruner_kernels._triton.cls_scores import (
+from vispruner_kernels._triton.attention import (
     LOG2E,
     check_arrivals,
+    dot,
     is_signed,
     largest,
     split_scale,
