@@ -32,6 +32,7 @@ from benchmarks import harness, limits, shapes
 from benchmarks.harness import Competitor
 from benchmarks.select import MATCHINGS, RATIO, inputs_of, loops_of, same_bits
 from vispruner_kernels import _backends
+from vispruner_kernels._triton import operators
 
 # The second is the one that the first has to beat.
 BACKENDS = {"cpu": ("native", "reference"), "cuda": ("native", "triton")}
@@ -50,8 +51,9 @@ SIZES = ("batch", "tokens", "keep")
 
 def installed(backend: str, device: str) -> bool:
     """Whether the backend can run `select` there."""
-    module = _backends.BACKENDS[backend].get(device)
-    return hasattr(module, "select") and getattr(module, "INSTALLED", True)
+    serves = backend in _backends.IMPLEMENTATIONS["select", device]
+    serves = serves and _backends.SERVES[backend, device]
+    return serves and (backend != "triton" or operators.INSTALLED)
 
 
 @functools.cache

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
-from types import SimpleNamespace
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import interpreter
@@ -16,9 +15,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from calls import operators_of
 from installed import needs_native
 
-from vispruner_kernels import _backends, _native, _schemas
+from vispruner_kernels import _native
 from vispruner_kernels._triton import operators
 
 if operators.INTERPRETED and operators.INSTALLED:
@@ -52,30 +52,19 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(
-    params=[
-        "registered",
-        *(
-            pytest.param(name, marks=needs_native if name == "native" else ())
-            for name, devices in _backends.BACKENDS.items()
-            # The interpreter is slow: test_triton.py, or as "registered" make test-triton.
-            if "cpu" in devices and name != "triton"
-        ),
-    ]
+    # Triton's interpreter is slow: make test-triton runs it as "registered".
+    params=["registered", pytest.param("native", marks=needs_native), "reference"]
 )
 def backend(request: pytest.FixtureRequest) -> Any:
-    """The operators of one backend, by name; "registered" is whoever owns them."""
-    if request.param == "registered":
-        return SimpleNamespace(
-            **{op: getattr(torch.ops.vispruner, op).default for op in _schemas.SCHEMAS}
-        )
-    return _backends.BACKENDS[request.param]["cpu"]
+    """The operators of one backend by name; "registered" stands for their owner."""
+    return operators_of(request.param)
 
 
 @pytest.fixture
 def backends() -> list[Any]:
     """The operators of each backend, for tests whose expected values take longer than the calls."""
-    names = [name for name in ("reference", "native") if name != "native" or _native.INSTALLED]
-    return [_backends.BACKENDS[name]["cpu"] for name in names]
+    names = ["reference", "native"] if _native.INSTALLED else ["reference"]
+    return [operators_of(name) for name in names]
 
 
 @pytest.fixture(params=_native._C.simd_sets() if _native.INSTALLED else [])
@@ -88,8 +77,7 @@ def simd(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture(params=["registered", "reference", pytest.param("native", marks=needs_native)])
-def kernel(request):
+def kernel(request: pytest.FixtureRequest) -> Callable[[str], Callable[..., Any]]:
     """An operator's implementation by the operator's name."""
-    if request.param == "registered":
-        return lambda op: getattr(torch.ops.vispruner, op).default
-    return lambda op: _backends._implementation(op, request.param)
+    operators = operators_of(request.param)
+    return lambda op: getattr(operators, op)

@@ -42,9 +42,10 @@ def _cuda_state() -> str:
     if not cuda.INSTALLED:
         return cuda.REASON
     architectures = ", ".join(f"sm_{name}" for name in _native._C.cuda_architectures.split())
-    why = _backends.BY_HAND.get(("native", "cuda"))
-    by_hand = f"; only with VISPRUNER_KERNELS_BACKEND=native: {why}" if why else ""
-    return f"C++, select, prune and select_varlen for {architectures}{by_hand}"
+    return (
+        f"C++, select, prune and select_varlen for {architectures}; "
+        "only with VISPRUNER_KERNELS_BACKEND=native: no results from a GPU yet"
+    )
 
 
 def _triton_state() -> str:

@@ -1,8 +1,8 @@
-"""Which implementation owns which operator on which device; the only place that registers.
+"""Which function implements which operator on which device; the only module that registers.
 
-`OWNERS` is the table. VISPRUNER_KERNELS_BACKEND picks a backend by hand and
-VISPRUNER_KERNELS_CHECK=1 runs the reference beside every kernel; both are read once, here. An
-empty variable is an unset one.
+`IMPLEMENTATIONS` is the table: from an operator to the function that calls its kernel. `OWNERS`
+follows from it. VISPRUNER_KERNELS_BACKEND names a backend and VISPRUNER_KERNELS_CHECK=1 runs the
+reference beside every kernel; both are read once, here. An empty variable counts as unset.
 """
 
 from __future__ import annotations
@@ -12,51 +12,134 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
 
 from vispruner_kernels import _native, _schemas, reference
-from vispruner_kernels._native import cpu as _native_cpu
-from vispruner_kernels._native import cuda as _native_cuda
-from vispruner_kernels._triton import operators as _triton
+from vispruner_kernels._native import cpu, cuda
+from vispruner_kernels._triton import operators as triton
 
 # Device type -> dispatch key. HIP devices are "cuda" devices to PyTorch.
 KEYS = {"cpu": "CPU", "cuda": "CUDA"}
-# Not on AMD GPUs: there a barrier in Triton does not wait for stores, which the kernels that finish
-# in one launch rely on. On CPU tensors in Triton's interpreter.
-_TRITON_DEVICES = ("cuda",) * (torch.version.hip is None) + ("cpu",) * _triton.INTERPRETED
-# The devices a backend can serve and the module that does, best backend first. An operator belongs
-# to the first backend that is installed, serves the device and has a function of the operator's
-# name, but for those in BY_HAND. Triton owns CUDA devices whether it is installed or not: without
-# it the operators say what to install.
-BACKENDS: dict[str, dict[str, ModuleType]] = {
-    "native": {"cpu": _native_cpu, "cuda": _native_cuda},
-    "triton": dict.fromkeys(_TRITON_DEVICES, _triton),
-    "reference": {"cpu": reference, "cuda": reference},
+
+# (operator, device type) -> backend -> function. The first backend of a line that serves the device
+# owns the operator. A backend after "reference" owns it only if VISPRUNER_KERNELS_BACKEND names it:
+# Triton's interpreter on a CPU is for tests, and the CUDA kernels of the C++ core have no results
+# from a GPU yet. To come first they must give the CPU's bits in thousands of cases on a GPU and be
+# faster than Triton there, by results in benchmarks/results.
+IMPLEMENTATIONS: dict[tuple[str, str], dict[str, Callable[..., Any]]] = {
+    ("select", "cpu"): {
+        "native": cpu.select,
+        "reference": reference.select,
+        "triton": triton.select,
+    },
+    ("select", "cuda"): {
+        "triton": triton.select,
+        "reference": reference.select,
+        "native": cuda.select,
+    },
+    ("prune", "cpu"): {
+        "native": cpu.prune,
+        "reference": reference.prune,
+        "triton": triton.prune,
+    },
+    ("prune", "cuda"): {
+        "triton": triton.prune,
+        "reference": reference.prune,
+        "native": cuda.prune,
+    },
+    ("select_varlen", "cpu"): {
+        "native": cpu.select_varlen,
+        "reference": reference.select_varlen,
+        "triton": triton.select_varlen,
+    },
+    ("select_varlen", "cuda"): {
+        "triton": triton.select_varlen,
+        "reference": reference.select_varlen,
+        "native": cuda.select_varlen,
+    },
+    ("select_topk", "cpu"): {
+        "native": cpu.select_topk,
+        "reference": reference.select_topk,
+        "triton": triton.select_topk,
+    },
+    ("select_topk", "cuda"): {
+        "triton": triton.select_topk,
+        "reference": reference.select_topk,
+    },
+    ("select_rows", "cpu"): {
+        "native": cpu.select_rows,
+        "reference": reference.select_rows,
+        "triton": triton.select_rows,
+    },
+    ("select_rows", "cuda"): {
+        "triton": triton.select_rows,
+        "reference": reference.select_rows,
+    },
+    ("cls_attention", "cpu"): {
+        "native": cpu.cls_attention,
+        "reference": reference.cls_attention,
+        "triton": triton.cls_attention,
+    },
+    ("cls_attention", "cuda"): {
+        "triton": triton.cls_attention,
+        "reference": reference.cls_attention,
+    },
+    ("cls_scores", "cpu"): {
+        "native": cpu.cls_scores,
+        "reference": reference.cls_scores,
+        "triton": triton.cls_scores,
+    },
+    ("cls_scores", "cuda"): {
+        "triton": triton.cls_scores,
+        "reference": reference.cls_scores,
+    },
+    ("received_scores", "cpu"): {
+        "native": cpu.received_scores,
+        "reference": reference.received_scores,
+        "triton": triton.received_scores,
+    },
+    ("received_scores", "cuda"): {
+        "triton": triton.received_scores,
+        "reference": reference.received_scores,
+    },
+    ("received_scores_varlen", "cpu"): {
+        "native": cpu.received_scores_varlen,
+        "reference": reference.received_scores_varlen,
+        "triton": triton.received_scores_varlen,
+    },
+    ("received_scores_varlen", "cuda"): {
+        "triton": triton.received_scores_varlen,
+        "reference": reference.received_scores_varlen,
+    },
 }
-# What owns operators only where VISPRUNER_KERNELS_BACKEND names it, and why.
-BY_HAND = {
-    ("triton", "cpu"): "the interpreter is for tests",
-    # To own them it has to give the CPU's bits in thousands of cases on a GPU and to be faster than
-    # Triton there, by results in benchmarks/results.
-    ("native", "cuda"): "no results from a GPU yet",
+# (backend, device type) -> whether the backend serves the device in this process.
+SERVES: dict[tuple[str, str], bool] = {
+    ("native", "cpu"): _native.INSTALLED,
+    ("native", "cuda"): cuda.INSTALLED,
+    ("reference", "cpu"): True,
+    ("reference", "cuda"): True,
+    ("triton", "cpu"): triton.INSTALLED and triton.INTERPRETED,
+    # Also where Triton is not installed: its operators then raise and say what to install. Not on
+    # AMD GPUs: there a barrier in Triton does not wait for stores, and the kernels that finish in
+    # one launch rely on that.
+    ("triton", "cuda"): torch.version.hip is None,
 }
 
 
 def _requested() -> str:
     name = os.environ.get("VISPRUNER_KERNELS_BACKEND") or "auto"
-    if name == "triton" and not _triton.INSTALLED:
+    if name == "triton" and not triton.INSTALLED:
         raise ImportError(
-            f"VISPRUNER_KERNELS_BACKEND=triton: {_triton.REASON}, or use auto, reference or native"
+            f"VISPRUNER_KERNELS_BACKEND=triton: {triton.REASON}, or use auto, reference or native"
         )
     if name == "native" and not _native.INSTALLED:
         raise ImportError(
             "VISPRUNER_KERNELS_BACKEND=native: vispruner_kernels._C is not built "
             f"({_native.REASON}); {_native.REMEDY}, or use auto or reference"
         )
-    if name not in ("auto", *BACKENDS):
+    if name not in ("auto", "reference", "native", "triton"):
         raise ImportError(
             f"VISPRUNER_KERNELS_BACKEND={name}: expected auto, reference, native or triton"
         )
@@ -75,59 +158,56 @@ CHECKED = _flag("VISPRUNER_KERNELS_CHECK")
 
 
 def _owner(op: str, device: str) -> str:
-    def has(backend: str) -> bool:
-        module = BACKENDS[backend].get(device)
-        installed = getattr(module, "INSTALLED", True) or (backend, device) == ("triton", "cuda")
-        return hasattr(module, op) and installed
-
-    if REQUESTED != "auto" and has(REQUESTED):
-        return REQUESTED
-    return next(b for b in BACKENDS if has(b) and (b, device) not in BY_HAND)
+    backends = [backend for backend in IMPLEMENTATIONS[op, device] if SERVES[backend, device]]
+    return REQUESTED if REQUESTED in backends else backends[0]
 
 
 # (operator, device type) -> backend.
 OWNERS: dict[tuple[str, str], str] = {
-    (op, device): _owner(op, device) for op in _schemas.SCHEMAS for device in KEYS
+    (op, device): _owner(op, device) for op, device in IMPLEMENTATIONS
 }
 
 
 def _implementation(op: str, backend: str, device: str = "cpu") -> Callable[..., Any]:
-    function: Callable[..., Any] = getattr(BACKENDS[backend][device], op)
+    function = IMPLEMENTATIONS[op, device][backend]
     # The reference is made of differentiable operators; its results carry no gradient.
     return torch.no_grad()(function) if backend == "reference" else function
 
 
 def _checked(op: str, function: Callable[..., Any], memory: bool = True) -> Callable[..., Any]:
-    """Argument check, then the implementation. `memory`: the tensors have some."""
+    """Complete and check the arguments, then call the implementation.
+
+    `memory`: the tensors have memory to check; those of a fake have none.
+    """
     check, check_memory = _schemas.SCHEMAS[op].check, _schemas.check_memory
+    count, tensors = len(_schemas.ARGUMENTS[op]), _schemas.TENSORS[op]
 
     def entry(*args: Any, **kwargs: Any) -> Any:
-        check(*args, **kwargs)
-        return function(*args, **kwargs)
+        if len(args) != count:
+            args = _schemas.complete(op, args, kwargs)
+        check(*args)
+        if memory:
+            check_memory(op, args[:tensors])
+        return function(*args)
 
-    def entry_to_memory(*args: Any, **kwargs: Any) -> Any:
-        check(*args, **kwargs)
-        check_memory(op, *args, *kwargs.values())
-        return function(*args, **kwargs)
-
-    return entry_to_memory if memory else entry
+    return entry
 
 
 def _compared(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """VISPRUNER_KERNELS_CHECK=1: finite inputs, and the reference's answer beside the kernel's."""
+    """VISPRUNER_KERNELS_CHECK=1: require finite inputs, compare with the reference."""
     expected = _implementation(op, "reference")
     names = [name for name, _ in _schemas.ARGUMENTS[op]]
 
     @torch.no_grad()
-    def entry(*args: Any, **kwargs: Any) -> Any:
+    def entry(*args: Any) -> Any:
         from vispruner_kernels.testing import assert_matches
 
-        for name, value in [*zip(names, args, strict=False), *kwargs.items()]:
+        for name, value in zip(names, args, strict=True):
             if isinstance(value, torch.Tensor) and not bool(torch.isfinite(value).all()):
                 raise ValueError(f"{op}: {name} has values that are not finite")
-        got = function(*args, **kwargs)
+        got = function(*args)
         try:
-            assert_matches(op, got, expected(*args, **kwargs), args, kwargs)
+            assert_matches(op, got, expected(*args), args, {})
         except AssertionError as error:
             raise RuntimeError(f"{op}: the kernel and the reference disagree: {error}") from error
         return got
@@ -136,12 +216,12 @@ def _compared(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _WARNING = threading.Lock()
-# Where the frames between an operator and its caller come from.
+# Folders of the frames between an operator and its caller.
 _INNER = tuple(os.path.dirname(file) + os.sep for file in (str(torch.__file__), __file__))
 
 
 def _warn() -> None:
-    """Of the line that called an operator, however many of PyTorch's frames lie between."""
+    """Warn with the line that called an operator, past PyTorch's frames and this package's."""
     frame, level = sys._getframe(1), 2
     while frame.f_back and frame.f_code.co_filename.startswith(_INNER):
         frame, level = frame.f_back, level + 1
@@ -155,13 +235,13 @@ def _warn() -> None:
 
 
 def _warns_once(function: Callable[..., Any]) -> Callable[..., Any]:
-    """For the reference where the core is missing: at the first call of the process."""
+    """The reference where the core is missing: warn at the first call of the process."""
 
-    def entry(*args: Any, **kwargs: Any) -> Any:
-        # Never released.
+    def entry(*args: Any) -> Any:
+        # Never released, so that only one thread ever gets it.
         if _WARNING.acquire(blocking=False):
             _warn()
-        return function(*args, **kwargs)
+        return function(*args)
 
     return entry
 
@@ -178,7 +258,8 @@ def _no_backward(op: str) -> Callable[..., Any]:
     return backward
 
 
-def _mark_integers_and_scores(ctx: Any, inputs: Any, output: Any) -> None:
+def _mark_second_output(ctx: Any, inputs: Any, output: Any) -> None:
+    """Indices and scores, the second outputs of `prune` and `cls_attention`, carry no gradient."""
     ctx.mark_non_differentiable(output[1])
 
 
@@ -187,14 +268,14 @@ def _register() -> torch.library.Library:
     for op, schema in _schemas.SCHEMAS.items():
         library.define(op + schema.signature, tags=(torch.Tag.pt2_compliant_tag,))
         for device, key in KEYS.items():
-            function = _implementation(op, OWNERS[op, device], device)
+            owner = OWNERS[op, device]
+            function = _implementation(op, owner, device)
             if CHECKED:
                 function = _compared(op, function)
-            missing = OWNERS[op, device] == "reference" != REQUESTED and not _native.INSTALLED
-            if device == "cpu" and missing:
+            if device == "cpu" and owner == "reference" != REQUESTED and not _native.INSTALLED:
                 function = _warns_once(function)
             library.impl(op, _checked(op, function), key)
-        # Other devices: the check names the device; nothing comes behind it.
+        # On another device the check raises and names it, so the implementation is never reached.
         library.impl(op, _checked(op, _unreachable, memory=False), "CompositeExplicitAutograd")
         fake = _checked(op, schema.fake, memory=False)
         torch.library.register_fake(f"vispruner::{op}", fake, lib=library)
@@ -202,7 +283,7 @@ def _register() -> torch.library.Library:
             torch.library.register_autograd(
                 f"vispruner::{op}",
                 _no_backward(op),
-                setup_context=_mark_integers_and_scores,
+                setup_context=_mark_second_output,
                 lib=library,
             )
         else:
@@ -210,7 +291,7 @@ def _register() -> torch.library.Library:
     return library
 
 
-def _unreachable(*args: Any, **kwargs: Any) -> Any:
+def _unreachable(*args: Any) -> Any:
     raise AssertionError("a device without an implementation passed the argument check")
 
 

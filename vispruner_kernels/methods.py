@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from vispruner_kernels import ops
-from vispruner_kernels._schemas import check_float, check_int, check_rule, shown
+from vispruner_kernels._checks import check_float, check_int, check_rule, shown
 
 Needs = Literal["cls", "received"]
 # Ratio, step and matching of `ops.select`.

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from vispruner_kernels._schemas import check_offsets
+from vispruner_kernels._checks import check_offsets
 
 # A token whose largest magnitude is below this, or that is not finite, is similar to nothing.
 MIN_MAGNITUDE = 1e-30

@@ -32,7 +32,7 @@ from gpu import (
 )
 from torch import Tensor
 
-from vispruner_kernels._schemas import MATCHINGS
+from vispruner_kernels._checks import MATCHINGS
 from vispruner_kernels.testing import sample_features, sample_offsets, sample_qkv, sample_scores
 
 pytestmark = gpu.marks

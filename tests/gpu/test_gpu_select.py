@@ -29,7 +29,7 @@ from gpu import (
 from torch import Tensor
 
 from vispruner_kernels import _native
-from vispruner_kernels._schemas import MATCHINGS
+from vispruner_kernels._checks import MATCHINGS
 from vispruner_kernels.testing import (
     DTYPES,
     FEATURE_KINDS,

@@ -18,7 +18,7 @@ from calls import arguments, offsets
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import vispruner_kernels
-from vispruner_kernels import _backends, _schemas
+from vispruner_kernels import _backends, _checks, _schemas
 from vispruner_kernels._triton import operators
 
 # Memory, and other views of it.
@@ -52,7 +52,7 @@ def cases() -> Iterator[tuple[str, str, int, dict[str, Any]]]:
     for op in _schemas.SCHEMAS:
         kwargs = arguments(op)
         if "matching" in kwargs:
-            for matching in _schemas.MATCHINGS:
+            for matching in _checks.MATCHINGS:
                 yield op, matching, 1, kwargs | {"matching": matching}
             yield op, "ratio 0", 1, kwargs | {"important_ratio": 0.0}
             yield op, "ratio 1", 1, kwargs | {"important_ratio": 1.0}
@@ -101,7 +101,7 @@ def count() -> dict[str, Any]:
 
     GridExecutor.__call__ = launch
     # On a GPU nobody reads offsets.
-    _schemas.check_offsets = unseen(_schemas.check_offsets)
+    _checks.check_offsets = unseen(_checks.check_offsets)
     counted = {}
     for op, case, _, kwargs in cases():
         launches = 0

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from triton.runtime.errors import InterpreterError
 
-from vispruner_kernels import _schemas, reference
+from vispruner_kernels import _checks, reference
 from vispruner_kernels._triton import operators
 from vispruner_kernels.testing import (
     DTYPES,
@@ -56,7 +56,7 @@ ATTENTION_CASES = [
     *((op, lse) for op in ("received_scores", "received_scores_varlen") for lse in ("lse", "")),
 ]
 CASES = [
-    *((op, way) for op in SELECT_ALL for way in (*_schemas.MATCHINGS, "scores alone")),
+    *((op, way) for op in SELECT_ALL for way in (*_checks.MATCHINGS, "scores alone")),
     *((op, "") for op in SCORES),
     *ATTENTION_CASES,
 ]

@@ -20,6 +20,7 @@ import torch
 
 from benchmarks import attention, backends, harness, limits, scores, select, shapes, stability
 from vispruner_kernels import _backends, _native, reference
+from vispruner_kernels._triton import operators
 
 ROOT = Path(__file__).parents[2]
 HALF = torch.float16
@@ -214,6 +215,9 @@ def test_backends(tmp_path, capsys):
     assert "in every case" in printed
 
 
+SELECT_ON_CUDA = _backends.IMPLEMENTATIONS["select", "cuda"]
+
+
 def stand_in(gpu, seconds, turn=0):
     """A backend whose kernel takes so long, and whose answer is turned."""
 
@@ -221,7 +225,7 @@ def stand_in(gpu, seconds, turn=0):
         gpu.launch(seconds)
         return reference.select(*args).roll(turn)
 
-    return SimpleNamespace(select=select)
+    return select
 
 
 @pytest.fixture
@@ -229,8 +233,10 @@ def two_backends(gpu, monkeypatch):
     """On the stand-in for a GPU; the first is twice as fast."""
     cases = [shapes.Shape("tiny", batch, 40, 16, 16, HALF) for batch in (1, 6)]
     monkeypatch.setitem(shapes.BACKENDS, "cuda", cases)
-    monkeypatch.setitem(_backends.BACKENDS["native"], "cuda", stand_in(gpu, 1e-3))
-    monkeypatch.setitem(_backends.BACKENDS["triton"], "cuda", stand_in(gpu, 2e-3))
+    for backend, seconds in (("native", 1e-3), ("triton", 2e-3)):
+        monkeypatch.setitem(_backends.SERVES, (backend, "cuda"), True)
+        monkeypatch.setitem(SELECT_ON_CUDA, backend, stand_in(gpu, seconds))
+    monkeypatch.setattr(operators, "INSTALLED", True)
     return gpu
 
 
@@ -280,7 +286,7 @@ def test_backends_have_only_a_wall_time_where_they_are_slow(two_backends, monkey
 
 @pytest.mark.parametrize("wrong", ["native", "triton"])
 def test_a_wrong_backend_is_a_failure(wrong, two_backends, monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(_backends.BACKENDS[wrong], "cuda", stand_in(two_backends, 1e-4, turn=1))
+    monkeypatch.setitem(SELECT_ON_CUDA, wrong, stand_in(two_backends, 1e-4, turn=1))
     status, result = run_backends(tmp_path, "--batch", "6")
     assert status == 1
     assert "WRONG" in capsys.readouterr().out
@@ -294,8 +300,7 @@ def test_a_wrong_backend_is_a_failure(wrong, two_backends, monkeypatch, tmp_path
 
 @pytest.mark.parametrize("missing", ["native", "triton"])
 def test_a_backend_that_is_not_there(missing, two_backends, monkeypatch, tmp_path):
-    module = SimpleNamespace(select=reference.select, INSTALLED=False)
-    monkeypatch.setitem(_backends.BACKENDS[missing], "cuda", module)
+    monkeypatch.setitem(_backends.SERVES, (missing, "cuda"), False)
     status, result = run_backends(tmp_path, "--quick")
     assert status == 0
     for row in result["rows"]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vispruner_kernels import _schemas
+from vispruner_kernels import _checks
 
 FLOAT32, FLOAT16, BFLOAT16 = (torch.float32,), (torch.float16,), (torch.bfloat16,)
 ALL = FLOAT32 + FLOAT16 + BFLOAT16
@@ -103,7 +103,7 @@ def _selections(
         _empty(offset, torch.float32, length * more),
     )
     shorter = (*shorter, _offsets(lengths), _offsets(kept), length, sum(kept))
-    for matching in _schemas.MATCHINGS:
+    for matching in _checks.MATCHINGS:
         rule, some = (0.5, 8, matching), f"{label} {matching}"
         # No important tokens, and one step: 0 and 1 are special to Triton.
         other = (0.0, 1, matching)

@@ -4,6 +4,7 @@ in common."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 import vispruner_kernels
-from vispruner_kernels import _backends
+from vispruner_kernels import _backends, _schemas
 from vispruner_kernels._triton import operators
 from vispruner_kernels.testing import (
     assert_same_bits,
@@ -38,14 +39,24 @@ def few(count: int) -> int:
     return count // 8 if INTERPRETED else count
 
 
-# Triton's interpreter is slow: it is in the list where it is asked for.
+# Triton's interpreter is slow: it is in the list only if VISPRUNER_KERNELS_BACKEND names it.
 BACKENDS = [
     name
-    for name, devices in _backends.BACKENDS.items()
-    if "cpu" in devices
-    and getattr(devices["cpu"], "INSTALLED", True)
-    and name in ("native", "reference", _backends.REQUESTED)
+    for name in ("native", "triton", "reference")
+    if _backends.SERVES[name, "cpu"] and name in ("native", "reference", _backends.REQUESTED)
 ]
+
+
+def operators_of(backend: str) -> SimpleNamespace:
+    """The operators of one backend by name; "registered" stands for their owner."""
+
+    def operator(op: str) -> Callable[..., Any]:
+        if backend == "registered":
+            return overload(op)
+        function = _backends._implementation(op, backend)
+        return lambda *args, **kwargs: function(*_schemas.complete(op, args, kwargs))
+
+    return SimpleNamespace(name=backend, **{op: operator(op) for op in OPERATORS})
 
 
 def arguments(op: str) -> dict[str, Any]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vispruner_kernels import _schemas
+from vispruner_kernels import _checks
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-MATCHINGS = {name: number for number, name in enumerate(_schemas.MATCHINGS)}
+MATCHINGS = {name: number for number, name in enumerate(_checks.MATCHINGS)}
 # Threads of a block that the passes of `select` are walked with; any number gives the same bits.
 BLOCK_THREADS = 1
 # Rounds of the pairwise rule before it takes care of its bad case; any number gives the same bits.

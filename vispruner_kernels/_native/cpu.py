@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from vispruner_kernels import _native, reference
+from vispruner_kernels._checks import check_offsets
 from vispruner_kernels._native import _C, arguments
-from vispruner_kernels._schemas import check_offsets
 
 # `_backends` takes every function here that has an operator's name, if the core is there.
 INSTALLED = _native.INSTALLED

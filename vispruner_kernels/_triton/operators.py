@@ -1,6 +1,7 @@
-"""The operators by name, each imported with Triton at its first call.
+"""The operators by name; the first call of one imports its kernels, and Triton with them.
 
-On CUDA devices. With TRITON_INTERPRET=1, which Triton reads at its import, also on CPU tensors.
+They run on CUDA devices. With TRITON_INTERPRET=1, which Triton reads at its import, they also run
+on CPU tensors.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "y
 
 
 def _reason() -> str:
-    """Why the kernels cannot run, or nothing."""
+    """Why the kernels cannot run; empty if they can."""
     try:
         version = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
@@ -32,31 +33,30 @@ INSTALLED = not REASON
 
 
 @functools.cache
-def _load(module: str, op: str) -> Callable[..., Any]:
+def _load(path: str) -> Callable[..., Any]:
+    module, op = path.rsplit(".", 1)
     if not INSTALLED:
         raise RuntimeError(
             f"{op}: no kernels for a cuda device: {REASON}, "
             "or set VISPRUNER_KERNELS_BACKEND=reference"
         )
-    function: Callable[..., Any] = getattr(
-        importlib.import_module(f"vispruner_kernels._triton.{module}"), op
-    )
+    function: Callable[..., Any] = getattr(importlib.import_module(module), op)
     return function
 
 
-def _lazy(module: str, op: str) -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return _load(module, op)(*args, **kwargs)
+def _lazy(path: str) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        return _load(path)(*args)
 
     return call
 
 
-select = _lazy("select", "select")
-prune = _lazy("select", "prune")
-select_varlen = _lazy("select", "select_varlen")
-select_topk = _lazy("topk", "select_topk")
-select_rows = _lazy("topk", "select_rows")
-cls_attention = _lazy("cls_attention", "cls_attention")
-cls_scores = _lazy("cls_scores", "cls_scores")
-received_scores = _lazy("received_scores", "received_scores")
-received_scores_varlen = _lazy("received_scores", "received_scores_varlen")
+select = _lazy("vispruner_kernels._triton.select.select")
+prune = _lazy("vispruner_kernels._triton.select.prune")
+select_varlen = _lazy("vispruner_kernels._triton.select.select_varlen")
+select_topk = _lazy("vispruner_kernels._triton.topk.select_topk")
+select_rows = _lazy("vispruner_kernels._triton.topk.select_rows")
+cls_attention = _lazy("vispruner_kernels._triton.cls_attention.cls_attention")
+cls_scores = _lazy("vispruner_kernels._triton.cls_scores.cls_scores")
+received_scores = _lazy("vispruner_kernels._triton.received_scores.received_scores")
+received_scores_varlen = _lazy("vispruner_kernels._triton.received_scores.received_scores_varlen")

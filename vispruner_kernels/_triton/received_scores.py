@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vispruner_kernels._schemas import check_offsets
+from vispruner_kernels._checks import check_offsets
 from vispruner_kernels._triton import launch
 from vispruner_kernels._triton.attention import (
     LOG2E,

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vispruner_kernels._schemas import check_offsets
+from vispruner_kernels._checks import check_offsets
 from vispruner_kernels._triton import launch, topk
 from vispruner_kernels._triton.bipartite import DROPPED, IMPORTANT, SWEEP, bipartite
 from vispruner_kernels._triton.neighbours import ROWS, list_neighbours

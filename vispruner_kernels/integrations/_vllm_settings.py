@@ -14,7 +14,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from vispruner_kernels._schemas import MAX_CHANNELS, MAX_HEAD_DIM, MAX_TOKENS, shown
+from vispruner_kernels._checks import MAX_CHANNELS, MAX_HEAD_DIM, MAX_TOKENS, shown
 from vispruner_kernels.integrations._visual import NEWLINE, Visual, budgets, grids_of
 from vispruner_kernels.methods import Method, Random, by_name
 

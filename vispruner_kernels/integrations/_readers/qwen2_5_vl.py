@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vispruner_kernels._schemas import MAX_TOKENS
+from vispruner_kernels._checks import MAX_TOKENS
 from vispruner_kernels.integrations._attention import Reading, is_watched, reading, standing_in
 from vispruner_kernels.integrations._readers.arguments import (
     PATCHES,
