@@ -1,4 +1,4 @@
-"""`make test-gpu` where no GPU is; the tests that it runs, in Triton's interpreter."""
+"""`make test-gpu` on a machine without a GPU, and its tests in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 
 
 @no_gpu
-def test_without_a_gpu(tmp_path):
-    # Some packages install their tests under this name.
+def test_without_a_gpu_it_prints_the_reason(tmp_path):
+    # Some packages install their tests as a package named `tests`.
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "__init__.py").touch()
     done = run(*COMMAND, "--maxfail=1", PYTHONPATH=str(tmp_path))
@@ -52,7 +52,7 @@ def test_without_a_gpu(tmp_path):
 
 @no_gpu
 @pytest.mark.skipif(not shutil.which("make"), reason="there is no make")
-def test_make():
+def test_make_starts_the_command():
     make = "import subprocess, sys; sys.exit(subprocess.call(sys.argv[1:]))"
     done = run("-c", make, "make", "test-gpu", f"PYTHON={sys.executable}", "PYTEST_ARGS=-x")
     assert done.returncode == 2
@@ -60,8 +60,8 @@ def test_make():
     assert "finds no NVIDIA GPU" in done.stderr
 
 
-def test_without_pytorch():
-    # No site-packages.
+def test_without_pytorch_it_names_the_missing_module():
+    # -S: without site-packages.
     done = run("-S", *COMMAND)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
@@ -69,21 +69,12 @@ def test_without_pytorch():
 
 
 @no_gpu
-def test_tests_are_skipped_or_fail():
-    one = (
-        "-m",
-        "pytest",
-        "-q",
-        "-m",
-        "gpu",
-        "tests/gpu/test_gpu_scores.py",
-        "-k",
-        "test_one_token",
-    )
+def test_without_a_gpu_tests_are_skipped_unless_the_device_is_named():
+    one = ("-m", "pytest", "-q", "-m", "gpu", "tests/gpu/test_gpu_scores.py")
+    one += ("-k", "test_scores_of_one_token")
     done = run(*one)
     assert done.returncode == 0, done.stdout
     assert "1 skipped" in done.stdout
-    # Asked for a device that is not there.
     done = run(*one, VISPRUNER_TEST_DEVICE="cuda")
     assert done.returncode == 1
     assert "finds no NVIDIA GPU" in done.stdout
@@ -91,8 +82,8 @@ def test_tests_are_skipped_or_fail():
 
 @pytest.fixture
 def command(monkeypatch, tmp_path, capsys):
-    """The command among files of tests that are given, as if there were a GPU. Its status, what it
-    prints before the summary, and the summary."""
+    """A function that writes files of tests and runs the command on them, as if there were a GPU.
+    It returns the status, the lines before the summary, and the summary."""
     monkeypatch.setattr(gpu_command, "ROOT", tmp_path)
     monkeypatch.setattr(gpu_command, "SIMULATED", False)
     monkeypatch.setattr(gpu_command, "GRACE", 1.0)
@@ -128,12 +119,12 @@ BAD = "def test_bad(): assert 0\n"
 
 
 def states(summary: list[str]) -> dict[str, str]:
-    """By file or tool, its line's other columns."""
+    """The state of each file or tool in the summary."""
     found = [line for line in summary if line.startswith(("  passed ", "  FAILED ", "  NOT RUN "))]
     return {line[10:].split()[0]: line[2:9].strip() for line in found}
 
 
-def test_the_summary(command):
+def test_the_summary_lists_every_file_and_tool(command):
     status, before, summary = command({"test_a.py": GOOD + SKIPPED, "test_b.py": GOOD + BAD})
     assert status == 1
     assert states(summary) == {
@@ -148,14 +139,14 @@ def test_the_summary(command):
     assert "SKIPPED [1] tests/gpu/test_a.py:4: one GPU" in text
     assert "1 failed, 1 passed in " in text
     assert "FAILED tests/gpu/test_b.py::test_bad" in text
-    assert "no compute-sanitizer here" in text
+    assert "compute-sanitizer is not installed" in text
     assert summary[-1] == "test-gpu: FAILED"
-    # Whose line it is, of those that run at the same time.
+    # Files run at the same time, so each line begins with the name of its file.
     assert before[0].startswith("test-gpu: a GPU, PyTorch")
     assert {line.split(": ")[0] for line in before[1:]} == {"test_a", "test_b"}
 
 
-def test_all_is_well(command):
+def test_it_passes_if_a_step_passed_and_none_failed(command):
     status, _, summary = command({"test_a.py": GOOD}, "--only", "tests")
     assert status == 0
     others = dict.fromkeys(gpu_command.STEPS[1:], "NOT RUN")
@@ -165,8 +156,7 @@ def test_all_is_well(command):
     assert status == 1, "nothing was run"
 
 
-def test_the_native_kernels(command, monkeypatch):
-    """The same files again, with the other kernels in the place of Triton's."""
+def test_the_native_step_runs_its_files_with_the_cuda_kernels(command, monkeypatch):
     text = """import os
 def test_backend():
     assert os.environ.get("VISPRUNER_KERNELS_BACKEND", "auto") == "native"
@@ -186,8 +176,7 @@ def test_backend():
     assert sum("test_b.py" in line for line in summary) == 1
 
 
-def test_a_file_without_tests(command):
-    """Fails, unless others were asked for."""
+def test_a_file_without_tests_fails_unless_others_are_selected(command):
     files = {"test_a.py": GOOD, "test_b.py": ""}
     status, _, summary = command(files, "-x")
     assert (status, states(summary)["test_b.py"]) == (1, "FAILED")
@@ -197,8 +186,8 @@ def test_a_file_without_tests(command):
     assert status == 1
 
 
-def test_warnings_and_plugins(command, monkeypatch):
-    """Other versions warn of other things, and what is installed beside pytest is not ours."""
+def test_warnings_and_plugins_of_pytest_are_ignored(command, monkeypatch):
+    """Warnings differ by version; plugins and options of the machine are not part of the tests."""
     monkeypatch.setenv("PYTEST_ADDOPTS", "--no-such-option")
     text = """import os, warnings
 warnings.warn("at import", DeprecationWarning)
@@ -211,8 +200,11 @@ def test_environment():
 
 @pytest.fixture
 def late(monkeypatch):
-    """Lets time be out for the process that has this argument, as soon as a file is there, however
-    fast the machine is; so many of the waits for it end in vain. Returns the limits."""
+    """A function that makes processes run out of time, on machines of any speed.
+
+    Its argument has, for an argument of a process, a file and a count. The first `count` waits for
+    such a process time out as soon as the file exists. The function returns the list of the time
+    limits that the processes had."""
 
     def set_late(files: dict[str, tuple[Path, int]]) -> list[float]:
         limits = []
@@ -235,15 +227,15 @@ def late(monkeypatch):
         names = ("PIPE", "STDOUT", "TimeoutExpired")
         other = SimpleNamespace(Popen=Process, **{n: getattr(subprocess, n) for n in names})
         monkeypatch.setattr(gpu_command, "subprocess", other)
-        # What is not late may be slow.
+        # Processes that are not late may be slow.
         monkeypatch.setattr(gpu_command, "GRACE", 60.0)
         return limits
 
     return set_late
 
 
-def test_out_of_time(command, late, tmp_path):
-    """What failed before is told, also where a process must be killed."""
+def test_out_of_time_it_prints_the_failures_so_far(command, late, tmp_path):
+    """Also for a process that ignores SIGINT and must be killed."""
     long = """def test_long():
     import signal, time
     from pathlib import Path
@@ -251,8 +243,8 @@ def test_out_of_time(command, late, tmp_path):
     Path(__file__).with_suffix(".late").touch()
     time.sleep(600)
 """
-    hears = BAD + long.format("")
-    deaf = BAD + long.format("signal.signal(signal.SIGINT, signal.SIG_IGN)")
+    stops = BAD + long.format("")
+    ignores = BAD + long.format("signal.signal(signal.SIGINT, signal.SIG_IGN)")
     tests = tmp_path / "tests" / "gpu"
     limits = late(
         {
@@ -261,7 +253,7 @@ def test_out_of_time(command, late, tmp_path):
         }
     )
     arguments = ("--only", "tests", "--limit", "400")
-    status, before, summary = command({"test_a.py": hears, "test_b.py": deaf}, *arguments)
+    status, before, summary = command({"test_a.py": stops, "test_b.py": ignores}, *arguments)
     assert len(limits) == 2
     assert all(0 < limit <= 400 for limit in limits)
     assert status == 1
@@ -282,16 +274,18 @@ echo ERROR SUMMARY: 0 errors
 @pytest.mark.parametrize(
     ("tool", "does", "state", "why"),
     [
-        ("neither", "", "passed", "sees shared memory only"),
+        ("neither", "", "passed", "checks shared memory only"),
         ("racecheck", "exec sleep 600", "FAILED", "out of time"),
         ("racecheck", "echo 'Timeout (0:00:01)!'; exit 1", "FAILED", "out of time"),
         ("racecheck", "exit 86", "FAILED", "status 86"),
         ("racecheck", "echo they agree; exit 0", "FAILED", "status 0"),
         ("racecheck", "echo RACECHECK SUMMARY: 0 hazards; exit 0", "FAILED", "status 0"),
-        ("racecheck", "echo Device not supported; exit 1", "NOT RUN", "cannot watch this device"),
+        ("racecheck", "echo Device not supported; exit 1", "NOT RUN", "cannot check this device"),
     ],
 )
-def test_the_sanitizer(command, late, monkeypatch, tmp_path, tool, does, state, why):
+def test_the_summary_has_the_result_of_each_tool(
+    command, late, monkeypatch, tmp_path, tool, does, state, why
+):
     program = tmp_path / "compute-sanitizer"
     program.write_text(SANITIZER.format(tool=tool, does=does))
     program.chmod(0o755)
@@ -314,7 +308,7 @@ def test_the_sanitizer(command, late, monkeypatch, tmp_path, tool, does, state, 
     assert "shared memory" not in next(line for line in summary if "memcheck" in line)
 
 
-def test_what_the_sanitizer_watches_fails(command, monkeypatch):
+def test_no_tool_runs_if_the_calls_fail_without_it(command, monkeypatch):
     monkeypatch.setattr(gpu_command, "_sanitizer", lambda: "compute-sanitizer")
     status, _, summary = command({"sanitize.py": "raise SystemExit(3)"}, "--only", "memcheck")
     assert status == 1
@@ -324,8 +318,8 @@ def test_what_the_sanitizer_watches_fails(command, monkeypatch):
 
 @pytest.mark.kernels
 @needs_triton
-def test_in_the_interpreter():
-    """All that needs no CUDA, but what takes longest."""
+def test_the_tests_pass_in_the_interpreter():
+    """All tests that need no CUDA, except those that take longest."""
     long = "packed_images or batch or every_time or not_finite or random_scores or models"
     done = run(*COMMAND, "-k", f"not ({long})", VISPRUNER_TEST_DEVICE="cpu")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -337,7 +331,7 @@ def test_in_the_interpreter():
 
 @pytest.mark.kernels
 @needs_triton
-def test_what_the_sanitizer_watches():
+def test_the_calls_of_the_sanitizer_pass_in_the_interpreter():
     simulated = {"TRITON_INTERPRET": "1", "VISPRUNER_KERNELS_BACKEND": "triton"}
     path = {"PYTHONPATH": str(ROOT), "VISPRUNER_TEST_DEVICE": "cpu"}
     done = run("tests/support/sanitize.py", **simulated, **path)

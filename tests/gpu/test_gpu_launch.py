@@ -1,4 +1,4 @@
-"""Launches on a GPU: graphs, streams, threads, compilers, devices, errors; and nothing waits."""
+"""Calls on a GPU: answers, CUDA graphs, launches, streams, threads, compilers, devices, errors."""
 
 from __future__ import annotations
 
@@ -51,13 +51,12 @@ OPERATORS = gpu.NATIVE_OPS if gpu.NATIVE else every.OPERATORS
 
 
 def differences(got: Answer, wanted: Answer) -> Tensor:
-    """How many elements differ, on the device; nothing is NaN."""
+    """The number of elements that differ, on the device. The answers must not have NaN."""
     return torch.stack([(x != y).sum() for x, y in zip(got, wanted, strict=True)]).sum()
 
 
 @each_call
-def test_answers(name):
-    """Of the CPU, and nothing is written but the answer."""
+def test_answers_are_those_of_the_cpu_and_inputs_stay(name):
     call = calls(TOKENS)[name]
     there = uploaded(call)
     inputs = [x for x in there[1] if isinstance(x, Tensor)]
@@ -68,15 +67,15 @@ def test_answers(name):
     assert_agree(call, got, expected(call))
 
 
-# Graphs.
+# CUDA graphs.
 
 
 class Graph:
-    """Calls captured on a stream, with memory for their inputs and their answers."""
+    """A CUDA graph of calls, with memory for their inputs and their answers."""
 
     def __init__(self, first: Sequence[Call], stream: Any = None, garbage: bool = False) -> None:
         self.inputs = [uploaded(call) for call in first]
-        # Compilers and loaders do what a capture does not allow.
+        # The first call compiles and loads kernels, which a capture does not allow.
         for call in self.inputs:
             run(call)
         words = torch.empty(2**22, dtype=torch.int64, device=DEVICE).random_(-(2**63), 2**63 - 1)
@@ -86,13 +85,14 @@ class Graph:
         with torch.cuda.graph(self.graph, stream=stream):
             for call in self.inputs:
                 if garbage:
-                    # Every replay writes it anew, where the call then has its scratch.
+                    # Every replay writes garbage to the memory in which the call has its scratch.
                     blocks = [words[:n].clone() for n in (2**6, 2**10, 2**14, 2**16, 2**18, 2**22)]
                     del blocks
                 self.answers.append(run(call))
         self.words = words
 
     def load(self, following: Sequence[Call]) -> None:
+        """Copy the inputs of other calls into the memory of the graph."""
         for (_, args), (_, others) in zip(self.inputs, following, strict=True):
             for x, y in zip(args, others, strict=True):
                 if isinstance(x, Tensor):
@@ -104,7 +104,7 @@ class Graph:
 
 @needs_cuda
 @each_call
-def test_a_graph_with_other_inputs(name):
+def test_a_graph_answers_other_inputs(name):
     variations = [calls(TOKENS, seed=seed)[name] for seed in range(5)]
     graph = Graph(variations[:1], garbage=True)
     there = [uploaded(call) for call in variations]
@@ -121,8 +121,8 @@ def test_a_graph_with_other_inputs(name):
 
 @needs_cuda
 @pytest.mark.parametrize("garbage", [False, True])
-def test_one_graph_of_all_operators(garbage):
-    """Where a call's scratch was another's, without anything in between."""
+def test_one_graph_of_all_operators_answers_other_inputs(garbage):
+    """Without garbage, a call gets scratch that the call before it has just used."""
     variations = [list(calls(TOKENS, seed=seed).values()) for seed in range(3)]
     graph = Graph(variations[0], garbage=garbage)
     there = [[uploaded(call) for call in variation] for variation in variations]
@@ -138,8 +138,8 @@ def test_one_graph_of_all_operators(garbage):
 
 @needs_cuda
 @each_call
-def test_two_graphs_at_once(name):
-    """Captured on one stream, replayed on two: nothing is shared between them."""
+def test_two_graphs_replay_at_once(name):
+    """They are captured on one stream and replayed on two, so they must not share memory."""
     capture, *replays = streams(3)
     variations = [calls(TOKENS, seed=seed)[name] for seed in range(2)]
     graphs = [Graph([call], capture) for call in variations]
@@ -155,12 +155,12 @@ def test_two_graphs_at_once(name):
     assert torch.stack(wrong).count_nonzero() == 0
 
 
-# Types of a graph's nodes, as the driver numbers them.
+# Types of the nodes of a graph (CUgraphNodeType).
 KERNEL, COPY = 0, 1
 
 
 def captured_nodes(function: Callable[[], object]) -> list[int]:
-    """The types of the nodes of what a function launches."""
+    """The types of the graph nodes that a function launches, sorted."""
     graph = torch.cuda.CUDAGraph(keep_graph=True)
     with torch.cuda.graph(graph):
         function()
@@ -180,13 +180,13 @@ def captured_nodes(function: Callable[[], object]) -> list[int]:
 
 @needs_cuda
 @each_call
-def test_launches(name):
-    """Kernels alone, one each, two for received scores without lse."""
+def test_a_call_launches_one_kernel_and_nothing_else(name):
+    """Received scores without lse launch two."""
     there = uploaded(calls(TOKENS)[name])
     run(there)
     two = name in ("received_scores", "received_scores_varlen")
     assert captured_nodes(lambda: run(there)) == [KERNEL] * (2 if two else 1)
-    # What else there could be is seen.
+    # `captured_nodes` also reports copies.
     x = torch.ones(2, 1000, device=DEVICE)
     assert captured_nodes(lambda: (x[0].copy_(x[1]), x[0].add_(1))) == [KERNEL, COPY]
 
@@ -202,7 +202,7 @@ def no_synchronization() -> Iterator[None]:
 
 @needs_cuda
 @each_call
-def test_nothing_waits(name):
+def test_calls_do_not_synchronize(name):
     there = uploaded(calls(TOKENS)[name])
     run(there)
     with no_synchronization():
@@ -217,8 +217,8 @@ def test_nothing_waits(name):
 
 @needs_cuda
 @each_call
-def test_the_current_stream(name):
-    """Inputs that are late on a stream of their own."""
+def test_calls_run_on_the_current_stream(name):
+    """The inputs are written late on that stream; a call on another stream would read old ones."""
     there, right = (uploaded(calls(TOKENS, seed=seed)[name]) for seed in range(2))
     wanted = run(right)
     run(there)
@@ -234,8 +234,8 @@ def test_the_current_stream(name):
     assert differences(got, wanted) == 0
 
 
-def test_many_threads():
-    """The same inputs on as many streams."""
+def test_many_threads_get_the_same_answers():
+    """Each thread has a stream of its own; all read the same inputs."""
     there = {name: uploaded(call) for name, call in calls(TOKENS).items()}
     wanted = {name: run(call) for name, call in there.items()}
     workers = some(8, 2)
@@ -254,23 +254,23 @@ def test_many_threads():
         assert list(pool.map(work, range(workers))) == [0] * workers
 
 
-# Compilers, and what PyTorch knows of the operators.
+# Compilers, and the registration of the operators in PyTorch.
 
 
 @pytest.mark.parametrize("op", OPERATORS)
 def test_dynamic_shapes_compile_once(op):
     function = getattr(vispruner_kernels, op)
-    again = every.compiled(lambda *args: function(*args), dynamic=True)
+    compiled = every.compiled(lambda *args: function(*args), dynamic=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for size in range(some(3, 2)):
             _, args = uploaded((op, every.samples(op, size=size)[0]))
-            every.assert_same_answer(again(*args), function(*args))
+            every.assert_same_answer(compiled(*args), function(*args))
 
 
 @needs_cuda
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-def test_inductor(mode):
-    """Between kernels of the compiler's, and in its graphs."""
+def test_inductor_compiles_the_operators(mode):
+    """The operators run between kernels of Inductor; "reduce-overhead" adds its CUDA graphs."""
 
     def function(features: Tensor, scores: Tensor, keep: int) -> tuple[Tensor, ...]:
         kept, indices = vispruner_kernels.prune(features * 2, scores + 0.5, keep)
@@ -278,11 +278,11 @@ def test_inductor(mode):
         return kept + 1, indices + 1, received * 2
 
     torch._dynamo.reset()
-    again = torch.compile(function, fullgraph=True, mode=mode)
+    compiled = torch.compile(function, fullgraph=True, mode=mode)
     for size in (0, 0, 0, 1, 1):
         _, args = uploaded(("prune", every.samples("prune", torch.float16, size)[0]))
         torch.compiler.cudagraph_mark_step_begin()
-        got, wanted = again(*args), function(*args)
+        got, wanted = compiled(*args), function(*args)
         assert_answers(download([got[:2]]), download([wanted[:2]]))
         assert_close(got[2].cpu(), wanted[2].cpu(), 4e-6)
     torch._dynamo.reset()
@@ -290,9 +290,9 @@ def test_inductor(mode):
 
 @pytest.mark.parametrize("number", [0, 1])
 @pytest.mark.parametrize("op", OPERATORS)
-def test_opcheck(op, number):
+def test_opcheck_passes(op, number):
     if number >= len(every.samples(op)):
-        pytest.skip("it has one sample")
+        pytest.skip("the operator has one sample")
     _, args = uploaded((op, every.samples(op)[number]))
     torch.library.opcheck(every.overload(op), args)
 
@@ -301,9 +301,9 @@ def test_opcheck(op, number):
 
 
 @needs_cuda
-def test_another_device():
+def test_calls_run_on_the_device_of_their_tensors():
     if torch.cuda.device_count() < 2:
-        pytest.skip("one GPU")
+        pytest.skip("needs two GPUs")
     device = torch.device("cuda", 1)
     for call in calls(TOKENS).values():
         (wanted,) = download([run(uploaded(call))])
@@ -320,7 +320,7 @@ def test_another_device():
                 run((op, (upload(first.cpu()), *rest)))
 
 
-def test_no_images():
+def test_no_images_give_an_empty_answer():
     for op in [op for op in OPERATORS if not op.endswith("varlen")]:
         for args in every.samples(op):
             none = tuple(x[:0] if isinstance(x, Tensor) else x for x in args)
@@ -346,7 +346,7 @@ def test_errors_are_those_of_the_cpu(op):
 
 @needs_cuda
 @pytest.mark.parametrize("op", [op for op in OPERATORS if op not in every.SCORES])
-def test_tensors_on_the_cpu(op):
+def test_tensors_on_two_devices_are_refused(op):
     kwargs = every.tensors(every.arguments(op), upload)
     for name in kwargs:
         if isinstance(kwargs[name], Tensor):
@@ -357,10 +357,10 @@ def test_tensors_on_the_cpu(op):
 
 @gpu.needs_triton
 @needs_cuda
-def test_a_gpu_that_is_too_old(monkeypatch):
+def test_a_gpu_that_is_too_old_is_refused(monkeypatch):
     launch = importlib.import_module("vispruner_kernels._triton.launch")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: (7, 0))
-    # As if nothing had been launched.
+    # Kernels of earlier tests would be launched without the check.
     monkeypatch.setattr(launch, "_COMPILED", {})
     launch._check_device.cache_clear()
     message = "compute capability 7.0, the Triton kernels need 7.5; set VISPRUNER_KERNELS_BACKEND"
@@ -370,7 +370,7 @@ def test_a_gpu_that_is_too_old(monkeypatch):
 
 
 @gpu.needs_triton
-def test_no_triton(monkeypatch):
+def test_without_triton_a_call_names_the_reason(monkeypatch):
     operators = importlib.import_module("vispruner_kernels._triton.operators")
     reason = "Triton is not installed; pip install 'triton>=3.4'"
     monkeypatch.setattr(operators, "INSTALLED", False)

@@ -1,4 +1,4 @@
-"""Memory on a GPU: offsets that lead out of it, addresses that are odd, strides beyond 31 bits."""
+"""Memory on a GPU: invalid offsets, addresses that are not aligned, strides beyond 31 bits."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ pytestmark = gpu.marks
 watch = gpu.watch
 
 
-# Offsets that contradict each other or the tensors: a GPU cannot raise.
+# Invalid offsets: kernels cannot raise an error, so they must stay in bounds.
 
 
 @pytest.fixture
 def unchecked(monkeypatch):
-    """Only a CPU checks offsets: the simulation of a GPU does not."""
+    """Remove the check of offsets, which calls on a CPU have and calls on a GPU do not."""
     for name in ("select", "received_scores"):
         module = importlib.import_module(f"vispruner_kernels._triton.{name}")
         if SIMULATED:
@@ -60,7 +60,7 @@ def poisoned() -> Iterator[None]:
 @pytest.mark.parametrize("garbage", [filled, poisoned])
 @pytest.mark.parametrize("matching", MATCHINGS)
 def test_selections_stay_in_bounds(unchecked, matching, garbage):
-    """No exception, no hang, every element written, with a value in [0, total)."""
+    """For invalid offsets there is no exception and no hang, and every index is in [0, total)."""
     total = some(151, 31)
     generator = torch.Generator().manual_seed(5)
     features = sample_features("clustered", 1, total, 16, generator)[0]
@@ -86,10 +86,10 @@ def test_selections_stay_in_bounds(unchecked, matching, garbage):
 @pytest.mark.parametrize("garbage", [filled, poisoned])
 @pytest.mark.parametrize("given", [False, True])
 def test_scores_stay_in_bounds(unchecked, given, garbage):
-    """The same, with a score that is a mean of softmax or 0."""
+    """The same for scores: each is a mean of softmax weights or 0."""
     total = some(151, 31)
     q, k, _ = (x[0] for x in sample_qkv(1, total, 3, 32, torch.float16, 5))
-    # No weight is above 1, whatever image a key is of.
+    # With this lse no weight exceeds 1, for any assignment of keys to images.
     lse = torch.full((3, total), 30.0) if given else None
     wrong: list[Call] = []
     for seed in range(some(300, 8)):
@@ -108,8 +108,8 @@ def test_scores_stay_in_bounds(unchecked, given, garbage):
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_memory_that_is_not_aligned(name):
-    """A kernel that was compiled for addresses that are multiples of 16 must not get others."""
+def test_aligned_and_unaligned_tensors_give_the_same_answer(name):
+    """A kernel that is compiled for addresses that are multiples of 16 must not get other ones."""
     call = calls(some(300, 30))[name]
     there = uploaded(call)
     shifted = []
@@ -124,29 +124,30 @@ def test_memory_that_is_not_aligned(name):
         assert_agree(call, got, expected(call))
 
 
-# Where a stride, or its product with a token, does not fit an int32.
+# Strides that do not fit an int32, alone (BEYOND) or times the index of a token (FAR).
 
 FAR, BEYOND = 2**25, 2**31 + 16
-# Tensors in the gaps of others.
+# The distance between tensors that lie in each other's gaps.
 APART = 2**13
 
 
 def distant(x: Tensor, strides: tuple[int, ...], memory: Tensor, offset: int = 0) -> Tensor:
+    """A copy of x in `memory` with these strides."""
     return memory.as_strided(x.shape, strides, offset).copy_(upload(x))
 
 
 @pytest.fixture
 def memory():
-    """float16, for 80 strides of FAR, and for one BEYOND."""
+    """float16 memory for 80 strides of FAR, which is enough for one of BEYOND too."""
     size = 80 * FAR
     if torch.cuda.mem_get_info()[0] < 2 * size + 2**30:
-        pytest.skip(f"{2 * size / 2**30:.0f} GiB of memory are not free")
+        pytest.skip(f"needs {2 * size / 2**30:.0f} GiB of free memory")
     return torch.full((size,), torch.nan, dtype=torch.float16, device=DEVICE)
 
 
 @needs_cuda
 @pytest.mark.parametrize("far", ["tokens", "images"])
-def test_selections_of_distant_memory(memory, far):
+def test_selections_with_far_strides_are_those_of_near_tensors(memory, far):
     batch, tokens, channels = (1, 80, 32) if far == "tokens" else (2, 40, 32)
     image, token = (16, FAR) if far == "tokens" else (BEYOND, channels)
     generator = torch.Generator().manual_seed(9)
@@ -172,7 +173,7 @@ def test_selections_of_distant_memory(memory, far):
 @gpu.needs_triton
 @needs_cuda
 @pytest.mark.parametrize("far", ["tokens", "heads", "images"])
-def test_scores_of_distant_memory(memory, far):
+def test_scores_with_far_strides_are_those_of_near_tensors(memory, far):
     heads, head_dim = 2, 32
     batch, tokens = 2 if far == "images" else 1, 80 if far == "tokens" else 40
     strides = {

@@ -1,4 +1,4 @@
-"""Scores and attention on a GPU: within the bounds of float64 on the CPU, the same bits always."""
+"""Scores and attention on a GPU: near float64 on the CPU, and the same bits each time."""
 
 from __future__ import annotations
 
@@ -58,7 +58,8 @@ class Shape(NamedTuple):
         return f"{str(self.dtype).removeprefix('torch.')}-{sizes}-{self.scale}-{self.num_prefix}"
 
 
-# CLIP-L, InternViT-6B, SigLIP-so400m, EVA-g, Qwen2.5-VL, then every head dimension and the ends.
+# CLIP-L, InternViT-6B, SigLIP-so400m, EVA-g, Qwen2.5-VL; then more head dimensions and the smallest
+# and largest sizes.
 SHAPES = [
     Shape(2, 577, 16, 64, F16),
     Shape(1, 577, 16, 64, B16, 0.3),
@@ -86,20 +87,20 @@ if SIMULATED:
 
 
 def logits(q: Tensor, k: Tensor, scale: float | None) -> Tensor:
-    """float64 [..., H, S, S]."""
+    """The logits in float64, [..., H, S, S]."""
     q, k = (x.double().movedim(-3, -2) for x in (q, k))
     return q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
 
 
 class Exact(NamedTuple):
-    """Inputs on the CPU, and what there is to know about them in float64."""
+    """Inputs on the CPU, and their attention and scores in float64."""
 
     qkv: tuple[Tensor, Tensor, Tensor]
     out: Tensor
-    # Of all tokens.
+    # Scores of all tokens, prefix tokens included.
     cls: Tensor
     received: Tensor
-    # float32, and the scores with what its rounding changes.
+    # lse in float32, and the exact scores with this rounded lse.
     lse: Tensor
     received_lse: Tensor
 
@@ -120,14 +121,15 @@ def exact(shape: Shape) -> Exact:
 
 
 def eager(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-    """Attention in the dtype of the inputs, every step."""
+    """Attention with every step in the dtype of the inputs."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return ((q @ k.mT * scale).softmax(-1) @ v).transpose(1, 2)
 
 
 def assert_out(got: Tensor, wanted: Tensor, shape: Shape, qkv: tuple[Tensor, ...]) -> None:
-    """docs/contract.md, section 4: beside eager PyTorch, on the same device."""
+    """Assert the bound of docs/contract.md, section 4, which depends on the error of eager PyTorch
+    on the same device."""
     assert got.dtype == shape.dtype
     plain = eager(*(upload(x) for x in qkv), shape.scale).cpu()
     error, others = ((x.double() - wanted).abs() for x in (got, plain))
@@ -153,8 +155,8 @@ def attention_calls(shape: Shape, prefix: int, qkv: tuple[Tensor, ...], lse: Ten
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_bounds(shape):
-    """float64, and the same bits in memory full of other garbage."""
+def test_scores_and_attention_are_within_their_bounds(shape):
+    """Further calls, in memory full of other garbage, give the same bits."""
     truth = exact(shape)
     calls = attention_calls(shape, shape.num_prefix, truth.qkv, truth.lse)
     first = answers(calls)
@@ -175,7 +177,7 @@ def test_bounds(shape):
     assert_answers(download(again), first)
 
 
-def test_one_token():
+def test_scores_of_one_token():
     q, k, _ = sample_qkv(3, 1, 2, 8, F32, 6)
     lse = logits(q, k, 5.0).logsumexp(-1).float()
     calls: list[Call] = [("received_scores", (q, k, 5.0)), ("received_scores", (q, k, 5.0, 0, lse))]
@@ -186,7 +188,7 @@ def test_one_token():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_batch_is_its_images(dtype):
+def test_a_batch_gives_the_scores_of_its_images(dtype):
     for tokens, heads, head_dim in ((577, 16, 64), (50, 3, 80)):
         shape = Shape(5, some(tokens, 21), some(heads, 2), head_dim, dtype)
         truth = exact(shape)
@@ -203,8 +205,8 @@ def test_a_batch_is_its_images(dtype):
 
 
 @needs_cuda
-def test_the_same_every_time():
-    """Who arrives last adds the heads: nothing may depend on who it is."""
+def test_calls_give_the_same_bits_every_time():
+    """The last-arriving program adds the heads; the sum must not depend on which one that is."""
     truth = exact(Shape(5, 577, 16, 64, F16))
     calls = attention_calls(Shape(5, 577, 16, 64, F16), 1, truth.qkv, truth.lse)
     wanted = [tuple(upload(x) for x in answer) for answer in answers(calls)]
@@ -231,8 +233,8 @@ LENGTHS = [5, 0, 1, 130, 65, 577, 0]
 @pytest.mark.parametrize(
     ("heads", "head_dim", "dtype"), [(16, 64, F16), (3, 80, B16), (3, 37, F32)]
 )
-def test_packed_images(heads, head_dim, dtype, scale):
-    """Alone in float64; 0 where no image is."""
+def test_packed_images_have_the_scores_of_each_image_alone(heads, head_dim, dtype, scale):
+    """Compared in float64; tokens of no image have the score 0."""
     lengths = [min(n, some(n, 20)) for n in LENGTHS]
     total = sum(lengths) + 9
     q, k, _ = (x[0] for x in sample_qkv(1, total, heads, head_dim, dtype, head_dim))
@@ -253,19 +255,19 @@ def test_packed_images(heads, head_dim, dtype, scale):
         for (got,), exactly in zip(answers(calls), wanted, strict=True):
             assert_close(got, exactly, bound)
             assert not got[sum(lengths) :].any()
-    # Nothing but images without tokens.
+    # All images are without tokens.
     none = ("received_scores_varlen", (q, k, sample_offsets([0, 0]), 7, scale))
     assert_answers(answers([none]), [(torch.zeros(total),)])
 
 
-def test_views_and_what_lies_around_them():
+def test_views_are_read_and_the_memory_around_them_stays():
     shape = Shape(2, 21, 3, 64, F16)
     qkv = tuple(x.contiguous() for x in sample_qkv(*shape[:5], 2))
     x = logits(*qkv[:2], None)
     weights, lse = x.softmax(-1), x.logsumexp(-1).float()
     out = (weights @ qkv[2].double().transpose(1, 2)).transpose(1, 2)
     bound = scores_bound(*qkv[:2], None)
-    # Of any strides.
+    # lse may have any strides.
     spread = lse.permute(2, 0, 1).contiguous().permute(1, 2, 0)
     for views in zip(*map(poisoned_views, qkv), strict=True):
         there = tuple(upload(view) for view, _ in views)
@@ -283,7 +285,7 @@ def test_views_and_what_lies_around_them():
 
 
 @pytest.mark.parametrize("dtype", [F32, F16])
-def test_not_finite_as_eager_softmax(dtype):
+def test_not_finite_inputs_give_the_answer_of_eager_softmax(dtype):
     calls: list[Call] = []
     wanted = []
     for where in NONFINITE:
@@ -301,8 +303,8 @@ def test_not_finite_as_eager_softmax(dtype):
             assert_close(x, y, 2**-7 if x.dtype == F16 else 1e-5)
 
 
-def test_lse_of_other_keys():
-    """Rows off by a factor, and +inf, of a row that attends to nothing."""
+def test_lse_need_not_be_that_of_the_keys():
+    """The lse of each row is off by a constant. One row has +inf: it attends to nothing."""
     shape = Shape(2, some(130, 21), 3, 64, F16)
     truth = exact(shape)
     q, k, _ = truth.qkv
@@ -316,8 +318,8 @@ def test_lse_of_other_keys():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_one_key_dominates(dtype):
-    """Logits up to 1e4: 1 at the peak and 0 elsewhere, exactly; and the peak's value."""
+def test_a_dominant_key_gets_all_attention_exactly(dtype):
+    """Logits reach 1e4. The dominant key has score 1, the others 0; the output is its value."""
     q = torch.zeros(2, 50, 3, 64, dtype=dtype)
     k = torch.zeros(2, 50, 3, 64, dtype=dtype)
     v = sample_qkv(2, 50, 3, 64, dtype, 11)[2]
@@ -332,7 +334,7 @@ def test_one_key_dominates(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_equal_logits_are_uniform(dtype):
+def test_equal_logits_give_uniform_attention(dtype):
     q, k, v = sample_qkv(1, 50, 3, 72, dtype, 12)
     calls = [
         (op, (*x, scale))

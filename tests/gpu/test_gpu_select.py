@@ -1,4 +1,4 @@
-"""Selections on a GPU: the bits of the CPU, over and over, whatever else the device does."""
+"""Selections on a GPU: the bits of the CPU, each time, under any load of the device."""
 
 from __future__ import annotations
 
@@ -44,23 +44,23 @@ from vispruner_kernels.testing import (
 pytestmark = gpu.marks
 watch = gpu.watch
 
-# Cases of each look and rule, and their most tokens.
+# The number of cases of each variant and rule, and the most tokens of a case.
 CASES, MOST = some(500, 2), some(200, 24)
 # Streams that calls are spread over.
 WIDTH = 4
 
 
-# To Triton a size of 1 is a constant and a multiple of 16 is known as one; a kernel is compiled for
-# each such set, which takes seconds. So the sets are these, and all else is random.
+# Triton compiles a kernel for each combination of dtypes, sizes equal to 1, and sizes that are
+# multiples of 16. A compilation takes seconds, so these properties are fixed; all else is random.
 
 
-class Look(NamedTuple):
-    """What kernels are compiled for."""
+class Variant(NamedTuple):
+    """The properties of tensors for which a kernel is compiled."""
 
     features: torch.dtype
     scores: torch.dtype
     channels: tuple[int, ...]
-    # Whether addresses and strides, and whether N, are multiples of 16.
+    # Whether addresses and strides are multiples of 16, and whether N is.
     aligned: bool
     whole: bool
 
@@ -71,44 +71,46 @@ class Look(NamedTuple):
 
 
 F32, F16, B16 = DTYPES
-LOOKS = (
-    Look(F32, F32, (16, 64, 208), True, False),
-    Look(F32, F16, (3, 31, 101), False, True),
-    Look(F16, F16, (16, 64, 208), True, True),
-    Look(F16, F32, (31, 101), False, False),
-    Look(B16, F32, (31, 100), True, False),
-    Look(B16, B16, (16, 80), False, False),
-    Look(F32, B16, (1,), False, False),
+VARIANTS = (
+    Variant(F32, F32, (16, 64, 208), True, False),
+    Variant(F32, F16, (3, 31, 101), False, True),
+    Variant(F16, F16, (16, 64, 208), True, True),
+    Variant(F16, F32, (31, 101), False, False),
+    Variant(B16, F32, (31, 100), True, False),
+    Variant(B16, B16, (16, 80), False, False),
+    Variant(F32, B16, (1,), False, False),
 )
-looks = pytest.mark.parametrize("look", LOOKS, ids=str)
+variants = pytest.mark.parametrize("variant", VARIANTS, ids=str)
 matchings = pytest.mark.parametrize("matching", MATCHINGS)
 
 
-def some_tokens(rng: random.Random, look: Look) -> int:
+def some_tokens(rng: random.Random, variant: Variant) -> int:
     low, most = rng.choice([(2, 3), (2, min(64, MOST)), (2, MOST), (MOST // 2, MOST)])
     size = rng.randint(low, most)
-    return -(-size // 16) * 16 if look.whole else size + (size % 16 == 0)
+    return -(-size // 16) * 16 if variant.whole else size + (size % 16 == 0)
 
 
-def some_values(rng: random.Random, look: Look, batch: int, tokens: int) -> tuple[Tensor, Tensor]:
-    """Features [B, N, C] and scores [B, N], which are rows, or columns of something else."""
+def some_values(
+    rng: random.Random, variant: Variant, batch: int, tokens: int
+) -> tuple[Tensor, Tensor]:
+    """Features [B, N, C] and scores [B, N]; the scores are rows or columns of a larger tensor."""
     generator = torch.Generator().manual_seed(rng.getrandbits(40))
-    channels = rng.choice(look.channels)
+    channels = rng.choice(variant.channels)
     features = sample_features(rng.choice(FEATURE_KINDS), batch, tokens, channels, generator)
-    features = placed(features.to(look.features), look.aligned, rng)
-    scores = sample_scores(rng.choice(SCORE_KINDS), batch, tokens, generator).to(look.scores)
-    if look.aligned:
+    features = placed(features.to(variant.features), variant.aligned, rng)
+    scores = sample_scores(rng.choice(SCORE_KINDS), batch, tokens, generator).to(variant.scores)
+    if variant.aligned:
         return features, placed(scores[:, None], True, rng)[:, 0]
     return features, placed(scores[:, :, None], False, rng)[:, :, 0]
 
 
-def random_selection(seed: int, look: Look, matching: str) -> Case:
-    """Arguments of `select` where similarities decide, like those of testing.random_case."""
+def random_selection(seed: int, variant: Variant, matching: str) -> Case:
+    """Arguments of `select`, like those of testing.random_case, for which similarities matter."""
     rng = random.Random(seed)
     # Odd, so that B * N is a multiple of 16 only where N is.
-    batch, tokens = rng.choice([1, 1, 3, 5]), some_tokens(rng, look)
+    batch, tokens = rng.choice([1, 1, 3, 5]), some_tokens(rng, variant)
     return Case(
-        *some_values(rng, look, batch, tokens),
+        *some_values(rng, variant, batch, tokens),
         rng.choice([1, tokens - 1, rng.randint(1, tokens - 1), rng.randint(1, tokens - 1)]),
         rng.choice([0.0, 0.25, 0.3, 0.5, 0.5, 0.75, rng.random()]),
         rng.choice([1, 2, 3, 8, 8, 8, 2**40]),
@@ -116,20 +118,20 @@ def random_selection(seed: int, look: Look, matching: str) -> Case:
     )
 
 
-def random_packed(seed: int, look: Look, matching: str) -> tuple[Any, ...]:
-    """Arguments of `select_varlen`: images without tokens, images that keep all or nothing, tokens
-    of no image, output that no image fills."""
+def random_packed(seed: int, variant: Variant, matching: str) -> tuple[Any, ...]:
+    """Arguments of `select_varlen`. Images may have no tokens, or keep all or none of them. There
+    may be tokens of no image, and output slots that no image owns."""
     rng = random.Random(seed)
     images = rng.choice([1, 2, 3, 5, 9, some(150, 5) if rng.random() < 0.1 else 2])
     lengths = [rng.choice([0, 1, 2, rng.randint(1, MOST // 4)]) for _ in range(images)]
-    lengths[rng.randrange(images)] = some_tokens(rng, look)
+    lengths[rng.randrange(images)] = some_tokens(rng, variant)
     keeps = [rng.choice([0, n, rng.randint(0, n), rng.randint(0, n)]) for n in lengths]
 
     def at_least(size: int) -> int:
-        return -(-size // 16) * 16 if look.whole else size + (size % 16 == 0)
+        return -(-size // 16) * 16 if variant.whole else size + (size % 16 == 0)
 
     total = at_least(sum(lengths) + rng.choice([0, 0, 30]))
-    features, scores = some_values(rng, look, 1, total)
+    features, scores = some_values(rng, variant, 1, total)
     return (
         features[0],
         scores[0],
@@ -137,46 +139,47 @@ def random_packed(seed: int, look: Look, matching: str) -> tuple[Any, ...]:
         sample_offsets(keeps),
         at_least(max(lengths) + rng.choice([0, 0, 50])),
         min(total, sum(keeps) + rng.choice([0, 0, 1, 300])),
-        # The bits of 0.0 are a small integer, for which a kernel of its own is compiled.
-        rng.choice([0.0 if look is LOOKS[0] else 0.2, 0.3, 0.5, rng.random(), 1.0]),
+        # The bits of 0.0 are the integer 0, for which Triton compiles another kernel.
+        rng.choice([0.0 if variant is VARIANTS[0] else 0.2, 0.3, 0.5, rng.random(), 1.0]),
         rng.choice([1, 3, 8, 8]),
         matching,
     )
 
 
 def pruned(case: Case, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """The answer of `prune` for the answer of `select`."""
     return case.features[torch.arange(len(indices))[:, None], indices], indices
 
 
 @matchings
-@looks
-def test_random_cases(look, matching):
-    cases = [random_selection(seed, look, matching) for seed in range(CASES)]
+@variants
+def test_random_cases_have_the_bits_of_the_cpu(variant, matching):
+    cases = [random_selection(seed, variant, matching) for seed in range(CASES)]
     wanted = [expected(("select", case)) for case in cases]
     assert_answers(answers([("select", case) for case in cases], WIDTH), wanted)
-    if look in LOOKS[:3]:
+    if variant in VARIANTS[:3]:
         kept = [pruned(case, *indices) for case, indices in zip(cases, wanted, strict=True)]
         assert_answers(answers([("prune", case) for case in cases], WIDTH), kept)
 
 
 @matchings
-@pytest.mark.parametrize("look", LOOKS[:4], ids=str)
-def test_random_packed_cases(look, matching):
-    calls = [("select_varlen", random_packed(seed, look, matching)) for seed in range(CASES)]
+@pytest.mark.parametrize("variant", VARIANTS[:4], ids=str)
+def test_random_packed_cases_have_the_bits_of_the_cpu(variant, matching):
+    calls = [("select_varlen", random_packed(seed, variant, matching)) for seed in range(CASES)]
     assert_answers(answers(calls, WIDTH), [expected(call) for call in calls])
 
 
-def test_cases_as_elsewhere():
-    """What the other tests draw, where few are enough to compile for."""
+def test_random_cases_of_the_package_have_the_bits_of_the_cpu():
+    """Cases of testing.random_case. They are few, because each needs a compilation."""
     calls = [("select", random_case(seed, MOST)) for seed in range(some(6, 3))]
     assert_answers(answers(calls), [expected(call) for call in calls])
 
 
 @gpu.needs_triton
 @pytest.mark.parametrize("op", ["select_topk", "select_rows"])
-@pytest.mark.parametrize("look", [LOOKS[0], LOOKS[3], LOOKS[5]], ids=str)
-def test_random_scores(look, op):
-    """Short and long, which is what their kernels are compiled for, and a width of 1 and more."""
+@pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[3], VARIANTS[5]], ids=str)
+def test_random_scores_have_the_selection_of_the_cpu(variant, op):
+    """Short and long rows, which use different kernels, and widths of 1 and more."""
     calls = []
     for seed in range(some(700, 8)):
         rng = random.Random(seed)
@@ -186,20 +189,20 @@ def test_random_scores(look, op):
         rows = min(rows, some(16384, 61))
         batch = rng.choice([1, 3, 64 if rows < 600 else 2])
         kind = rng.choice(SCORE_KINDS)
-        scores = sample_scores(kind, batch, rows * width, generator).to(look.scores)
-        scores = placed(scores[:, :, None], look.aligned, rng)[:, :, 0]
+        scores = sample_scores(kind, batch, rows * width, generator).to(variant.scores)
+        scores = placed(scores[:, :, None], variant.aligned, rng)[:, :, 0]
         keep = rng.choice([1, rows, rng.randint(1, rows)])
         calls.append((op, (scores, *([width] * (op == "select_rows")), keep)))
     assert_answers(answers(calls, WIDTH), [expected(call) for call in calls])
 
 
-def test_the_score_alone_decides():
-    """Ratio 1, everything kept, one token: another kernel, or another way through it."""
+def test_selections_by_score_alone_have_the_bits_of_the_cpu():
+    """Ratio 1, every token kept, or one token: these use another kernel or branch."""
     calls = []
     tokens = some(61, 9)
-    for seed, look in itertools.product(range(some(20, 2)), (LOOKS[3], LOOKS[5])):
+    for seed, variant in itertools.product(range(some(20, 2)), (VARIANTS[3], VARIANTS[5])):
         rng = random.Random(seed)
-        features, scores = some_values(rng, look, 3, tokens)
+        features, scores = some_values(rng, variant, 3, tokens)
         keep = rng.randint(1, tokens)
         for op, rule in itertools.product(("select", "prune"), ((keep, 1.0), (tokens, 0.5))):
             calls.append((op, (features, scores, *rule, 8, "bipartite")))
@@ -211,7 +214,8 @@ def test_the_score_alone_decides():
     assert_answers(answers(calls, WIDTH), [expected(call) for call in calls])
 
 
-# Images, tokens, channels, tokens kept: LLaVA-1.5, NeXT, SigLIP, Qwen2.5-VL, NeXT at once, a batch.
+# Images, tokens, channels, tokens kept: LLaVA-1.5, LLaVA-NeXT by tile, SigLIP, Qwen2.5-VL,
+# LLaVA-NeXT by image, a large batch.
 MODELS = [
     (1, 576, 1024, 64, F16),
     (5, 576, 1024, 32, B16),
@@ -226,7 +230,7 @@ MODELS = [
 def model(
     batch: int, tokens: int, channels: int, keep: int, dtype: torch.dtype, matching: str
 ) -> tuple[Case, tuple[Tensor, ...]]:
-    """A call of `select` and its answer."""
+    """Arguments of `select` in the shape of a model, and the answer of the CPU."""
     generator = torch.Generator().manual_seed(tokens)
     features = sample_features("clustered", batch, tokens, channels, generator).to(dtype)
     scores = sample_scores("softmax", batch, tokens, generator)
@@ -240,21 +244,15 @@ def model(
 
 
 def model_sizes(batch: int, tokens: int, channels: int, keep: int) -> tuple[int, ...]:
-    return (
-        (min(batch, 2), tokens % 50 + 30, 33, keep % 20 + 5)
-        if SIMULATED
-        else (
-            batch,
-            tokens,
-            channels,
-            keep,
-        )
-    )
+    """The sizes, smaller ones in the interpreter."""
+    if SIMULATED:
+        return min(batch, 2), tokens % 50 + 30, 33, keep % 20 + 5
+    return batch, tokens, channels, keep
 
 
 @matchings
 @pytest.mark.parametrize("case", MODELS, ids=lambda case: "x".join(map(str, case[:3])))
-def test_models(case, matching):
+def test_shapes_of_models_have_the_bits_of_the_cpu(case, matching):
     *sizes, dtype = case
     case, wanted = model(*model_sizes(*sizes), dtype, matching)
     assert_answers(answers([("select", case)]), [wanted])
@@ -265,9 +263,9 @@ def test_models(case, matching):
 @matchings
 @pytest.mark.parametrize("others", ["nobody", "itself", "products"])
 @pytest.mark.parametrize("number", [0, 1, 5])
-def test_the_same_every_time(number, others, matching):
-    """Who arrives last goes on: nothing may depend on who it is. Alone on the device, beside calls
-    like it on other streams, beside matrix products."""
+def test_calls_give_the_same_bits_every_time(number, others, matching):
+    """The last-arriving program continues alone; the answer must not depend on which one that is.
+    The call runs alone, beside the same call on other streams, or beside matrix products."""
     *sizes, dtype = MODELS[number]
     case, (wanted,) = model(*model_sizes(*sizes), dtype, matching)
     call, wanted = uploaded(("select", case)), gpu.upload(wanted)
@@ -290,32 +288,30 @@ def test_the_same_every_time(number, others, matching):
 
 @pytest.fixture
 def constants(monkeypatch):
-    """Sets constants of the kernel."""
+    """A function that sets constants of the kernel for one test."""
     kernel = importlib.import_module("vispruner_kernels._triton.select")
 
     def set_constants(**values: int) -> None:
         for name, value in values.items():
             monkeypatch.setattr(kernel, name, value)
-        kernel._layout.cache_clear()
 
-    yield set_constants
-    kernel._layout.cache_clear()
+    return set_constants
 
 
 @gpu.needs_triton
 @matchings
-@pytest.mark.parametrize("look", [LOOKS[0], LOOKS[3]], ids=str)
-def test_every_way_through_the_passes(constants, look, matching):
-    """The first passes with lists of neighbours, which else only images of more than 128 tokens
-    have; lists too short for an answer; the pairwise rule's care for its bad case at once."""
+@pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[3]], ids=str)
+def test_every_branch_of_the_passes_gives_the_bits_of_the_cpu(constants, variant, matching):
+    """With these constants, small images take the branches of large ones: lists of neighbours,
+    lists that are too short, and the rule for the bad case of `pairwise` from the first round."""
     constants(SMALL=16, NEIGHBOURS=16, EAGER=1)
-    cases = [random_selection(10_000 + seed, look, matching) for seed in range(some(100, 3))]
+    cases = [random_selection(10_000 + seed, variant, matching) for seed in range(some(100, 3))]
     calls = [("select", case) for case in cases]
     assert_answers(answers(calls, WIDTH), [expected(call) for call in calls])
 
 
-def test_pairwise_where_one_token_is_the_partner_of_all():
-    """Equal tokens, and products of magnitudes: after EAGER rounds most pairs are still to come."""
+def test_pairwise_has_the_bits_of_the_cpu_if_one_token_is_the_partner_of_all():
+    """Equal tokens, and tokens on an arc: after EAGER rounds most pairs are not yet found."""
     tokens = some(701, 41)
     generator = torch.Generator().manual_seed(11)
     angle = torch.linspace(0.1, 1.5, tokens)[None, :, None]
@@ -331,7 +327,7 @@ def test_pairwise_where_one_token_is_the_partner_of_all():
 
 
 @needs_cuda
-def test_largest_sizes():
+def test_the_largest_sizes_have_the_bits_of_the_cpu():
     generator = torch.Generator().manual_seed(7)
     features = sample_features("constant", 1, 20, 65536, generator)
     scores = sample_scores("ties", 1, 20, generator)
@@ -340,7 +336,7 @@ def test_largest_sizes():
     scores = sample_scores("softmax", 1, 16384, generator)
     calls.append(("select", (features, scores, 16384 - 20, 0.5, 8, "bipartite")))
     if _native.INSTALLED:
-        # The reference takes minutes.
+        # Without the C++ core the reference would take minutes.
         calls.append(("select", (features, scores, 1638, 0.5, 8, "pairwise")))
     torch.set_num_threads(4)
     assert_answers(answers(calls), [expected(call) for call in calls])

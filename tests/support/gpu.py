@@ -1,8 +1,8 @@
-"""What the tests that need a GPU share; gpu_command.py runs them.
+"""Helpers of the tests that need a GPU (tests/gpu); gpu_command.py runs these tests.
 
-Who is tested is the owner of `select`: Triton, or with VISPRUNER_KERNELS_BACKEND=native the CUDA
-kernels of the C++ core. VISPRUNER_TEST_DEVICE=cpu tests the tests: fewer and smaller cases of all
-that needs no CUDA, in Triton's interpreter.
+The tests call the Triton kernels, or with VISPRUNER_KERNELS_BACKEND=native the CUDA kernels of the
+C++ core. VISPRUNER_TEST_DEVICE=cpu checks the tests themselves without a GPU: every test that needs
+no CUDA runs in Triton's interpreter, with fewer and smaller cases.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vispruner_kernels import _backends, _native
+from vispruner_kernels import _backends, _native, _schemas
 from vispruner_kernels._native import cuda as native
 from vispruner_kernels._triton import operators
 from vispruner_kernels.testing import (
@@ -34,15 +34,13 @@ from vispruner_kernels.testing import (
 )
 
 DEVICE = torch.device(os.environ.get("VISPRUNER_TEST_DEVICE", "cuda"))
-# Whether Triton's interpreter, which is thousands of times slower, has the part of the GPU.
+# Whether Triton's interpreter, which is thousands of times slower, replaces the GPU.
 SIMULATED = DEVICE.type == "cpu"
-# Seconds after which a test hangs, and after which the command ends what still runs: it is over
-# within ten minutes.
+# Seconds after which a test counts as hanging, and after which gpu_command.py ends the steps that
+# still run. On a GPU the command ends within ten minutes.
 HANG, LIMIT = (900, 1700) if SIMULATED else (200, 520)
-# What then is left to say has seconds to be said.
-GRACE = 10.0
 
-# Whose kernels are tested, and those operators of them that are the C++ core's.
+# Whether the CUDA kernels of the C++ core are tested, and the operators that they implement.
 NATIVE = _backends.REQUESTED == "native"
 NATIVE_OPS = ("select", "prune", "select_varlen")
 
@@ -51,20 +49,21 @@ Answer = tuple[Tensor, ...]
 
 
 def some(real: int, simulated: int) -> int:
+    """The first on a GPU, the second in the interpreter."""
     return simulated if SIMULATED else real
 
 
 @functools.cache
 def unavailable() -> str:
-    """Why the tests cannot run, or nothing."""
+    """The reason why the tests cannot run on this machine, or ""."""
     if not SIMULATED:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             found = torch.cuda.is_available()
         if torch.version.hip:
-            return "the reference owns AMD GPUs, and these tests are of the kernels"
+            return "on AMD GPUs the reference runs, and these tests are for the kernels"
         if not found:
-            built = "" if torch.version.cuda else ", which is built without CUDA,"
+            built = "" if torch.version.cuda else " (built without CUDA)"
             why = "".join(f": {str(w.message).splitlines()[0]}" for w in caught[:1])
             return f"PyTorch {torch.__version__}{built} finds no NVIDIA GPU{why}"
     if operators.REASON:
@@ -80,7 +79,7 @@ def unavailable() -> str:
 
 
 def unprepared() -> str:
-    """Why the tests cannot run in this process, or nothing."""
+    """The reason why the tests cannot run in this process, or ""."""
     if why := unavailable():
         return why
     if SIMULATED != operators.INTERPRETED:
@@ -89,22 +88,22 @@ def unprepared() -> str:
         return f"the CUDA kernels of the C++ core are {native.REASON}"
     owner = "native" if NATIVE else "triton"
     if _backends.CHECKED or _backends.OWNERS["select", DEVICE.type] != owner:
-        return "VISPRUNER_KERNELS_BACKEND or VISPRUNER_KERNELS_CHECK is not that of these tests"
+        return "VISPRUNER_KERNELS_BACKEND or VISPRUNER_KERNELS_CHECK excludes these tests"
     return ""
 
 
 @pytest.fixture(autouse=True)
 def watch() -> Iterator[None]:
-    """Skips without a GPU; ends the process where a test hangs, or leaves the device unusable."""
+    """Skip a test without a GPU. End the process if a test hangs or makes the device unusable."""
     if why := unprepared():
         (pytest.fail if "VISPRUNER_TEST_DEVICE" in os.environ else pytest.skip)(why)
-    # Waiting for a device that hangs, nothing but the end of the process helps.
+    # A call that waits for a hanging device cannot be interrupted, so the process must end.
     faulthandler.dump_traceback_later(HANG, exit=True, file=sys.__stderr__)
     try:
         yield
         synchronize()
         if not SIMULATED:
-            # So that the next test fills memory of its own with garbage.
+            # The next test then gets new memory, which it fills with garbage.
             torch.cuda.empty_cache()
     except RuntimeError as error:
         pytest.exit(f"nothing more can run on this device: {error}", returncode=1)
@@ -113,8 +112,8 @@ def watch() -> Iterator[None]:
 
 
 needs_cuda = pytest.mark.skipif(SIMULATED, reason="the interpreter has no CUDA")
-needs_triton = pytest.mark.skipif(NATIVE, reason="this is of Triton's kernels")
-# What PyTorch and Triton warn of on a GPU differs by version.
+needs_triton = pytest.mark.skipif(NATIVE, reason="for the Triton kernels only")
+# The warnings of PyTorch and Triton on a GPU differ by version, so they are no errors here.
 marks = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 
 
@@ -122,7 +121,7 @@ marks = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 
 
 def upload(x: Tensor, device: torch.device = DEVICE) -> Tensor:
-    """x on the device, with its strides, its alignment and the memory around it."""
+    """x on the device, with its strides, its alignment and the rest of its storage."""
     size = x.untyped_storage().nbytes() // x.element_size()
     memory = x.as_strided((size,), (1,), 0).to(device, copy=True)
     return memory.as_strided(x.shape, x.stride(), x.storage_offset())
@@ -134,23 +133,24 @@ def uploaded(call: Call, device: torch.device = DEVICE) -> Call:
 
 
 def run(call: Call) -> Answer:
-    """The answer of whoever owns the operator on the device of the arguments."""
+    """The answer of the backend that owns the operator on the device of the arguments."""
     op, args = call
     answer = getattr(torch.ops.vispruner, op).default(*args)
     return answer if isinstance(answer, tuple) else (answer,)
 
 
 def run_native(call: Call) -> Answer:
-    """The answer of the C++ core's CUDA kernels, whoever owns the operator."""
+    """The answer of the C++ core's CUDA kernels, even if another backend owns the operator."""
     op, args = call
-    answer = _backends._implementation(op, "native", "cuda")(*args)
+    answer = _backends._implementation(op, "native", "cuda")(*_schemas.complete(op, args, {}))
     return answer if isinstance(answer, tuple) else (answer,)
 
 
 def expected(call: Call) -> Answer:
-    """The answer of the CPU: of the compiled core if it is built, else of the reference."""
+    """The answer of the CPU: from the C++ core if it is built, else from the reference."""
     op, args = call
-    answer = _backends._implementation(op, "native" if _native.INSTALLED else "reference")(*args)
+    backend = "native" if _native.INSTALLED else "reference"
+    answer = _backends._implementation(op, backend)(*_schemas.complete(op, args, {}))
     return answer if isinstance(answer, tuple) else (answer,)
 
 
@@ -160,12 +160,12 @@ def synchronize() -> None:
 
 
 def streams(count: int) -> list[Any]:
-    # None leaves the current stream as it is.
+    """New streams. In the interpreter they are None, which `torch.cuda.stream` ignores."""
     return [None if SIMULATED else torch.cuda.Stream() for _ in range(count)]
 
 
 def download(answers: Sequence[Answer]) -> list[Answer]:
-    """One copy for each dtype, not for each tensor."""
+    """The answers on the CPU, by one copy for each dtype instead of one for each tensor."""
     tensors = [x for answer in answers for x in answer]
     parts: dict[int, Tensor] = {}
     for dtype in {x.dtype for x in tensors}:
@@ -180,8 +180,8 @@ def download(answers: Sequence[Answer]) -> list[Answer]:
 
 
 def answers(calls: Sequence[Call], width: int = 1) -> list[Answer]:
-    """The device's answers, on the CPU. All calls are launched before the first is looked at, in
-    turn on `width` streams, in memory full of garbage."""
+    """The device's answers, copied to the CPU. All calls are launched before the first answer is
+    read, in turn on `width` streams, in memory full of garbage."""
     calls = [uploaded(call) for call in calls]
     turns = streams(width)
     for stream in turns:
@@ -199,7 +199,7 @@ def answers(calls: Sequence[Call], width: int = 1) -> list[Answer]:
 def assert_answers(
     got: Sequence[Answer], wanted: Sequence[Answer], names: Sequence[object] | None = None
 ) -> None:
-    """The same bits; says which of many answers are wrong."""
+    """Assert the same bits; the error names the answers that differ."""
     wrong = []
     for name, one, other in zip(names or range(len(got)), got, wanted, strict=True):
         try:
@@ -211,7 +211,8 @@ def assert_answers(
 
 
 def assert_agree(call: Call, got: Answer, wanted: Answer) -> None:
-    """To the bit where that is promised; of scores the contract says more than this."""
+    """Assert the same bits for operators in `EXACT`, a tolerance for the others. The contract has
+    closer bounds for scores; test_gpu_scores.py checks those."""
     if call[0] in EXACT:
         assert_answers([got], [wanted])
     else:
@@ -220,7 +221,8 @@ def assert_agree(call: Call, got: Answer, wanted: Answer) -> None:
 
 
 def poison() -> None:
-    """Fills what the current stream's next torch.empty will get with NaN and with random words."""
+    """Fill the memory that the next torch.empty on the current stream gets with NaN and with random
+    words."""
     if SIMULATED:
         return
     blocks = []
@@ -233,7 +235,7 @@ def poison() -> None:
 
 @contextlib.contextmanager
 def filled() -> Iterator[None]:
-    """torch.empty is full of NaN or of the largest integer: what is not written shows."""
+    """torch.empty returns NaN or the largest integer, which shows elements that are not written."""
     torch.use_deterministic_algorithms(True)
     try:
         assert torch.empty(3, device=DEVICE).isnan().all()
@@ -243,8 +245,8 @@ def filled() -> Iterator[None]:
 
 
 def placed(x: Tensor, aligned: bool, rng: random.Random) -> Tensor:
-    """x [B, N, C] as a view into memory that is NaN elsewhere, with an address and strides that are
-    multiples of 16, or odd and not 1."""
+    """x [B, N, C] as a view; the memory around it is NaN. Its address and strides are multiples of
+    16 if `aligned`, else odd and not 1."""
 
     def stride(size: int) -> int:
         size += rng.choice([0, 0, 40])
@@ -264,13 +266,13 @@ def placed(x: Tensor, aligned: bool, rng: random.Random) -> Tensor:
     return memory.as_strided(x.shape, (image, row, 1), offset).copy_(x)
 
 
-# One call of every operator and rule.
+# Calls of every operator and rule.
 
 
 def calls(
     tokens: int, dtype: torch.dtype = torch.float16, seed: int = 0, aligned: bool = True
 ) -> dict[str, Call]:
-    """Calls by name. Another seed changes what is in the tensors, and nothing else."""
+    """Calls by name. The seed changes the values in the tensors and nothing else."""
     rng = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
     features = sample_features("clustered", 3, tokens, 48, generator).to(dtype)
@@ -306,7 +308,7 @@ def calls(
 
 
 CALLS = tuple(calls(10))
-# Operators whose answer is the same to the bit on every device.
+# Operators that give the same bits on every device.
 EXACT = ("select", "prune", "select_varlen", "select_topk", "select_rows")
 
 
@@ -315,7 +317,7 @@ ENDS = (-(2**31), -(2**31) + 1, -1, 0, 1, 2**31 - 1)
 
 
 def random_offsets(rng: random.Random, count: int, most: int) -> Tensor:
-    """Offsets that contradict each other or the tensors."""
+    """Invalid offsets: they contradict each other or the sizes of the tensors."""
     kind = rng.choice(["any", "rising", "ends", "one", "falling"])
     values = [rng.randint(-5, most + 50) for _ in range(count)]
     if kind != "any":

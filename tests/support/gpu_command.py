@@ -1,10 +1,12 @@
-"""What make test-gpu runs: the tests that need a GPU, and some calls in compute-sanitizer.
+"""The program of `make test-gpu`: the tests that need a GPU, and some calls in compute-sanitizer.
 
-Of its tools memcheck sees every access outside of memory that is allocated, racecheck hazards in
-shared memory only: that no two blocks race is left to the tests that repeat and compare. The last
-lines are a summary of what passed, failed and was not run. Where no GPU can run the kernels it says
-so and exits with status 2. VISPRUNER_TEST_DEVICE=cpu tests the tests: fewer and smaller cases of
-all that needs no CUDA, in Triton's interpreter.
+Of the sanitizer's tools, memcheck finds every access outside allocated memory. racecheck finds
+races in shared memory only; races between blocks are left to the tests that repeat a call and
+compare the answers. The output ends with a summary of the steps that passed, failed or did not run.
+Without a GPU that can run the kernels, the program prints the reason and exits with status 2.
+
+VISPRUNER_TEST_DEVICE=cpu checks the tests themselves without a GPU: every test that needs no CUDA
+runs in Triton's interpreter, with fewer and smaller cases.
 """
 
 from __future__ import annotations
@@ -37,31 +39,33 @@ except ModuleNotFoundError as error:
     print(f"test-gpu: {sys.executable} has no {error.name}; pip install it", file=sys.stderr)
     raise SystemExit(2) from None
 
-# What is left to say when time is out has seconds to be said.
+# Seconds that a process has to print its failures after its time is over.
 GRACE = 10.0
 FILES = tuple(
     f"test_gpu_{part}.py" for part in ("select", "scores", "launch", "memory", "transformers")
 )
-# With the CUDA kernels of the C++ core in the place of Triton's.
+# The files that also run with the CUDA kernels of the C++ core instead of Triton's.
 NATIVE_FILES = tuple(f"test_gpu_{part}.py" for part in ("select", "launch", "memory"))
 TOOLS = ("memcheck", "racecheck")
 STEPS = ("tests", "native", *TOOLS)
 
 
 class Outcome(NamedTuple):
-    """Of a file of tests or of a tool."""
+    """The result of a file of tests or of a tool."""
 
+    # "passed", "FAILED" or "NOT RUN"
     state: str
     name: str
     note: str
     seconds: float = 0.0
-    # Of pytest's own summary.
+    # Lines of pytest's own summary.
     lines: Sequence[str] = ()
 
 
 class Ended(NamedTuple):
-    """A process: `why` says in a word what its status was, "" for 0."""
+    """A process that has ended."""
 
+    # The reason why it failed, or "".
     why: str
     output: str
     seconds: float
@@ -69,13 +73,13 @@ class Ended(NamedTuple):
 
 
 def _environment(native: bool = False) -> dict[str, str]:
-    """Of a process that tests the kernels, whatever is chosen for this one."""
+    """The environment of a test process, without the settings that this process has."""
     chosen = ("VISPRUNER_KERNELS_", "TRITON_INTERPRET", "PYTEST_")
     environment = {n: v for n, v in os.environ.items() if not n.startswith(chosen)}
     path = [str(ROOT), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
     environment |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONUNBUFFERED": "1"}
-    # Named, so that tests that cannot run fail.
+    # Tests that cannot run then fail instead of being skipped.
     environment["VISPRUNER_TEST_DEVICE"] = str(DEVICE)
     if native:
         environment["VISPRUNER_KERNELS_BACKEND"] = "native"
@@ -85,7 +89,7 @@ def _environment(native: bool = False) -> dict[str, str]:
 
 
 def _watched(name: str, command: list[str], environment: dict[str, str], until: float) -> Ended:
-    """Runs a process until then at most, and prints its output, each line after the name."""
+    """Run a process, at most until the time `until`. Print its output, each line after the name."""
     begin = time.monotonic()
     options = {"text": True, "errors": "replace", "cwd": ROOT, "env": environment}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
@@ -95,11 +99,12 @@ def _watched(name: str, command: list[str], environment: dict[str, str], until: 
     def read() -> None:
         with process.stdout as pipe:
             for line in pipe:
-                # One write, for others write too; the last line may have no end.
+                # One write for each line, because several threads write. The last line may lack its
+                # line break.
                 print(f"{name}: {line.rstrip()}\n", end="", flush=True)
                 lines.append(line)
 
-    # In a thread: what the process has started may keep its output open.
+    # In a thread, because children of the process may keep its output open after its end.
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
     late = False
@@ -107,7 +112,7 @@ def _watched(name: str, command: list[str], environment: dict[str, str], until: 
         process.wait(max(0.0, until - begin))
     except subprocess.TimeoutExpired:
         late = True
-        # pytest then says what failed so far.
+        # pytest then prints the failures so far.
         process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(GRACE)
@@ -117,7 +122,7 @@ def _watched(name: str, command: list[str], environment: dict[str, str], until: 
     reader.join(GRACE)
     seconds, output, status = time.monotonic() - begin, "".join(lines), process.returncode
     why = f"status {status}" if status else ""
-    # The latter is what faulthandler prints where a process ends itself.
+    # faulthandler prints "Timeout (" when a process ends itself.
     if late or (status and "Timeout (" in output):
         why = f"out of time after {seconds:.0f} s"
     return Ended(why, output, seconds, status)
@@ -126,10 +131,10 @@ def _watched(name: str, command: list[str], environment: dict[str, str], until: 
 def _pytest(
     files: list[tuple[str, bool]], arguments: list[str], jobs: int, until: float
 ) -> list[Outcome]:
-    """Several files at once, for the time goes into compilers; in processes of their own, for an
-    invalid access ends a process' use of the device."""
-    # Not captured by file descriptor: what `watch` writes is to be seen. Other versions of PyTorch
-    # and Triton warn of other things, at their import too.
+    """Run several files at once, because compilers take most of the time. Each file has a process
+    of its own, because after an invalid access a process cannot use the device again."""
+    # Capture sys only, not file descriptors, so that the messages of `watch` are printed. Warnings
+    # are no errors: they differ by version of PyTorch and Triton, and some come at import.
     options = ["-m", "gpu", "-v", "-rsfE", "--capture=sys", "--durations=5", "-W", "default"]
     start = [sys.executable, "-m", "pytest", *options, "-p", "no:cacheprovider"]
 
@@ -141,15 +146,15 @@ def _pytest(
 
     with ThreadPoolExecutor(jobs) as pool:
         done = dict(zip(files, pool.map(test, files), strict=True))
-    # 5: there are no tests, at least not among those that were asked for.
-    asked = any(argument.startswith(("-k", "-m", "--deselect")) for argument in arguments)
-    asked = asked and any(not ended.why for ended in done.values())
+    # Status 5: the file has no tests, or the arguments select none of them.
+    selecting = any(argument.startswith(("-k", "-m", "--deselect")) for argument in arguments)
+    selecting = selecting and any(not ended.why for ended in done.values())
     outcomes = []
     for (file, native), (why, output, seconds, status) in done.items():
         state = "FAILED" if why else "passed"
         if status == 5:
-            why = "it has no tests" if not asked else "its tests were not asked for"
-            state = "NOT RUN" if asked else "FAILED"
+            why = "the arguments select none of its tests" if selecting else "it has no tests"
+            state = "NOT RUN" if selecting else "FAILED"
         counts = re.findall(r"^=+ (.* in [\d.]+s.*?) =+$", output, re.MULTILINE)
         lines = re.findall(
             r"^(?:SKIPPED \[|FAILED tests/gpu/|ERROR tests/gpu/).*", output, re.MULTILINE
@@ -160,6 +165,7 @@ def _pytest(
 
 
 def _sanitizer() -> str | None:
+    """The path of compute-sanitizer, if it is installed."""
     homes = [os.environ.get(name, "") for name in ("CUDA_HOME", "CUDA_PATH")]
     homes = [home for home in (*homes, "/usr/local/cuda") if home]
     folders = [f"{home}/{folder}" for home in homes for folder in ("bin", "compute-sanitizer")]
@@ -168,30 +174,31 @@ def _sanitizer() -> str | None:
 
 
 def _sanitize(program: str, tools: list[str], until: float) -> list[Outcome]:
-    # Each tensor in memory of its own: what lies beyond it is seen.
+    """Run sanitize.py without a tool, then with each tool."""
+    # Each tensor gets an allocation of its own, so that memcheck finds accesses beyond it.
     environment = _environment() | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
         environment.pop(name, None)
     options = ["--error-exitcode", "86", "--print-limit", "20"]
-    # PyTorch asks for what a driver may not have, and is content with an error.
+    # PyTorch calls functions that a driver may lack, and handles their errors.
     options += ["--report-api-errors", "no", "--target-processes", "application-only"]
     outcomes: list[Outcome] = []
-    # Alone first: after it everything is compiled, and what fails fails for another reason.
+    # Without a tool first: this compiles all kernels, and shows failures that need no tool.
     steps = {"alone": [], **{tool: [program, "--tool", tool, *options] for tool in tools}}
     for left, (name, start) in zip(range(len(steps), 0, -1), steps.items(), strict=True):
         if outcomes and outcomes[0].state == "FAILED":
             outcomes.append(Outcome("NOT RUN", name, "sanitize.py fails without a tool"))
             continue
-        # Each has its part of the time, and what others left; where it hangs, the script says.
+        # Each step has its share of the time that is left. A script that hangs prints its stack.
         now = time.monotonic()
         seconds = max(2.0, (until - now) / left)
         command = [*start, sys.executable, "tests/support/sanitize.py", f"{seconds - 1:.0f}"]
         print(f"test-gpu: {' '.join(command)}", flush=True)
         why, output, took, _ = _watched(name, command, environment, now + seconds)
         state = "FAILED" if why else "passed"
-        notes = {"alone": "sanitize.py without a tool", "racecheck": "sees shared memory only"}
+        notes = {"alone": "sanitize.py without a tool", "racecheck": "checks shared memory only"}
         if start and "Device not supported" in output and "agree" not in output:
-            state, why = "NOT RUN", "cannot watch this device"
+            state, why = "NOT RUN", "cannot check this device"
         elif not why and ("agree" not in output or (start and "SUMMARY" not in output)):
             state, why = "FAILED", "status 0, but no summary"
         note = "; ".join(filter(None, [why, notes.get(name)]))
@@ -201,7 +208,7 @@ def _sanitize(program: str, tools: list[str], until: float) -> list[Outcome]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="test-gpu", description="Other arguments are pytest's.", allow_abbrev=False
+        prog="test-gpu", description="Other arguments are passed to pytest.", allow_abbrev=False
     )
     parser.add_argument("--only", nargs="+", choices=STEPS, default=STEPS, help="some of the steps")
     jobs = len(FILES) + len(NATIVE_FILES)
@@ -209,8 +216,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds for all of it")
     options, arguments = parser.parse_known_args(argv)
     begin = time.monotonic()
-    # In the background of a shell it is ignored, also by what is started here, which then would not
-    # hear that time is out.
+    # In the background of a shell, this process and its children ignore SIGINT. The children need
+    # it: it ends them when their time is over.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if why := unavailable():
         print(f"test-gpu: {why}", file=sys.stderr)
@@ -219,8 +226,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"test-gpu: {name}, PyTorch {torch.__version__}", flush=True)
 
     program = _sanitizer()
-    without = "" if program else "no compute-sanitizer here; it comes with the CUDA toolkit"
-    reasons = {step: "not asked for" for step in STEPS if step not in options.only}
+    without = "" if program else "compute-sanitizer is not installed; the CUDA toolkit has it"
+    reasons = {step: "not in --only" for step in STEPS if step not in options.only}
     for tool in TOOLS:
         if SIMULATED or without:
             reasons.setdefault(tool, "the interpreter has no CUDA" if SIMULATED else without)
@@ -232,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     files += [(file, True) for file in NATIVE_FILES if "native" not in reasons]
     outcomes = []
     if files:
-        # The tools are left a third of the time.
+        # The tools get the last third of the time.
         part = 2 / 3 if tools else 1.0
         outcomes += _pytest(files, arguments, options.jobs, begin + part * options.limit)
     if tools:

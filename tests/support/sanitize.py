@@ -1,6 +1,6 @@
-"""What compute-sanitizer watches: a few small launches of every operator; see gpu_command.py.
+"""A few small calls of every operator, for compute-sanitizer; gpu_command.py starts this program.
 
-An argument is the number of seconds after which it says where it is, and ends.
+The optional argument is a limit in seconds, after which the program prints its stack and ends.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from torch import Tensor
 
 from vispruner_kernels.testing import assert_close, assert_same_bits
 
-# Three blocks of tokens, more than a program's registers hold, and less than two more.
+# More tokens than a selection holds in registers (`SMALL` in _triton/select.py). In attention they
+# are three blocks of 64 tokens, the last one partly filled.
 TOKENS = gpu.some(150, 20)
 
 
 def contradictory() -> list[gpu.Call]:
-    """Offsets that fall, are negative and end beyond everything."""
+    """Calls with invalid offsets: some decrease, are negative, or exceed the tensors."""
     sequences = torch.tensor([7, 90, -5, 40, 2**31 - 1, 60, -(2**31)], dtype=torch.int32)
     kept = torch.tensor([-1, 2**31 - 1, 3, 50, -(2**31), 20, 30], dtype=torch.int32)
     every = gpu.calls(TOKENS)
@@ -35,6 +36,7 @@ def contradictory() -> list[gpu.Call]:
 
 
 def check(call: gpu.Call, run: Callable[[gpu.Call], gpu.Answer] = gpu.run) -> None:
+    """Assert the answer of the CPU."""
     got = tuple(x.cpu() for x in run(gpu.uploaded(call)))
     for x, y in zip(got, gpu.expected(call), strict=True):
         if call[0] in gpu.EXACT:
@@ -44,10 +46,11 @@ def check(call: gpu.Call, run: Callable[[gpu.Call], gpu.Answer] = gpu.run) -> No
 
 
 def check_in_bounds(call: gpu.Call, run: Callable[[gpu.Call], gpu.Answer] = gpu.run) -> None:
+    """Assert that indices are in [0, tokens) and that scores are finite."""
     (got,) = (x.cpu() for x in run(gpu.uploaded(call)))
     tokens = call[1][0].shape[0]
-    right = (got >= 0) & (got < tokens) if got.dtype == torch.int64 else got.isfinite()
-    assert bool(right.all()), call[0]
+    valid = (got >= 0) & (got < tokens) if got.dtype == torch.int64 else got.isfinite()
+    assert bool(valid.all()), call[0]
 
 
 def main() -> int:
@@ -59,7 +62,7 @@ def main() -> int:
     right = [*gpu.calls(TOKENS).values(), *gpu.calls(TOKENS, torch.float32, 1, False).values()]
     for call in right:
         check(call)
-    # Only a CPU checks offsets.
+    # On a CPU invalid offsets are an error.
     wrong = [] if gpu.SIMULATED else contradictory()
     for call in wrong:
         check_in_bounds(call)
