@@ -1,7 +1,6 @@
 """The benchmarks run, check what they time, and write what they print.
 
-What times a GPU runs here against a stand-in for torch.cuda, whose time passes only when a test
-says so.
+What times a GPU runs here against a stand-in for torch.cuda (tests/support/fake_cuda.py).
 """
 
 from __future__ import annotations
@@ -11,16 +10,13 @@ import json
 import os
 import shutil
 import subprocess
-import time
 from pathlib import Path
-from types import SimpleNamespace
 
+import fake_cuda
 import pytest
 import torch
 
 from benchmarks import attention, backends, harness, limits, scores, select, shapes, stability
-from vispruner_kernels import _backends, _native, reference
-from vispruner_kernels._triton import operators
 
 ROOT = Path(__file__).parents[2]
 HALF = torch.float16
@@ -36,105 +32,15 @@ RACES = {"select": select, "attention": attention, "scores": scores}
 
 @pytest.fixture(autouse=True)
 def small_limits(monkeypatch):
-    monkeypatch.setattr(limits, "SIDE", {"cpu": 64, "cuda": 64})
-    monkeypatch.setattr(limits, "COPIED", {"cpu": 2, "cuda": 2})
-
-
-class FakeGraph:
-    def __init__(self, gpu):
-        self.gpu, self.seconds = gpu, 0.0
-
-    def replay(self):
-        self.gpu.now += self.seconds
-
-
-class FakeEvent:
-    def __init__(self, gpu):
-        self.gpu, self.at = gpu, None
-
-    def record(self):
-        self.at = self.gpu.now
-
-    def synchronize(self):
-        self.gpu.synchronize()
-
-    def elapsed_time(self, other):
-        return (other.at - self.at) * 1e3
-
-
-class FakeCuda:
-    """torch.cuda as `limits` knows it."""
-
-    def __init__(self):
-        self.now, self.mode, self.stream_now, self.capturing = 0.0, 0, "default", None
-        self.CUDAGraph = lambda: FakeGraph(self)
-        self.Event = lambda enable_timing: FakeEvent(self)
-        self.Stream = self.current_stream = lambda: SimpleNamespace(wait_stream=lambda other: None)
-
-    def launch(self, seconds):
-        """A kernel that takes so long."""
-        if self.capturing:
-            self.capturing.seconds += seconds
-        else:
-            self.now += seconds
-
-    def wait(self):
-        """What a copy from the host does."""
-        if self.mode == "error":
-            raise RuntimeError("called a synchronizing CUDA operation")
-
-    def is_available(self):
-        return True
-
-    def get_device_name(self):
-        return "Fake GPU (1)"
-
-    def get_device_properties(self, index):
-        sizes = {"multi_processor_count": 2, "total_memory": 1 << 30, "L2_cache_size": 1 << 12}
-        return SimpleNamespace(name=self.get_device_name(), major=9, minor=0, **sizes)
-
-    def get_sync_debug_mode(self):
-        return self.mode
-
-    def set_sync_debug_mode(self, mode):
-        self.mode = mode
-
-    def synchronize(self):
-        assert not self.capturing
-
-    def _sleep(self, cycles):
-        self.launch(cycles * 1e-9)
-
-    @contextlib.contextmanager
-    def stream(self, stream):
-        before, self.stream_now = self.stream_now, stream
-        try:
-            yield
-        finally:
-            self.stream_now = before
-
-    @contextlib.contextmanager
-    def graph(self, graph, stream):
-        # As torch.cuda.graph: what raises inside leaves the stream current.
-        self.capturing, self.stream_now = graph, stream
-        try:
-            yield
-        finally:
-            self.capturing = None
+    fake_cuda.small_limits(monkeypatch)
 
 
 @pytest.fixture
 def gpu(monkeypatch):
-    fake = FakeCuda()
-    monkeypatch.setattr(limits, "cuda", fake)
-    monkeypatch.setattr(limits, "target", lambda device: torch.device("cpu"))
-    monkeypatch.setattr(limits, "ROUNDS", 2)
     monkeypatch.setitem(attention.BACKENDS, "cuda", attention.BACKENDS["cpu"])
     for name, cases in TINY.items():
         monkeypatch.setitem(getattr(shapes, name), "cuda", cases)
-    limits._cycles_per_second.cache_clear()
-    yield fake
-    limits._cycles_per_second.cache_clear()
+    yield from fake_cuda.install(monkeypatch)
 
 
 def run(module, tmp_path, *argv):
@@ -190,130 +96,6 @@ def test_scores(tmp_path, monkeypatch):
     for row in result["rows"] + result["varlen"]:
         assert row["ms [p10, p90]"]["p50"] > 0
         assert row["of K read"] > 0
-
-
-def test_backends(tmp_path, capsys):
-    status, result = run(backends, tmp_path, "--device", "cpu", "--tokens", "576", "--keep", "64")
-    printed = capsys.readouterr().out
-    assert status == 0
-    assert [(row["N"], row["matching"]) for row in result["rows"]] == [
-        (576, "bipartite"),
-        (576, "pairwise"),
-    ]
-    for row, counts in zip(result["rows"], result["summary"], strict=True):
-        assert row["reference bits"] == "same"
-        assert row["reference wall ms"]["rounds"] == row["published ms"]["rounds"] == 2
-        assert (counts["N"], counts["matching"]) == (row["N"], row["matching"])
-        assert (counts["cases"], counts["reference right"]) == (1, 1)
-        if _native.INSTALLED:
-            assert row["native bits"] == "same"
-            assert row["native wall ms"]["p50"] > 0
-            assert row["reference / native"] > 0
-            assert row["published / native"] > 0
-            assert counts["native right"] == 1
-            assert counts["native faster"] == (row["reference / native"] > 1)
-    assert "in every case" in printed
-
-
-SELECT_ON_CUDA = _backends.IMPLEMENTATIONS["select", "cuda"]
-
-
-def stand_in(gpu, seconds, turn=0):
-    """A backend whose kernel takes so long, and whose answer is turned."""
-
-    def select(*args):
-        gpu.launch(seconds)
-        return reference.select(*args).roll(turn)
-
-    return select
-
-
-@pytest.fixture
-def two_backends(gpu, monkeypatch):
-    """On the stand-in for a GPU; the first is twice as fast."""
-    cases = [shapes.Shape("tiny", batch, 40, 16, 16, HALF) for batch in (1, 6)]
-    monkeypatch.setitem(shapes.BACKENDS, "cuda", cases)
-    for backend, seconds in (("native", 1e-3), ("triton", 2e-3)):
-        monkeypatch.setitem(_backends.SERVES, (backend, "cuda"), True)
-        monkeypatch.setitem(SELECT_ON_CUDA, backend, stand_in(gpu, seconds))
-    monkeypatch.setattr(operators, "INSTALLED", True)
-    return gpu
-
-
-def run_backends(tmp_path, *argv):
-    file = tmp_path / "result.json"
-    status = backends.main(["--device", "cuda", "--rounds", "2", "--json", str(file), *argv])
-    return status, json.loads(file.read_text())
-
-
-def test_backends_on_a_gpu(two_backends, monkeypatch, tmp_path):
-    loop = select.select_published
-
-    def published(*args):
-        two_backends.launch(5e-3)
-        return loop(*args)
-
-    monkeypatch.setattr(select, "select_published", published)
-    # `make bench-gpu` gives all races the same options.
-    status, result = run_backends(tmp_path, "--compile", "all")
-    assert status == 0
-    assert [row["B"] for row in result["rows"]] == [1, 1, 6, 6]
-    for row in result["rows"]:
-        assert row["clock"] == "device"
-        assert row["native bits"] == row["triton bits"] == "same"
-        assert row["native device us"]["p50"] == pytest.approx(1e3)
-        assert row["triton device us"]["p50"] == pytest.approx(2e3)
-        assert row["native host us"]["p50"] > 0
-        assert row["triton / native"] == pytest.approx(2)
-        ratio = pytest.approx(5) if row["B"] in backends.PUBLISHED else None
-        assert row["published / native"] == ratio
-    for counts in result["summary"]:
-        assert counts["cases"] == counts["native right"] == counts["native faster"] == 2
-        assert counts["least triton / native"] == pytest.approx(2)
-        assert counts["in every case"] == "yes"
-
-
-def test_backends_have_only_a_wall_time_where_they_are_slow(two_backends, monkeypatch, tmp_path):
-    monkeypatch.setattr(backends, "PAIRS", 40**2)
-    status, result = run_backends(tmp_path)
-    assert status == 0
-    assert [row["clock"] for row in result["rows"]] == ["device", "device", "wall", "wall"]
-    for row in result["rows"][2:]:
-        assert row["native wall us"]["p50"] > 0
-        assert row["native device us"] is row["native host us"] is None
-        assert row["triton / native"] > 0
-
-
-@pytest.mark.parametrize("wrong", ["native", "triton"])
-def test_a_wrong_backend_is_a_failure(wrong, two_backends, monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(SELECT_ON_CUDA, wrong, stand_in(two_backends, 1e-4, turn=1))
-    status, result = run_backends(tmp_path, "--batch", "6")
-    assert status == 1
-    assert "WRONG" in capsys.readouterr().out
-    for row in result["rows"]:
-        assert row[f"{wrong} bits"] == row[f"{wrong} device us"] == "WRONG"
-        assert row["triton / native"] is None
-    for counts in result["summary"]:
-        assert (counts["cases"], counts[f"{wrong} right"]) == (1, 0)
-        assert counts["in every case"] == "no"
-
-
-@pytest.mark.parametrize("missing", ["native", "triton"])
-def test_a_backend_that_is_not_there(missing, two_backends, monkeypatch, tmp_path):
-    monkeypatch.setitem(_backends.SERVES, (missing, "cuda"), False)
-    status, result = run_backends(tmp_path, "--quick")
-    assert status == 0
-    for row in result["rows"]:
-        assert row[f"{missing} bits"] == row[f"{missing} device us"] == "not installed"
-        assert row["triton / native"] is None
-    assert [counts["in every case"] for counts in result["summary"]] == ["no", "no"]
-
-
-def test_backends_without_a_case(capsys):
-    with pytest.raises(SystemExit) as error:
-        backends.main(["--device", "cpu", "--batch", "3", "--keep", "64"])
-    assert error.value.code == 2
-    assert "no case on this device has all of {'batch': [3]" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -417,59 +199,6 @@ def test_a_run_on_a_gpu(name, gpu, monkeypatch, tmp_path):
         assert row["of K read"] == pytest.approx(read / 1e-3)
 
 
-def test_device_time_is_of_one_call(gpu):
-    inputs = [(torch.zeros(i + 1),) for i in range(100)]
-    seen = []
-
-    def call(x):
-        if gpu.capturing:
-            seen.append(len(x))
-        gpu.launch(7e-6)
-
-    one = limits.Graph(call, contextlib.nullcontext, inputs[:1])
-    assert 1 < len(seen) == one.calls <= limits.MAX_CALLS
-    assert one() == pytest.approx(7e-6)
-    seen.clear()
-    many = limits.Graph(call, contextlib.nullcontext, inputs)
-    assert seen == list(range(1, 101))
-    assert many() == pytest.approx(7e-6)
-
-
-def test_a_failed_capture_is_a_row(gpu):
-    def call():
-        if gpu.capturing:
-            raise MemoryError
-
-    competitors = {"x": harness.Competitor(call, lambda answer: "")}
-    result = harness.race(competitors, (), SimpleNamespace(device="cuda", rounds=1))["x"]
-    assert result["device"] == "no graph: MemoryError"
-    assert result.seconds("wall") > 0
-    assert gpu.stream_now == "default"
-    assert gpu.mode == 0
-
-
-def test_host_time_does_not_wait(gpu, monkeypatch):
-    """The device is given work before the calls, and nobody waits for it."""
-    events = []
-    monkeypatch.setattr(gpu, "synchronize", lambda: events.append("wait"))
-    monkeypatch.setattr(limits, "_occupy", lambda seconds: events.append("work"))
-
-    def call():
-        events.append("call")
-        time.sleep(1e-4)
-
-    host = limits.Host(call, contextlib.nullcontext, ())
-    events.clear()
-    assert 1e-4 <= host() < 1e-2
-    assert events == ["wait", "work", *["call"] * host.calls]
-
-
-def test_calls_too_long_to_capture(gpu, monkeypatch):
-    monkeypatch.setattr(limits, "LONG_CALL", 0.0)
-    clocks = limits.clocks(lambda: None, contextlib.nullcontext, [()], "cuda")
-    assert clocks["device"] == "too long to capture"
-
-
 def test_results_are_written_case_by_case(gpu, monkeypatch, tmp_path):
     """A run that is cut short leaves what it has."""
     monkeypatch.setitem(shapes.ATTENTION, "cpu", [shapes.Sequence("tiny", 2, 33, 2, 8), None])
@@ -526,13 +255,6 @@ def test_no_device_time_of_ours_is_a_failure(why):
     assert status({"by": "eager"}, why) == 0
 
 
-def test_cycles_are_counted_at_the_highest_clock(gpu, monkeypatch):
-    """A device that was idle is slow at first."""
-    clocks = iter([3e8, 3e8, 6e8])
-    monkeypatch.setattr(gpu, "_sleep", lambda cycles: gpu.launch(cycles / next(clocks, 2e9)))
-    assert limits._cycles_per_second() == pytest.approx(2e9)
-
-
 @pytest.mark.skipif(not shutil.which("make"), reason="there is no make")
 def test_a_table_that_fails_does_not_keep_others_from_being_measured(tmp_path):
     python = tmp_path / "python"
@@ -573,29 +295,6 @@ def test_stability_is_as_the_readme_says(tmp_path):
             assert abs(changed - expected) <= 3.29 * spread
     for bipartite, pairwise in zip(rows[::2], rows[1::2], strict=True):
         assert abs(bipartite["coverage"] - pairwise["coverage"]) <= 0.04
-
-
-def test_interleaved_takes_turns():
-    turns = []
-
-    def clock(name):
-        turns.append(name)
-        return float(len(turns))
-
-    samples = harness.interleaved({"a": lambda: clock("a"), "b": lambda: clock("b")}, 3, 1.0)
-    assert turns == ["a", "b"] * 4
-    assert samples == {"a": [3.0, 5.0, 7.0], "b": [4.0, 6.0, 8.0]}
-    timing = harness.Timing(samples["a"], 1e3)
-    assert (timing.p10, timing.p50, timing.p90, timing.seconds) == (3e3, 5e3, 7e3, 5.0)
-
-
-def test_progress_without_a_terminal(monkeypatch, capsys):
-    monkeypatch.setattr(harness, "tqdm", None)
-    assert list(harness.progress(["x", "y"])) == ["x", "y"]
-    assert [line.split()[2:] for line in capsys.readouterr().err.splitlines()] == [
-        ["1/2", "x"],
-        ["2/2", "y"],
-    ]
 
 
 @pytest.mark.parametrize(
