@@ -1,12 +1,13 @@
-"""What every benchmark shares: options, header, interleaved timing, the tables and the JSON.
+"""Parts that all benchmarks share: options, header, interleaved timing, tables and JSON.
 
-On a CPU a time is the wall time of a call, in ms. On a GPU, in us:
-    device  of a call in a CUDA graph of several; L2 is not flushed, so small inputs are warm, as
-            where the layer before has just written them
-    cold    the same over so many copies of the inputs that L2 keeps none of them
-    wall    of an eager call from idle to idle, by the host's clock
-    host    the host's part of an eager call, the device being busy with something else
-A call that waits for the device cannot be captured: it has a wall time only, and its row says so.
+On a CPU a time is the wall time of a call, in ms. On a GPU there are four times, in us:
+    device  a call in a CUDA graph of several calls. L2 is not flushed, so small inputs are warm, as
+            they are in a model, where the layer before has just written them
+    cold    the same, but the calls use so many copies of the inputs in turn that L2 keeps none
+    wall    an eager call by the host's clock, from an idle device to an idle device
+    host    the time on the host of an eager call, while the device is busy with other work
+A call that waits for the device cannot be captured in a graph. It has only a wall time, and its row
+says so.
 """
 
 from __future__ import annotations
@@ -44,8 +45,7 @@ UNITS = {"cpu": ("ms", 1e3), "cuda": ("us", 1e6)}
 # The clock that rates and shares are computed from.
 MAIN = {"cpu": "wall", "cuda": "device"}
 ROUNDS = {"cpu": 21, "cuda": 51}
-# A case is timed for about this long at most, with fewer rounds if need be, but never under
-# MIN_ROUNDS.
+# A case is timed for about this long at most. Slow cases get fewer rounds, at least MIN_ROUNDS.
 CASE_SECONDS = {"cpu": 20.0, "cuda": 6.0}
 MIN_ROUNDS = 3
 # --json without a FILE: benchmarks/results/<device>/<benchmark>.json.
@@ -79,7 +79,7 @@ def _module() -> str:
 def header(
     threads: int, device: str = "cpu", ops: Sequence[str] = ("select",), commit: str | None = None
 ) -> dict[str, Any]:
-    """The machine, the versions and the command: what a figure means nothing without."""
+    """The machine, the versions and the command, without which a figure means nothing."""
     variables = [
         f"{name}={os.environ[name]}"
         for name in sorted(os.environ)
@@ -101,43 +101,43 @@ def header(
 
 
 def parser(description: str, devices: Sequence[str] = ("cpu",)) -> argparse.ArgumentParser:
-    """The options that every benchmark has."""
+    """The options of every benchmark."""
     result = argparse.ArgumentParser(description=description)
     best = "cuda" if "cuda" in devices and limits.cuda.is_available() else "cpu"
     result.add_argument("--device", choices=devices, default=best)
-    result.add_argument("--threads", type=int, help="PyTorch's thread count; on a CPU 1 by default")
-    result.add_argument("--rounds", type=int, help="samples of each competitor")
+    result.add_argument("--threads", type=int, help="PyTorch's thread count (default on a CPU: 1)")
+    result.add_argument("--rounds", type=int, help="number of samples of each competitor")
     result.add_argument(
         "--json",
         type=Path,
         nargs="?",
         const=AUTO,
         metavar="FILE",
-        help="write the results here as well; by default into benchmarks/results/<device>/",
+        help="also write the results to FILE; without FILE, into benchmarks/results/<device>/",
     )
     return result
 
 
 def race_parser(description: str) -> argparse.ArgumentParser:
-    """And those of a race between competitors, on either device."""
+    """The options of a benchmark that races competitors on a CPU or a GPU."""
     result = parser(description, ("cpu", "cuda"))
-    result.add_argument("--commit", help="what the header says where git does not know it")
-    result.add_argument("--quick", action="store_true", help="the first case of each table only")
+    result.add_argument("--commit", help="the commit for the header, where git does not know it")
+    result.add_argument("--quick", action="store_true", help="only the first case of each table")
     result.add_argument(
         "--compile",
         nargs="?",
         choices=["none", "first", "all"],
         const="all",
-        help="cases of the first table that are measured again, after all others, with "
-        "torch.compile as a competitor, which can take minutes: all, where not said which; by "
-        "default the first on a GPU, and none on a CPU or with --quick",
+        help="after all other cases, measure these cases of the first table again with "
+        "torch.compile as a competitor, which can take minutes; --compile alone means all; "
+        "default: the first on a GPU, none on a CPU or with --quick",
     )
     return result
 
 
 def check(options: argparse.Namespace, usage: argparse.ArgumentParser) -> None:
-    """Refuses options before minutes are spent on them, and fills in those that depend on the
-    device."""
+    """Reject bad options before minutes are spent on them, and fill in the defaults that depend on
+    the device."""
     on_cpu = options.device == "cpu"
     if not on_cpu and not limits.cuda.is_available():
         usage.error("--device cuda: PyTorch finds no GPU here; use --device cpu")
@@ -161,7 +161,7 @@ def check(options: argparse.Namespace, usage: argparse.ArgumentParser) -> None:
 
 
 class Timing:
-    """p50, p10 and p90 of samples in seconds, in another unit."""
+    """Percentiles p50, p10 and p90 of samples; `scale` converts seconds to the printed unit."""
 
     def __init__(self, samples: Sequence[float], scale: float) -> None:
         ordered = sorted(samples)
@@ -179,9 +179,15 @@ class Timing:
 
 
 class Competitor(NamedTuple):
-    """`run` gets the inputs of the case. `check` gets its answer and says "", or WRONG and what;
-    an AssertionError is WRONG too. `context` is entered around every call, outside the time.
-    `only` is the one clock that matters, where it is one."""
+    """One way to compute the answer of a case.
+
+    Attributes:
+        run: called with the inputs of the case.
+        check: called with the answer. It returns "" or None if that is right, else WRONG and a
+            reason; an AssertionError means WRONG too.
+        context: entered around every call, outside the measured time.
+        only: the one clock to read, or "" for all.
+    """
 
     run: Callable[..., Any]
     check: Callable[[Any], str | None]
@@ -190,7 +196,7 @@ class Competitor(NamedTuple):
 
 
 class Result:
-    """Times of one competitor by clock, or in a word why there is none."""
+    """Times of one competitor by clock, or the reason why there is none."""
 
     def __init__(self) -> None:
         self.state = ""
@@ -205,7 +211,7 @@ class Result:
 
 
 def share(part: float | None, whole: float | None) -> float | None:
-    """Their quotient, where both were measured."""
+    """`part / whole`, or None where one of them was not measured."""
     return part / whole if part and whole else None
 
 
@@ -233,8 +239,8 @@ T = TypeVar("T", bound=Hashable)
 def interleaved(
     clocks: dict[T, Callable[[], float]], rounds: int, seconds: float
 ) -> dict[T, list[float]]:
-    """Reads the clocks in turns, so that what disturbs one disturbs all. The first turn warms up
-    and is not counted."""
+    """Read the clocks in turns, so that a disturbance of the machine affects all of them. The first
+    turn is a warm-up and does not count."""
     samples: dict[T, list[float]] = {name: [] for name in clocks}
     for sample in clocks.values():
         sample()
@@ -249,8 +255,8 @@ def interleaved(
 
 @contextlib.contextmanager
 def _no_collection() -> Iterator[None]:
-    # A collection would be timed, and one that unloads a kernel breaks a capture. Those that
-    # torch.cuda.graph begins with have nothing to walk through.
+    # A garbage collection would be timed, and one that unloads a kernel breaks a capture.
+    # torch.cuda.graph begins with a collection, which skips frozen objects.
     gc.collect()
     gc.freeze()
     gc.disable()
@@ -268,8 +274,12 @@ def race(
     cold: Tensor | None = None,
     seconds: float | None = None,
 ) -> dict[T, Result]:
-    """Checks every competitor, then times those that are right, in turns. `cold` is the input that
-    L2 must not hold in a cold time, where there is to be one. `seconds` replaces CASE_SECONDS."""
+    """Check every competitor, then time the right ones in turns.
+
+    Args:
+        cold: the input that L2 must not hold, for a cold time; None for no cold time.
+        seconds: replaces CASE_SECONDS.
+    """
     device, copies = options.device, 1
     if cold is not None and device == "cuda":
         copies += 2 * limits.l2_bytes() // (cold.numel() * cold.element_size())
@@ -281,16 +291,16 @@ def race(
             result = results[name] = Result()
             try:
                 with context(), warnings.catch_warnings():
-                    # PyTorch explains in warnings why a backend of attention cannot serve.
+                    # PyTorch warns why a backend of attention cannot run these inputs.
                     warnings.simplefilter("ignore")
                     answer = run(*inputs)
-                    # A kernel that fails is its own competitor's, not the next one's.
+                    # A kernel's error must appear here, not in the next competitor.
                     limits.synchronize(device)
                     result.state = check(answer) or ""
                 clocks = {} if result.state else limits.clocks(run, context, sets, device)
             except AssertionError:
                 result.state = "WRONG"
-            except Exception as error:  # a competitor fails in its own ways, and its row says so
+            except Exception as error:  # any error of a competitor is shown in its row
                 result.state = f"raises {type(error).__name__}"
             else:
                 for clock, sample in clocks.items():
@@ -309,7 +319,7 @@ def race(
 
 
 def progress(cases: Sequence[Any]) -> Iterator[Any]:
-    """A bar on standard error where that is a terminal, else a line for each case."""
+    """Yield the cases. Show progress on standard error: a bar on a terminal, else lines."""
     if tqdm is not None and sys.stderr.isatty():
         yield from tqdm(cases, unit="case", leave=False)
         return
@@ -321,13 +331,13 @@ def progress(cases: Sequence[Any]) -> Iterator[Any]:
 
 
 Rows = list[dict[str, Any]]
-# By name: the cases, and the function that makes the rows of one case.
+# The name of a table -> its cases, and the function that makes the rows of one case.
 Tables = Mapping[str, tuple[Sequence[Any], Callable[..., Rows]]]
 
 
 def run(head: dict[str, Any], tables: Tables, options: argparse.Namespace) -> dict[str, Rows]:
-    """Makes and reports tables. What there is gets written after every case, should the next be
-    too much; torch.compile, which may never end, comes when all else is written and printed."""
+    """Make the tables and report them. Results are written after every case, because the next case
+    may fail. torch.compile may never end, so it runs after all else is written and printed."""
     head["limits"] = options.limits = limits.measure(options.device)
     done: dict[str, Rows] = {name: [] for name in tables}
     count = 1 if options.quick else None
@@ -347,8 +357,8 @@ def run(head: dict[str, Any], tables: Tables, options: argparse.Namespace) -> di
 
 
 def status(tables: dict[str, Rows]) -> int:
-    """What the command returns: 1 if an answer of ours was wrong or not there, or has no time by
-    the clock that matters."""
+    """The exit status: 1 if one of our answers was wrong or missing, or has no time by the main
+    clock."""
     for row in (row for rows in tables.values() for row in rows):
         (value,) = (row[name] for name in row if name.endswith("[p10, p90]"))
         if not isinstance(value, Timing) and row.get("by", "ours").startswith("ours"):
@@ -357,7 +367,7 @@ def status(tables: dict[str, Rows]) -> int:
 
 
 def report(head: dict[str, Any], tables: dict[str, Rows], file: Path | None) -> None:
-    """Prints the header and the tables, and writes all as JSON."""
+    """Print the header and the tables, and write both as JSON."""
     _print(head, tables)
     _write(head, tables, file)
 

@@ -1,6 +1,6 @@
-"""The device: the clocks that read its time, and its limits, measured with them.
+"""Clocks that time a call on a device, and the device's limits, measured with these clocks.
 
-A clock is made for one call and returns one sample, in seconds, whenever it is called.
+A clock is made for one call. Calling the clock returns one sample, in seconds.
 """
 
 from __future__ import annotations
@@ -22,27 +22,28 @@ Inputs = Sequence[Tensor]
 Run = Callable[..., Any]
 Context = Callable[[], contextlib.AbstractContextManager[Any]]
 
-# A graph holds calls for about GRAPH_SECONDS, so that what starting it takes does not count, and
-# at most MAX_CALLS. A call that takes longer than LONG_CALL may have a hundred thousand kernels
-# and is not captured.
+# A graph holds calls for about GRAPH_SECONDS, so that the time to start it does not count, but at
+# most MAX_CALLS. A call that takes longer than LONG_CALL is not captured, because it may have a
+# hundred thousand kernels.
 GRAPH_SECONDS = 4e-3
 MAX_CALLS = 50
 LONG_CALL = 0.3
-# As many copies of the inputs as a cold time takes are worth it for calls this short in all.
+# A graph for a cold time has a call for each copy of the inputs. It is made only if all these calls
+# together take at most this long.
 COLD_SECONDS = 20e-3
-# Calls of a sample of host time: few enough for the launch queue, which holds about 1000 kernels.
+# A sample of host time has few enough calls for the launch queue, which holds about 1000 kernels.
 HOST_SECONDS = 0.5e-3
 HOST_CALLS = 20
-# Packages whose version matters, where they are installed.
+# Optional packages whose versions are in the header.
 PEERS = ("triton", "flash-attn", "flash-colsum", "flash-colreduce")
-# Of the matrices of the limits, and copies of them that are copied; samples of a limit.
+# The measured limits: the side of the matrices, how many of them a copy moves, the samples.
 SIDE = {"cpu": 1024, "cuda": 8192}
 COPIED = {"cpu": 32, "cuda": 4}
 ROUNDS = 11
 
 
 def target(device: str) -> torch.device:
-    """Where the inputs of a benchmark live."""
+    """The device of a benchmark's inputs."""
     return torch.device(device)
 
 
@@ -52,7 +53,7 @@ def synchronize(device: str) -> None:
 
 
 def place(x: Tensor, device: str) -> Tensor:
-    """A copy there with the same strides, which `to` does not keep for a slice."""
+    """A copy on the device with the same strides; `Tensor.to` does not keep those of a slice."""
     empty = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=target(device))
     return empty.copy_(x)
 
@@ -79,7 +80,7 @@ def _driver() -> str:
 
 
 def facts() -> dict[str, Any]:
-    """What the header of a run on a GPU says of it."""
+    """The facts about a GPU that are in the header."""
     gpu = cuda.get_device_properties(0)
     return {
         "gpu": f"{gpu.name}, {gpu.multi_processor_count} SMs, compute capability "
@@ -97,8 +98,8 @@ def facts() -> dict[str, Any]:
 def _cycles_per_second() -> float:
     start, stop = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
     cycles, rates = 10_000_000, []
-    # The largest of several rates: an idle device is slow at first, and a device that was taken for
-    # slow is not kept busy for long enough.
+    # The largest of several rates: an idle device is slow at first, and too low a rate would make
+    # `_occupy` too short.
     for _ in range(20):
         cuda._sleep(cycles // 10)
         start.record()
@@ -110,7 +111,7 @@ def _cycles_per_second() -> float:
 
 
 def _occupy(seconds: float) -> None:
-    """Keeps the device busy, so that the host can run ahead of it."""
+    """Keep the device busy, so that the host can run ahead of it."""
     cuda._sleep(int(seconds * _cycles_per_second()))
 
 
@@ -121,7 +122,7 @@ def _elapsed(run: Callable[[], Any]) -> float:
 
 
 class Wall:
-    """An eager call from idle to idle, by the host's clock."""
+    """Time of an eager call by the host's clock, from an idle device to an idle device."""
 
     def __init__(self, run: Run, context: Context, inputs: Inputs, device: str) -> None:
         self.run, self.context, self.inputs, self.device = run, context, inputs, device
@@ -136,7 +137,7 @@ class Wall:
 
 
 class Host:
-    """The host's part of an eager call: several in a row, the device busy with something else."""
+    """Time on the host of an eager call: several in a row, while the device has other work."""
 
     def __init__(self, run: Run, context: Context, inputs: Inputs) -> None:
         self.run, self.context, self.inputs = run, context, inputs
@@ -157,13 +158,14 @@ class Host:
 
 
 class Graph:
-    """Device time of a call: CUDA events around the replay of a graph of several calls, which take
-    the sets of inputs in turns."""
+    """Device time of a call, from CUDA events around the replay of a graph of several calls, which
+    use the sets of inputs in turn."""
 
     def __init__(self, run: Run, context: Context, sets: Sequence[Inputs]) -> None:
         side = cuda.Stream()
         side.wait_stream(cuda.current_stream())
-        # torch.cuda.graph leaves its stream current when a capture fails; this one puts it back.
+        # torch.cuda.graph leaves its stream current when a capture fails; `cuda.stream` restores
+        # the previous one.
         with cuda.stream(side), context():
             for inputs in (*sets, sets[0])[:3]:
                 run(*inputs)
@@ -182,7 +184,7 @@ class Graph:
 
     def __call__(self) -> float:
         cuda.synchronize()
-        # The first event must not come before the host has launched the graph.
+        # The device must not reach the first event before the host has launched the graph.
         _occupy(2.0 * self.launch + 20e-6)
         self.start.record()
         self.graph.replay()
@@ -193,9 +195,9 @@ class Graph:
 
 def _synchronises(run: Run, context: Context, inputs: Inputs) -> bool:
     """Whether a call waits for the device. Such a call is not captured: the attempt would leave
-    PyTorch's allocator and generators as in a capture."""
+    PyTorch's allocator and generators in the state of a capture."""
     with warnings.catch_warnings(), context():
-        # The mode is a prototype, says a warning.
+        # PyTorch warns that this mode is a prototype.
         warnings.simplefilter("ignore")
         before = cuda.get_sync_debug_mode()
         cuda.set_sync_debug_mode("error")
@@ -213,15 +215,15 @@ def _synchronises(run: Run, context: Context, inputs: Inputs) -> bool:
 def _graph(run: Run, context: Context, sets: Sequence[Inputs]) -> Graph | str:
     try:
         return Graph(run, context, sets)
-    except Exception as error:  # whatever it is, the row says so and the other clocks go on
+    except Exception as error:  # shown in the row; the other clocks go on
         return f"no graph: {type(error).__name__}"
 
 
 def clocks(
     run: Run, context: Context, sets: Sequence[Inputs], device: str
 ) -> dict[str, Callable[[], float] | str]:
-    """The clocks of a call on a device by name, or in a word why there is none. More than one set
-    of inputs: a cold time too, where L2 keeps none of them from one use to the next."""
+    """The clocks of a call on a device by name, or the reason why there is none. With several sets
+    of inputs there is a cold time too: L2 must not keep a set until its next use."""
     wall = Wall(run, context, sets[0], device)
     if device == "cpu":
         return {"wall": wall}
@@ -248,8 +250,8 @@ def _p50(clock: Callable[[], float] | str) -> float | None:
 
 
 def measure(device: str) -> dict[str, float | None]:
-    """Rates of a large copy (bytes read and written) and of large matrix products, and what it
-    takes to launch a kernel that does nothing. On random data: zeros are faster."""
+    """Measure the rates of a large copy (bytes read and written) and of large matrix products, and
+    the times of an empty kernel. The data are random, because zeros are faster."""
     on_gpu = device == "cuda"
     side = SIDE[device]
     square = torch.randn(side, side, generator=torch.Generator().manual_seed(0))
@@ -257,7 +259,7 @@ def measure(device: str) -> dict[str, float | None]:
     small = (square * 40.0).clamp(-127, 127).to(torch.int8).to(target(device))
     work: dict[str, tuple[Run, Inputs, float]] = {
         "copy GB/s": (torch.Tensor.copy_, (torch.empty_like(source), source), 2e-9 * source.nbytes),
-        # The second factor column-major, as tensor cores take it.
+        # The second factor is column-major, as tensor cores read it.
         "int8 TOP/s": (torch._int_mm, (small, small.T), 2e-12 * side**3),
     }
     for dtype in (torch.float16, torch.bfloat16) if on_gpu else (torch.float32,):

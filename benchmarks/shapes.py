@@ -1,4 +1,4 @@
-"""Shapes of real models, the one registry of the benchmarks, by device."""
+"""Shapes of real models by device. All benchmarks take their cases from here."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 class Shape(NamedTuple):
-    """Images, patch tokens of each, channels of the vision encoder, tokens kept of each image."""
+    """Images, patch tokens per image, channels of the vision encoder, tokens kept per image."""
 
     name: str
     batch: int
@@ -19,7 +19,7 @@ class Shape(NamedTuple):
 
 
 class Sequence(NamedTuple):
-    """Images, tokens of each with CLS, heads, head dimension of the vision encoder."""
+    """Images, tokens per image with CLS, heads and head dimension of the vision encoder."""
 
     name: str
     batch: int
@@ -30,7 +30,7 @@ class Sequence(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """Images of different lengths in one sequence."""
+    """Images of different lengths, packed into one sequence."""
 
     name: str
     lengths: tuple[int, ...]
@@ -64,7 +64,8 @@ SELECT = {
         Shape("llava-next, all crops", 1, 2880, 1024, 160, torch.float16),
     ],
 }
-# The other selections, a crop or image of each row; select_varlen packs crops of different sizes.
+# The other operators that select, on a batch of crops or images. For select_varlen some tokens of
+# each crop are padding, so that the packed crops have different sizes.
 OTHERS = {
     "cpu": [Shape("llava-next", 5, 576, 1024, 32)],
     "cuda": [
@@ -72,7 +73,7 @@ OTHERS = {
         Shape("llava-1.5", 64, 576, 1024, 64, torch.float16),
     ],
 }
-# Who is to own `select` where two backends can: numbers of tokens by batches by budgets.
+# To choose the backend that owns `select` where two can: numbers of tokens x batches x budgets.
 BACKENDS = {
     "cpu": [
         Shape("video-llava", 1, 256, 1024, 32),
@@ -93,8 +94,8 @@ BACKENDS = {
     ],
 }
 HALVES = (torch.float16, torch.bfloat16)
-# CLIP-L/336, SigLIP-so400m/384 (which has no CLS: its first token stands for one), and ViT-H/14 at
-# 448.
+# CLIP-L/336, SigLIP-so400m/384 and ViT-H/14 at 448 pixels. SigLIP has no CLS token: its first token
+# is used as one.
 ATTENTION = {
     "cpu": [
         Sequence("clip-l/336", 1, 577, 16, 64),
@@ -117,7 +118,7 @@ ATTENTION = {
         )
     ],
 }
-# And SigLIP2-L/512: flash-colsum 0.1.0 is right for multiples of 128 tokens alone.
+# Also SigLIP2-L/512, because flash-colsum 0.1.0 is right only for multiples of 128 tokens.
 SCORES = {
     "cpu": ATTENTION["cpu"],
     "cuda": [
@@ -126,7 +127,7 @@ SCORES = {
         Sequence("clip-l/336", 1, 577, 16, 64, torch.bfloat16),
     ],
 }
-# Qwen2.5-VL: whole images, and the windows of one (8 x 8 patches and what remains at an edge).
+# Qwen2.5-VL: whole images, and the windows of one image (8 x 8 patches, fewer at an edge).
 IMAGES = (1024, 576, 784, 256, 1024, 400, 576, 900)
 WINDOWS = (64,) * 12 + (32,) * 4
 PACKED = {
