@@ -29,8 +29,8 @@ KERNELS := $(foreach t,aot races triton cuda_on_cpu,--ignore=tests/kernels/test_
 OLDEST := transformers==$(shell sed -n 's/^transformers = \["transformers>=\(.*\)"\]/\1/p' pyproject.toml).0
 
 # The tests that dist-test runs.
-DIST_TESTS := $(patsubst %,tests/%.py,packaging/test_environment packaging/test_docs pytorch/test_registration \
-  operators/test_select_varlen)
+DIST_TESTS := $(patsubst %,tests/%.py,$(addprefix packaging/test_,environment checks without_optional_parts \
+  sources docs) pytorch/test_registration operators/test_select_varlen)
 
 PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check

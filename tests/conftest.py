@@ -26,7 +26,7 @@ if operators.INTERPRETED and operators.INSTALLED:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # tests/packaging/test_environment.py looks for it.
+    # tests/packaging/test_without_optional_parts.py expects this warning.
     if not _native.INSTALLED:
         filter_ = r"ignore:vispruner_kernels. the C\+\+ core is not built:RuntimeWarning"
         config.addinivalue_line("filterwarnings", filter_)
