@@ -200,7 +200,7 @@ def test_what_cannot_be_pruned():
     text = {name: x for name, x in inputs.items() if name != "pixel_values"}
     for given in (inputs, text):
         features = given | {"mm_encoder_outputs": {"image": 1}}
-        words = "mm_encoder_outputs: there are no scores"
+        words = "mm_encoder_outputs: they hold no scores"
         fails(model, features, VisPruner(4), ValueError, words)
         with attach(model, VisPruner(4)), pytest.raises(ValueError, match=words):
             model(**features)
@@ -310,7 +310,7 @@ def test_images_after_a_cached_prompt_in_space():
         cache = vlms.cache_of(model(**prompts("qwen2.5-vl", [9]), use_cache=True))
     for name in vlms.CACHE_NAMES:
         inputs = one("qwen2.5-vl") | {name: cache}
-        words = f"position_ids are missing: they go on from what {name} holds"
+        words = f"position_ids are missing: they continue those of the tokens in {name}"
         with pytest.raises(ValueError, match=words):
             prune_inputs(model, inputs, FoPru(4))
 

@@ -320,7 +320,7 @@ def test_an_option_that_the_model_does_not_hand_on(family):
         pytest.skip("it does")
     model, inputs = vlms.shared(family), prompts(family, [3, picture(family, 1), 5])
     prune_inputs(model, inputs | {"interpolate_pos_encoding": False}, method_of(family))
-    words = "interpolate_pos_encoding is given, but a .*Model does not hand it on"
+    words = "interpolate_pos_encoding is given, but a .*Model does not pass it on"
     with pytest.raises(ValueError, match=words):
         prune_inputs(model, inputs | {"interpolate_pos_encoding": True}, method_of(family))
 

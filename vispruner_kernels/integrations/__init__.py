@@ -1,1 +1,1 @@
-"""Pruning in other libraries: `transformers` and `vllm`."""
+"""Integrations: visual token pruning in transformers and in vLLM."""

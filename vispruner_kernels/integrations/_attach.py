@@ -1,7 +1,7 @@
-"""What `attach` does: calls of a model prune first, and their results are put right.
+"""The handle of `attach`: prune the arguments of a call, run the model, adapt its output.
 
-A call goes from the method of the model to a method here, which is given the original method to go
-on with. `_switch` makes it so.
+`_switch.py` makes the model's `forward` and `generate` call `_forward` and `_generate` of the
+handle, with the original method as an argument.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from vispruner_kernels.integrations._prompt import given
 from vispruner_kernels.integrations._switch import is_switched, switch, switch_back
 from vispruner_kernels.integrations._vision import CoreAlone, asks_for_pruning
 
-# Decoding that goes back and forth in the cache by the length of the prompt, or fills it in parts.
+# Options of decoding that moves in the cache by the length of the prompt, or fills it in parts.
 _REFUSED = (
     "assistant_model",
     "assistant_early_exit",
@@ -37,7 +37,7 @@ _REFUSED = (
 
 
 class Handle:
-    """What `attach` returns. Also a context manager that removes itself at the end."""
+    """The result of `attach`. As a context manager it calls `remove` at the end."""
 
     def __init__(self, model: Any, prune: Callable[..., Any]) -> None:
         """`prune(model, arguments, padding)` is `prune_inputs` with the settings of `attach`."""
@@ -49,7 +49,7 @@ class Handle:
             switch(module, {"forward": self._forward, "generate": self._generate})
 
     def remove(self) -> None:
-        """Makes `generate` and `forward` what they were. Does nothing the second time."""
+        """Restore `generate` and `forward`. A second call does nothing."""
         for module in self._modules:
             switch_back(module)
         self._modules = ()
@@ -61,14 +61,19 @@ class Handle:
         self.remove()
 
     def _forward(self, module: Any, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-        """Of the model, and of its core where that is called by itself. The model calls its core
-        with what was pruned already, which passes."""
+        """`forward` of the model, or of its core if a user calls that.
+
+        The model itself calls its core with pruned arguments. They have no pixels, and `released`
+        has removed the record of the cache, so the core runs its original method.
+        """
         cache, name = cache_in(arguments, type(module))
         before = held(cache)
         if before is None and not asks_for_pruning(arguments):
             return original(**arguments)
         if torch.compiler.is_exporting():
-            raise RuntimeError("the model prunes, which cannot be exported: call remove() before")
+            raise RuntimeError(
+                "the model prunes, and pruning cannot be exported: call remove() first"
+            )
         if before is not None:
             before.translate(arguments, cache, name)
         with released(cache, before):
@@ -76,7 +81,7 @@ class Handle:
                 return self._pruned(module, original, arguments, cache, before)
             return original(**arguments)
 
-    # Compilers go on with what it calls.
+    # Only this function is not compiled; the functions that it calls may be.
     @torch.compiler.disable(recursive=False)
     def _pruned(
         self,
@@ -87,16 +92,16 @@ class Handle:
         before: HeldPrompt | None,
     ) -> Any:
         if arguments.get("shift_labels") is not None:
-            raise ValueError("shift_labels are of the length before pruning: give labels")
+            raise ValueError("shift_labels have the length before pruning: pass labels instead")
         if isinstance(arguments.get("logits_to_keep"), Tensor):
-            raise ValueError("logits_to_keep is a tensor of positions before pruning, expected int")
+            raise ValueError("logits_to_keep is a tensor of unpruned positions, expected an int")
         model = module if hasattr(module, "model") else CoreAlone(module)
         cached = length_of(cache)
         ids, embeds, positions = given(arguments, "input_ids", "inputs_embeds", "position_ids")
         prompt = embeds if ids is None else ids
         in_space = hasattr(model.model, "get_rope_index")
         if positions is None and not in_space and isinstance(prompt, Tensor) and prompt.dim() > 1:
-            # What the model would take them for, so that padding made anew does not count.
+            # The model's default before pruning. New padding must not shift these positions.
             columns = torch.arange(cached, cached + prompt.shape[1], device=prompt.device)
             arguments["position_ids"] = columns.expand(len(prompt), -1)
         as_dict = arguments.pop("return_dict", None)
@@ -109,18 +114,18 @@ class Handle:
             hold(filled, HeldPrompt.of(model.model, pruned, prompt.shape[1], cached, before))
         _add_features(out, pruned.features)
         if pruned.get("labels") is not None:
-            # Beside the fields of the output, which others go through.
+            # A plain attribute, because callers iterate over the fields of the output.
             out.labels = pruned["labels"]
         return out if as_dict else out.to_tuple()
 
     @torch.no_grad()
     def _generate(self, model: Any, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-        """Of the model."""
+        """`generate` of the model."""
         cache, name = cache_in(arguments, type(model), "generate")
         if held(cache) is not None:
             raise ValueError(
                 f"{name} holds a pruned prompt: generate from the whole conversation without it, "
-                "or go on by forward"
+                "or continue with forward"
             )
         if arguments.get("inputs") is not None:
             if arguments.get("input_ids") is not None:
@@ -130,11 +135,11 @@ class Handle:
             return original(**arguments)
         if length_of(cache):
             raise ValueError(
-                f"{name} holds tokens, and there are new images: generate from the whole "
+                f"{name} holds tokens, and the call has new images: generate from the whole "
                 "conversation without it"
             )
 
-        # As transformers resolves them.
+        # In the order in which transformers resolves settings.
         configs = (arguments.get("generation_config"), model.generation_config)
 
         def setting(name: str) -> Any:
@@ -150,18 +155,18 @@ class Handle:
         pruned = self._prune(model, arguments, "left")
         embeds = pruned["inputs_embeds"]
         if pruned.get("attention_mask") is None:
-            # transformers would make one of the caller's length.
+            # Otherwise transformers makes a mask of the caller's length.
             pruned["attention_mask"] = torch.ones_like(embeds[..., 0], dtype=torch.int64)
         old, new = (arguments["inputs_embeds"] if ids is None else ids).shape[1], embeds.shape[1]
         if old != new:
-            # transformers takes the length of the embeddings off, where ids differ from it.
+            # transformers subtracts the length of the embeddings where that of the ids differs.
             shift = new - old if ids is None else new
             for option in ("max_length", "min_length"):
                 if setting(option) is not None:
                     pruned[option] = max(setting(option) + shift, 0)
         if ids is not None:
-            # Beside the embeddings of what is left: sequences, processors of logits, criteria and
-            # streamers go by the caller's prompt.
+            # The caller's ids go with the pruned embeddings, so that sequences, logits processors,
+            # stopping criteria and streamers get the caller's prompt.
             pruned["input_ids"] = ids
         out = original(**pruned)
         filled = cache_of(out) if cache is None else cache
@@ -172,7 +177,7 @@ class Handle:
 
 
 def _add_features(out: Any, features: Mapping[str, list[Tensor]]) -> None:
-    """The projected features, which the model returns where it makes them itself."""
+    """Add the projected features of kept tokens, in the fields where the model returns its own."""
     names = [field.name for field in fields(out)]
     for kind, images in features.items():
         if f"{kind}_outputs" in names:
@@ -183,7 +188,7 @@ def _add_features(out: Any, features: Mapping[str, list[Tensor]]) -> None:
 
 
 def _inferred_mask(ids: Tensor, setting: Callable[[str], Any]) -> Tensor | None:
-    """The mask that generate makes where it gets none."""
+    """The mask that `generate` infers if it gets none."""
     pad, eos = setting("pad_token_id"), setting("eos_token_id")
     if pad is None or pad in (eos if isinstance(eos, list) else [eos]):
         return None

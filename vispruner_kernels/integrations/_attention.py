@@ -1,9 +1,12 @@
-"""Scores out of one layer of a model of transformers, by its own interface for attention.
+"""Capture scores and features from one layer of a vision tower while it runs.
 
-The layer's attention module gets a config of its own that names our function, for as long as a
-tower runs that we read. Every other layer keeps the implementation it has, and no map of attention
-is made, except for hooks of users on eager attention. A reading belongs to a thread: others may
-read or run the same model meanwhile, also from hooks of the tower.
+transformers finds a layer's attention function by a name in the layer's config. While a capture
+is active, the attention module of that one layer has a config that names our function. All other
+layers keep their implementation. Our function computes the scores without an attention map. Hooks
+of users on eager attention still receive the layer's own map.
+
+A capture belongs to one thread. Other threads, and hooks in the tower, can prune or run the same
+model at the same time.
 """
 
 from __future__ import annotations
@@ -26,36 +29,37 @@ from vispruner_kernels.methods import Needs
 
 
 @dataclass
-class Reading:
-    """What a run of a vision tower leaves for us."""
+class Capture:
+    """Scores and features captured in one run of a vision tower."""
 
     needs: Needs | None
     num_prefix: int
-    # Multiply a score, a mean over queries, by their number: windows of different sizes compare.
+    # Multiply received scores, which are means over queries, by the number of queries. Then scores
+    # from attention windows of different sizes are comparable.
     sums: bool = False
-    # The module that computes them.
+    # The attention module that the scores come from.
     attention: Any = None
-    # In the order of calls.
+    # One tensor for each call of the attention function.
     scores: list[Tensor] = field(default_factory=list)
     # The features.
     hidden: Any = None
-    # What modules call in place of their own forward.
-    instead: dict[Any, Callable[..., Any]] = field(default_factory=dict)
+    # Functions that modules call instead of their own forward.
+    forwards: dict[Any, Callable[..., Any]] = field(default_factory=dict)
 
 
-# Of this thread.
-_READING: ContextVar[Reading | None] = ContextVar("vispruner_reading", default=None)
+# The active capture of this thread.
+_CAPTURE: ContextVar[Capture | None] = ContextVar("vispruner_capture", default=None)
 # Held while a model is changed, never while it runs.
 _LOCK = threading.Lock()
-# How many readings need the change of a module, and what to undo after the last.
+# For each change of a module: how many captures need it, and the function that undoes it.
 _CHANGED: dict[tuple[Any, Any], tuple[int, Callable[[], None]]] = {}
-# On the config of an attention module that names our function: the config before.
-_BEFORE = "_vispruner_before"
+# Attribute of a config that names our function: the original config.
+_ORIGINAL_CONFIG = "_vispruner_before"
 
 
 @contextmanager
 def _changed(module: Any, change: Callable[[Any], Callable[[], None]]) -> Iterator[None]:
-    """`change(module)` for as long as any reading needs it; it returns how to undo it."""
+    """Keep `change(module)` in effect while any capture needs it. `change` returns its undo."""
     key = module, change
     with _LOCK:
         count, undo = _CHANGED.get(key) or (0, change(module))
@@ -72,25 +76,25 @@ def _changed(module: Any, change: Callable[[Any], Callable[[], None]]) -> Iterat
 
 
 @contextmanager
-def reading(attention: Any, result: Reading) -> Iterator[Reading]:
-    """Scores of what `attention` computes meanwhile, in this thread."""
+def capture_scores(attention: Any, result: Capture) -> Iterator[Capture]:
+    """Inside the context, this thread's calls of `attention` add scores to `result`."""
     result.attention = attention
     with ExitStack() as stack:
         if result.needs is not None:
-            stack.enter_context(_changed(attention, _use_our_function))
-        token = _READING.set(result)
+            stack.enter_context(_changed(attention, _use_our_attention))
+        token = _CAPTURE.set(result)
         try:
             yield result
         finally:
-            _READING.reset(token)
+            _CAPTURE.reset(token)
 
 
 @contextmanager
-def watching(module: Any, result: Reading) -> Iterator[None]:
-    """`result.hidden` is what `module` returns meanwhile, in this thread."""
+def capture_output(module: Any, result: Capture) -> Iterator[None]:
+    """Inside the context, `result.hidden` becomes the output of `module` in this thread."""
 
     def note(module: Any, args: Any, output: Any) -> None:
-        if _READING.get() is result:
+        if _CAPTURE.get() is result:
             result.hidden = output[0] if isinstance(output, tuple) else output
 
     hook = module.register_forward_hook(note)
@@ -101,20 +105,20 @@ def watching(module: Any, result: Reading) -> Iterator[None]:
 
 
 @contextmanager
-def standing_in(module: Any, result: Reading, forward: Callable[..., Any]) -> Iterator[None]:
-    """`module` calls `forward` meanwhile, in this thread."""
-    result.instead[module] = forward
-    with _changed(module, _stand_in):
+def replace_forward(module: Any, result: Capture, forward: Callable[..., Any]) -> Iterator[None]:
+    """Inside the context, `module` calls `forward` in this thread."""
+    result.forwards[module] = forward
+    with _changed(module, _redirect_forward):
         yield
 
 
-def _stand_in(module: Any) -> Callable[[], None]:
+def _redirect_forward(module: Any) -> Callable[[], None]:
     own, original = vars(module).get("forward"), module.forward
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        result = _READING.get()
-        instead = None if result is None else result.instead.get(module)
-        return (instead or original)(*args, **kwargs)
+        result = _CAPTURE.get()
+        replacement = None if result is None else result.forwards.get(module)
+        return (replacement or original)(*args, **kwargs)
 
     def undo() -> None:
         del module.forward
@@ -125,12 +129,12 @@ def _stand_in(module: Any) -> Callable[[], None]:
     return undo
 
 
-# Their hooks do not look at what a module computes.
+# Hooks of these libraries do not read or change the output of a module.
 _LIBRARIES = ("torch.distributed", "torch.utils", "torch._", "transformers.", "accelerate.")
 
 
 def has_hooks(module: Any) -> bool:
-    """Whether users put hooks on it, or on all modules."""
+    """Whether a user registered hooks on the module, or on all modules."""
     every = torch.nn.modules.module
     hooks = (
         module._forward_hooks,
@@ -142,22 +146,22 @@ def has_hooks(module: Any) -> bool:
     return any(not name.startswith(_LIBRARIES) for name in names)
 
 
-def is_watched(module: Any) -> bool:
-    """Whether users see or change what the module computes: by hooks, or by a forward of theirs."""
-    ours = (module, _stand_in) in _CHANGED
+def has_user_code(module: Any) -> bool:
+    """Whether user code may read or change the module's output: a hook or a replaced forward."""
+    ours = (module, _redirect_forward) in _CHANGED
     theirs = "forward" in vars(module) and not ours and not hasattr(module, "_hf_hook")
     return theirs or has_hooks(module)
 
 
-def _use_our_function(attention: Any) -> Callable[[], None]:
+def _use_our_attention(attention: Any) -> Callable[[], None]:
     config = attention.config
     name = config._attn_implementation or "eager"
-    # Models ask whether a name contains "flash" and then pack images for it.
+    # The name keeps the original one, because models pack images if it contains "flash".
     ours = f"vispruner_{name}"
     ALL_ATTENTION_FUNCTIONS.register(ours, _attention)
     switched = copy.copy(config)
     switched._attn_implementation = ours
-    setattr(switched, _BEFORE, config)
+    setattr(switched, _ORIGINAL_CONFIG, config)
     attention.config = switched
 
     def undo() -> None:
@@ -167,7 +171,7 @@ def _use_our_function(attention: Any) -> Callable[[], None]:
 
 
 def _own_function(module: Any, config: Any) -> Callable[..., Any]:
-    """What the module would call without us."""
+    """The attention function that the module calls without a capture."""
     name = config._attn_implementation or "eager"
     if name in ALL_ATTENTION_FUNCTIONS:
         return ALL_ATTENTION_FUNCTIONS[name]
@@ -175,8 +179,8 @@ def _own_function(module: Any, config: Any) -> Callable[..., Any]:
     return sys.modules[type(module).__module__].eager_attention_forward
 
 
-class _AsBefore:
-    """A module with the config it had: FlashAttention's function looks up its own name there."""
+class _WithConfig:
+    """A module with another config: FlashAttention's function reads its own name in the config."""
 
     def __init__(self, module: Any, config: Any) -> None:
         self._module = module
@@ -196,20 +200,23 @@ def _attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Any, Any]:
-    """A transformers attention function: [B, H, S, D] -> [B, S, H, D]; scores to the reading."""
-    result = _READING.get()
+    """Attention function for transformers: [B, H, S, D] -> [B, S, H, D].
+
+    It adds scores to the active capture if that captures this module.
+    """
+    result = _CAPTURE.get()
     wanted = result is not None and result.attention is module and result.needs
-    # Another thread may have undone the change already.
-    config = getattr(module.config, _BEFORE, module.config)
+    # Another thread may already have restored the original config.
+    config = getattr(module.config, _ORIGINAL_CONFIG, module.config)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    # Users may look at the maps of eager attention.
+    # Hooks of users may read the maps of eager attention.
     maps = (config._attn_implementation or "eager") == "eager" and has_hooks(module)
     fused = wanted == "cls" and not (dropout or differentiable or maps)
     out, weights = None, None
     if not fused:
         out, weights = _own_function(module, config)(
-            _AsBefore(module, config),
+            _WithConfig(module, config),
             query,
             key,
             value,

@@ -1,6 +1,8 @@
-"""Caches: what their argument is called, and callers who go on as if nothing had been pruned.
+"""KV caches that hold a pruned prompt, and callers that continue with unpruned masks and positions.
 
-What a cache holds is written on it, so that a copy of it has it too, and another handle sees it.
+A caller decodes by hand with the mask and the positions of the prompt that it knows, the unpruned
+one. `HeldPrompt` records what pruning removed, and translates them to the columns of the cache. The
+record is an attribute of the cache, so copies of the cache have it, and every handle can read it.
 """
 
 from __future__ import annotations
@@ -20,26 +22,26 @@ from vispruner_kernels.integrations._prompt import given
 from vispruner_kernels.integrations._visual import send
 
 VERSION = tuple(int(x) for x in transformers.__version__.split(".")[:2])
-# What transformers calls the argument for a cache: the name since 5.24, and the one before it.
+# The name of the cache argument in transformers: since 5.24, and before.
 NEW_NAME, OLD_NAME = "cache", "past_key_values"
 NAMES = (NEW_NAME, OLD_NAME)
-# The versions from which on methods of models take the new name only.
+# From these versions on, the methods of models accept the new name only.
 _OLD_NAME_ENDS = {"forward": (5, 40), "generate": (6, 0)}
-# On a cache, and on the class of one that holds a prompt.
-_HELD, _ROWS_FOLLOW = "_vispruner_held", "_vispruner_rows_follow"
+# Attribute of a cache that holds a pruned prompt, and attribute of the class of such a cache.
+_HELD, _ROWS_IN_STEP = "_vispruner_held", "_vispruner_rows_follow"
 
 
 @functools.cache
 def cache_name(cls: type) -> str:
-    """What the forward of a class of models calls its cache."""
+    """The name of the cache argument in the forward of a class of models."""
     parameters = inspect.signature(cls.forward).parameters  # type: ignore[attr-defined]
     return next((name for name in NAMES if name in parameters), NEW_NAME)
 
 
 def cache_in(arguments: dict[str, Any], cls: type, method: str = "forward") -> tuple[Any, str]:
-    """The cache that a call of a method of `cls` is given, or None, and the name of the argument.
+    """The cache in the arguments of a method of `cls`, or None, and the name of the argument.
 
-    Raises ValueError where it is given under a name that the method would ignore, or under both.
+    Raises ValueError if the method would ignore that name, or if both names are given.
     """
     names = [name for name in NAMES if arguments.get(name) is not None]
     if not names:
@@ -53,7 +55,7 @@ def cache_in(arguments: dict[str, Any], cls: type, method: str = "forward") -> t
         raise ValueError(
             f"{name} is given, expected {own}, as transformers {transformers.__version__} calls it"
         )
-    # transformers would prefer the new name even with None.
+    # transformers prefers the new name even if its value is None.
     for other in NAMES:
         if other != name:
             arguments.pop(other, None)
@@ -61,12 +63,12 @@ def cache_in(arguments: dict[str, Any], cls: type, method: str = "forward") -> t
 
 
 def length_of(cache: Any) -> int:
-    """Tokens in a cache; a static cache has their number in a tensor that it changes later."""
+    """Number of tokens in a cache, as an int: a static cache returns a tensor that it updates."""
     return 0 if cache is None else int(cache.get_seq_length())
 
 
 def cache_of(output: Any) -> Any:
-    """The cache among the outputs of a model, or None; by its type, whatever its name is."""
+    """The cache in the output of a model, or None. It is found by its type."""
     values = output.values() if isinstance(output, Mapping) else output
     if isinstance(values, Tensor):
         return None
@@ -75,21 +77,21 @@ def cache_of(output: Any) -> Any:
 
 @dataclass
 class HeldPrompt:
-    """What a cache holds, and what the caller takes it for."""
+    """A pruned prompt in a cache, and its difference from the prompt of the caller."""
 
-    # Columns of the cache up to the end of the last pruned prompt, and of these the first ones that
-    # are those of the caller.
+    # Columns of the cache up to the end of the last pruned prompt, and the number of columns at
+    # their start that are the same in the prompt of the caller.
     columns: int
     unchanged: int
-    # Columns that the caller counts and the cache does not have.
+    # Columns that the caller counts but the cache does not have.
     dropped: int
-    # [B] tokens that each prompt lost.
+    # [B] the number of tokens removed from each prompt.
     removed: Tensor
-    # [B] what to add to a column of the cache for the position of the token there.
+    # [B] the position of a token minus its column in the cache.
     shift: Tensor
-    # Whether positions are in space, where nothing moves when tokens go (Qwen2.5-VL).
+    # Whether positions are in space (Qwen2.5-VL). Removing tokens does not change those.
     space: bool
-    # [B, columns or more] of the cache, the rest being ones; none where all are.
+    # [B, columns or more] mask of the cache; further columns are ones. None if all are ones.
     mask: Tensor | None
 
     @classmethod
@@ -102,8 +104,10 @@ class HeldPrompt:
         before: HeldPrompt | None = None,
         copies: int = 1,
     ) -> HeldPrompt:
-        """After a prompt [B, length] became `pruned`, behind `cached` columns of a cache that held
-        `before`; each row `copies` times."""
+        """The record after a prompt [B, length] became `pruned`.
+
+        The cache had `cached` columns and the record `before`. Each row is repeated `copies` times.
+        """
         embeds, mask = given(pruned, "inputs_embeds", "attention_mask")
         dropped = length - embeds.shape[1] + (before.dropped if before else 0)
         removed = send(pruned.removed, embeds.device)
@@ -111,7 +115,7 @@ class HeldPrompt:
         space = hasattr(core, "get_rope_index")
         if space:
             tokens = embeds.shape[1] if mask is None else mask.sum(-1)
-            # The next position is that of the next token, padding left out, and the delta.
+            # The next position is the number of tokens without padding plus the delta.
             shift = core.rope_deltas[:, 0] + tokens - embeds.shape[1]
         else:
             shift = dropped - removed
@@ -121,13 +125,15 @@ class HeldPrompt:
         return prompt.rows(lambda x: x.repeat_interleave(copies, 0)) if copies > 1 else prompt
 
     def rows(self, change: Callable[[Tensor], Tensor]) -> HeldPrompt:
-        """Of the rows that `change` makes of those of the cache."""
+        """The record after `change` of the rows of the cache."""
         mask = None if self.mask is None else change(self.mask)
         return replace(self, removed=change(self.removed), shift=change(self.shift), mask=mask)
 
     def translate(self, arguments: dict[str, Any], cache: Any, name: str) -> None:
-        """Makes the caller's mask and positions, which count what was removed, those of the cache,
-        which is the argument of that name."""
+        """Replace the caller's mask and positions, which count removed tokens, by the cache's own.
+
+        `name` is the name of the cache argument.
+        """
         ids, embeds, mask, positions = given(
             arguments, "input_ids", "inputs_embeds", "attention_mask", "position_ids"
         )
@@ -138,8 +144,8 @@ class HeldPrompt:
         if cached < self.columns:
             raise ValueError(
                 f"{name} was cut to {cached} tokens, within a pruned prompt that ends at "
-                f"{self.columns}, expected at most {self.unchanged}, before the first image, or "
-                "the whole prompt anew"
+                f"{self.columns}, expected at most {self.unchanged}, before the first image: run "
+                "the whole prompt again"
             )
         arguments.pop("cache_position", None)
         if mask is not None:
@@ -148,7 +154,7 @@ class HeldPrompt:
                 got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
                 raise ValueError(
                     f"attention_mask: got {got}, expected [{batch}, {expected}], the unpruned "
-                    "prompt and what came after it"
+                    "prompt and the tokens after it"
                 )
         if mask is not None or self.mask is not None:
             columns = torch.ones(batch, cached + new, dtype=torch.int64, device=x.device)
@@ -156,7 +162,7 @@ class HeldPrompt:
                 known = self.mask[:, :cached]
                 columns[:, : known.shape[1]] = known
             if mask is not None:
-                # What came after the prompt is where the caller has it.
+                # Columns after the prompt are the last columns of the caller's mask.
                 columns[:, self.columns :] = mask[:, self.columns + self.dropped :]
             self.mask = arguments["attention_mask"] = columns
         if positions is None:
@@ -166,13 +172,13 @@ class HeldPrompt:
         elif not self.space:
             arguments["position_ids"] = positions - self.removed[:, None]
         elif positions.dim() == 3 and len(positions) == 4:
-            # The first row counts the text.
+            # The first row has text positions.
             text = positions[:1] - self.removed[:, None]
             arguments["position_ids"] = torch.cat([text, positions[1:]])
 
 
 def held(cache: Any) -> HeldPrompt | None:
-    """What a cache holds of a pruned prompt, unless that was cut off since."""
+    """The record of the pruned prompt in a cache, or None. Dropped once the prompt is cut off."""
     prompt = getattr(cache, _HELD, None)
     if prompt is not None and length_of(cache) <= prompt.unchanged:
         delattr(cache, _HELD)
@@ -181,17 +187,19 @@ def held(cache: Any) -> HeldPrompt | None:
 
 
 def hold(cache: Any, prompt: HeldPrompt) -> None:
-    """Writes on the cache what it holds."""
+    """Store the record on the cache."""
     setattr(cache, _HELD, prompt)
-    if not hasattr(cache, _ROWS_FOLLOW):
+    if not hasattr(cache, _ROWS_IN_STEP):
         cls: Any = type(cache)
-        cache.__class__ = _following(cls)
+        cache.__class__ = _in_step(cls)
 
 
 @functools.cache
-def _following(base: Any) -> Any:
-    """A class of caches of the same name: what is done to the rows of a cache is done to those of
-    the prompt that it holds."""
+def _in_step(base: Any) -> Any:
+    """A subclass of a cache class, with the same name, that keeps the record in step.
+
+    A method that reorders, repeats or selects rows of the cache does the same to the record.
+    """
 
     def reorder(cache: Any, rows: Tensor, *rest: Any, **options: Any) -> Any:
         _change_rows(cache, lambda x: x.index_select(0, rows.to(x.device)))
@@ -206,8 +214,8 @@ def _following(base: Any) -> Any:
         return base.batch_select_indices(cache, rows, *rest, **options)
 
     def reduce(cache: Any, protocol: Any) -> Any:
-        # Pickles know the class by its name, which is that of `base`.
-        return _new_following, (base,), vars(cache)
+        # Pickle finds a class by its name, and this class has the name of `base`.
+        return _new_in_step, (base,), vars(cache)
 
     names = ("__module__", "__qualname__", "__doc__")
     methods = {
@@ -217,12 +225,12 @@ def _following(base: Any) -> Any:
     }
     own: dict[str, Any] = {name: x for name, x in methods.items() if hasattr(base, name)}
     own |= {name: getattr(base, name) for name in names}
-    own |= {"__reduce_ex__": reduce, _ROWS_FOLLOW: True}
+    own |= {"__reduce_ex__": reduce, _ROWS_IN_STEP: True}
     return type(base.__name__, (base,), own)
 
 
-def _new_following(base: Any) -> Any:
-    cls: Any = _following(base)
+def _new_in_step(base: Any) -> Any:
+    cls: Any = _in_step(base)
     return cls.__new__(cls)
 
 
@@ -234,8 +242,8 @@ def _change_rows(cache: Any, change: Callable[[Tensor], Tensor]) -> None:
 
 @contextmanager
 def released(cache: Any, prompt: HeldPrompt | None) -> Iterator[None]:
-    """For a call whose arguments are translated: what is called translates nothing again. Unless it
-    writes something new, the cache holds afterwards what it held."""
+    """Remove the record while a call with translated arguments runs, so that nothing in the call
+    translates them again. Afterwards restore it, unless the call stored a new record."""
     if prompt is not None:
         delattr(cache, _HELD)
     try:

@@ -1,6 +1,6 @@
-"""A shorter prompt: where each token goes that is left.
+"""Build the shorter prompt: the new place of each remaining token.
 
-The device is waited for only to learn where the caller's placeholders and padding are.
+The host waits for the device only to read the placeholders and the padding of the caller.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from vispruner_kernels.integrations._visual import Kept, send
 
 
 def given(inputs: Mapping[str, Any], *names: str) -> list[Any]:
+    """Arguments of these names, or None for each that is missing."""
     return [inputs.get(name) for name in names]
 
 
 def placeholders(model: Any, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Where the prompts have placeholders of images and of videos, bool [B, L] on the host."""
+    """Masks of the image and video placeholders in the prompts, bool [B, L] on the host."""
     ids, embeds = given(inputs, "input_ids", "inputs_embeds")
     tokens = {kind: getattr(model.config, f"{kind}_token_id", None) for kind in ("image", "video")}
     if ids is not None:
@@ -39,7 +40,7 @@ def placeholders(model: Any, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
 def check_placeholders(
     found: Tensor, kind: str, lengths: list[int], inputs: Mapping[str, Any]
 ) -> None:
-    """As many as there are tokens, and those of an image in one prompt."""
+    """Check that each token has a placeholder, and that those of an image are in one prompt."""
     name = "inputs_embeds" if inputs.get("input_ids") is None else "input_ids"
     prompt, counts = found.nonzero()[:, 0], torch.tensor(lengths)
     ends = counts.cumsum(0)
@@ -52,7 +53,7 @@ def check_placeholders(
 
 
 class Prompt:
-    """The tokens left of prompts [B, L], and where they go in [B, L']."""
+    """The remaining tokens of prompts [B, L], and their places in shorter prompts [B, L']."""
 
     def __init__(
         self,
@@ -62,12 +63,15 @@ class Prompt:
         device: torch.device,
         padding: str,
     ) -> None:
-        """`mask` [B, L] and `placeholders` on the host; tokens on `device`. Padding goes to the
-        "left", or to the "same" side as in `mask`."""
+        """Plan the new prompts.
+
+        `mask` [B, L] and `placeholders` are on the host, the tokens on `device`. Padding moves to
+        the "left", or stays on the "same" side as in `mask`.
+        """
         is_visual = torch.stack(placeholders).any(0)
         batch, self.length = is_visual.shape
         real = torch.ones_like(is_visual) if mask is None else mask.bool() | is_visual
-        # Padding at the ends goes, and is made anew where it is needed.
+        # Padding at the ends is removed. New padding is added later where a prompt needs it.
         inside = real.cumsum(-1).bool() & real.flip(-1).cumsum(-1).bool().flip(-1)
         text = (inside & ~is_visual).flatten().nonzero()[:, 0]
         lengths = (inside & ~is_visual).sum(-1)
@@ -80,7 +84,7 @@ class Prompt:
         self.removed = inside.sum(-1) - lengths
         self.new_length = int(lengths.max())
 
-        # Where there was none, at the left, as generation wants it.
+        # Without old padding, new padding goes to the left, because generation needs it there.
         left = padding == "left" or bool((~real[:, 0]).any()) or bool(real[:, -1].all())
         spare = self.new_length - lengths
         column = torch.arange(self.new_length)
@@ -89,33 +93,36 @@ class Prompt:
         ordered = torch.cat([send(text, device), *visual]).sort()
         rank = torch.empty_like(ordered.indices)
         rank[ordered.indices] = torch.arange(len(rank), device=device)
-        # The first columns that stay what they are; none where padding moves.
+        # The number of first columns that do not change; 0 if padding moves.
         self.unchanged = 0
         if bool(real.all()) and bool(valid.all()):
             self.unchanged = int(is_visual.any(0).int().argmax())
-        # [B, L'] the first token of a prompt that had no padding before it, and now has.
+        # [B, L'] marks the first token of a prompt that has padding before it only now.
         first = (column == spare[:, None]) & (spare[:, None] > 0) & inside[:, :1] & left
         self.newly_padded = send(first, device)
         self.shape = batch, self.new_length
         self.padded = not bool(valid.all())
         self.padding = send(~valid, device)
-        # [B * L']: the token of the old prompt; of the kept visual tokens, where they go.
+        # origin [B * L']: the old index of each new token. visual: the new indices of kept tokens.
         self.origin = torch.zeros(batch * self.new_length, dtype=torch.int64, device=device)
         self.origin[targets] = ordered.values
         self.visual = targets[rank[len(text) :]]
-        # How many tokens before it, within its prompt, each token lost.
+        # [B, L'] the number of tokens of its prompt that were removed before each token.
         begin = torch.where(inside.any(-1), inside.int().argmax(-1), 0)
         offset = column - (spare[:, None] if left else 0)
         begin = send(begin[:, None] + offset, device)
         self.lost = self.origin.view(self.shape) % self.length - begin
 
     def take(self, x: Tensor, fill: float) -> Tensor:
-        """[..., B, L] -> [..., B, L']"""
+        """Gather [..., B, L] into [..., B, L'], with `fill` at padding."""
         taken = x.flatten(-2)[..., self.origin.to(x.device)].unflatten(-1, self.shape)
         return taken.masked_fill(self.padding.to(x.device), fill)
 
     def positions(self, x: Tensor) -> Tensor:
-        """Positions in the text count the tokens that are left; those in space stay."""
+        """Positions [B, L], or [3 or 4, B, L] in space, of the remaining tokens.
+
+        Text positions count the remaining tokens. Positions in space do not change.
+        """
         taken = self.take(x, 0)
         if x.dim() == 2:
             return (taken - self.lost).masked_fill(self.padding, 0)
@@ -131,8 +138,12 @@ def positions_before(
     found: Mapping[str, Tensor],
     held: str | None,
 ) -> Tensor | None:
-    """Position ids of the prompts before pruning: the caller's, or those in space of Qwen2.5-VL.
-    `held` is the name of the argument that holds earlier tokens, if one does."""
+    """Position ids of the prompts before pruning.
+
+    They are those of the caller or, for Qwen2.5-VL, positions in space that the model computes.
+    Returns None if the model needs none. `held` is the name of the cache argument, if the cache has
+    tokens.
+    """
     ids, embeds, positions = given(inputs, "input_ids", "inputs_embeds", "position_ids")
     batch, length = (embeds if ids is None else ids).shape[:2]
     if positions is not None:
@@ -140,17 +151,17 @@ def positions_before(
     if not hasattr(model.model, "get_rope_index"):
         return None
     if held is not None:
-        raise ValueError(f"position_ids are missing: they go on from what {held} holds")
+        raise ValueError(f"position_ids are missing: they continue those of the tokens in {held}")
     grids: dict[str, Any] = {"image_grid_thw": None, "video_grid_thw": None}
     for kind, name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
         if given_pixels(inputs, name):
             grid = grids[f"{kind}_grid_thw"] = needed(inputs, f"{kind}_grid_thw")
-            # Of other counts it makes wrong positions, or fails somewhere inside.
+            # With other counts get_rope_index returns wrong positions or fails with another error.
             merged = model.model.visual.spatial_merge_size**2
             lengths = [t * h * w // merged for t, h, w in torch.as_tensor(grid).tolist()]
             check_placeholders(found[kind], kind, lengths, inputs)
     if ids is None:
-        # Read for its shape.
+        # get_rope_index reads only the shape.
         ids = torch.zeros(batch, length, dtype=torch.int64, device=embeds.device)
     types = found["image"].int() + 2 * found["video"].int()
     return model.model.get_rope_index(

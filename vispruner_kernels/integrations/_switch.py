@@ -1,9 +1,11 @@
-"""Modules whose methods are replaced, by a class of their own.
+"""Replace methods of a module by giving it a subclass.
 
-A module's class becomes a subclass of the same name, as FSDP2 and `torch.nn.utils.parametrize` do
-it. Copies that PyTorch makes of a module, such as the replicas of DataParallel, have the class too
-and run on their own weights. The methods are data descriptors, so they come first whatever others
-(accelerate, a user) store on the module as `module.forward`, before or after.
+The class of the module becomes a subclass of the same name. FSDP2 and `torch.nn.utils.parametrize`
+work in the same way. Copies that PyTorch makes of a module, such as the replicas of DataParallel,
+have this class too and run on their own weights.
+
+The methods of the subclass are data descriptors. So Python calls them even if others (accelerate, a
+user) store a function as `module.forward`, before or after the replacement.
 """
 
 from __future__ import annotations
@@ -14,16 +16,16 @@ from functools import lru_cache, partial, update_wrapper, wraps
 from types import MethodType
 from typing import Any, TypeAlias
 
-# Takes the module, its original method and the arguments by name.
+# A function of the module, its original method and the arguments by name.
 Replacement: TypeAlias = Callable[[Any, Callable[..., Any], dict[str, Any]], Any]
 
 METHODS = ("forward", "generate")
-# In the `__dict__` of a module: replacements by the names of methods.
+# Key in the `__dict__` of a module: its replacements, by the name of the method.
 _REPLACED = "_vispruner_replaced"
 
 
 class _Method:
-    """One method of a class, which the module may have replaced."""
+    """A data descriptor for one method, which calls the replacement if the module has one."""
 
     def __init__(self, cls: type, name: str) -> None:
         self._class, self._name, self._known = cls, name, f"_vispruner_{name}"
@@ -40,7 +42,7 @@ class _Method:
         entries = vars(module)
         stored, function = entries.get(self._name), getattr(self._class.__mro__[1], self._name)
         known = entries.get(self._known)
-        # A replica begins with the entries of the module it was made of.
+        # A replica starts with a copy of the original module's entries.
         if (
             known is None
             or known[0] is not stored
@@ -52,15 +54,17 @@ class _Method:
         return known[2]
 
     def _call_of(self, module: Any, stored: Callable[..., Any] | None) -> Callable[..., Any]:
-        """A function of a module that calls what the module has in place of its method then. The
-        method is what is stored on the module, or what its class inherits."""
+        """Make the function that calls the module's replacement, or its method without one.
+
+        The method is the function stored on the module, or the one that its class inherits.
+        """
         inherited = getattr(super(self._class, module), self._name).__func__
         original = inherited if stored is None else stored
         signature = _signature(original, inherited, type(module), self._name)
         variadic = [p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
         name, is_stored = self._name, stored is not None
 
-        # Of `module` itself, which may be a copy of the one that this was made for.
+        # The argument `module` may be a copy of the module that this function was made for.
         def call(module: Any, /, *args: Any, **kwargs: Any) -> Any:
             replaced = vars(module).get(_REPLACED)
             if replaced is None:
@@ -72,8 +76,8 @@ class _Method:
             method = original if is_stored else partial(original, module)
             return replaced[name](module, method, kwargs)
 
-        # Others follow `__wrapped__` when they undo what they did to a model, and for the
-        # signature. They copy `__dict__`, so nothing else stands there.
+        # Libraries follow `__wrapped__` to undo their changes of a model and to read the signature.
+        # They copy `__dict__` of the function, so it has no other entries.
         unbound: Any = inherited
         if getattr(stored, "__self__", None) is module:
             unbound = stored.__func__  # type: ignore[union-attr]
@@ -100,8 +104,11 @@ class _Method:
 def _signature(
     original: Callable[..., Any], inherited: Callable[..., Any], cls: type, name: str
 ) -> inspect.Signature:
-    """Of a method when it is bound. If that takes all there is (`*args, **kwargs`), of the method
-    below it in the class: names are needed, also by transformers."""
+    """The signature of the bound method.
+
+    If the method takes only `*args, **kwargs`, return that of the next method below it in the class
+    hierarchy: this module and transformers need the names of the parameters.
+    """
     functions = [inherited, *(vars(base).get(name) for base in cls.__mro__)]
     signatures = [inspect.signature(partial(x, None)) for x in functions if inspect.isfunction(x)]
     if original is not inherited:
@@ -115,7 +122,7 @@ def _signature(
 
 @lru_cache(64)
 def _subclass(base: Any) -> type:
-    """Of the same name, which transformers writes into configurations."""
+    """A subclass with the same name, because transformers writes the name into configurations."""
 
     def reduce(module: Any, protocol: Any) -> Any:
         if _REPLACED in vars(module):
@@ -134,17 +141,17 @@ def _subclass(base: Any) -> type:
 
 
 def switch(module: Any, replacements: Mapping[str, Replacement]) -> None:
-    """Replaces methods of the module."""
+    """Replace methods of the module."""
     vars(module)[_REPLACED] = replacements
     cls: Any = type(module)
     module.__class__ = _subclass(cls)
-    # Made here, not while a compiler traces.
+    # Make the functions now, not while a compiler traces.
     for name in METHODS:
         getattr(module, name, None)
 
 
 def switch_back(module: Any) -> None:
-    """Undoes `switch`. A class that others derived from ours (FSDP2) stays, and passes calls on."""
+    """Undo `switch`. A class that others derived from ours (FSDP2) stays and calls the original."""
     for name in (_REPLACED, *(f"_vispruner_{name}" for name in METHODS)):
         vars(module).pop(name, None)
     if isinstance(vars(type(module)).get("forward"), _Method):

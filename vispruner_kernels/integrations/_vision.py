@@ -1,8 +1,8 @@
-"""What the models of transformers see: features, scores and layout of the visual tokens of a call.
+"""Find the reader of a model.
 
-A reader runs the vision tower once per kind of input (images, videos), with the scores of the layer
-whose output is the feature, and says where the tokens stand in the prompt. `READERS` has one for
-each class of models.
+A reader runs the vision tower once for each kind of input (images, videos). It returns the
+features, the attention scores of the layer that outputs them, and the position of each token in the
+prompt, as a `Visual` for each kind. `_readers/` has one file for each family of models.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ READERS: dict[str, Reader] = {
 
 
 class CoreAlone:
-    """The core of a model (`model.model`), as readers want a whole one."""
+    """A core model (`model.model`) in the form of a whole model, for readers."""
 
     generation_config = None
 
@@ -43,18 +43,21 @@ class CoreAlone:
 
 
 def asks_for_pruning(inputs: Mapping[str, Any]) -> bool:
-    """Whether there is anything to prune."""
+    """Whether the call has pixels."""
     features = inputs.get("mm_encoder_outputs") or {}
     if any(value is not None for value in features.values()):
         raise ValueError(
-            "mm_encoder_outputs: there are no scores to prune by; give pixel_values, to the model "
+            "mm_encoder_outputs: they hold no scores to prune by; pass pixel_values, to the model "
             "that was attached"
         )
     return any(given_pixels(inputs, name) for name in PIXELS)
 
 
 def reader(model: Any) -> Reader:
-    """The reader of the model's class, or of a class it inherits from."""
+    """The reader for the class of the model or for one of its bases.
+
+    Raises TypeError for other models. For a wrapped model the error says what to pass.
+    """
     inner, path = model, "model"
     while True:
         name = next((name for name in class_names(inner) if name in READERS), None)
@@ -62,8 +65,8 @@ def reader(model: Any) -> Reader:
             return READERS[name]
         if name is not None:
             raise TypeError(
-                f"model is a {type(model).__name__} around a {type(inner).__name__}, expected what "
-                f"is inside: pass {path}"
+                f"model is a {type(model).__name__} around a {type(inner).__name__}, expected the "
+                f"inner model: pass {path}"
             )
         step = next((step for step in _UNWRAP if hasattr(inner, step)), None)
         if step is None:
@@ -73,5 +76,6 @@ def reader(model: Any) -> Reader:
     raise TypeError(f"model is a {type(model).__name__}, expected one of {', '.join(READERS)}")
 
 
-# What leads out of a wrapper: peft; DataParallel, DistributedDataParallel, FSDP; torch.compile.
+# Attributes that lead from a wrapper to the wrapped model: of peft, of DataParallel,
+# DistributedDataParallel and FSDP, of torch.compile.
 _UNWRAP = {"get_base_model": "get_base_model()", "module": "module", "_orig_mod": "_orig_mod"}

@@ -1,8 +1,12 @@
-"""The visual tokens of a call: which grid each belongs to, where it stands, and which are kept.
+"""Apply a method and its budget to the visual tokens of a call.
 
-Sizes are known on the host before any data is, so `budgets` needs none.
+    Visual          the visual tokens: features, scores, grids, positions in the prompt
+    budgets(...)    units that share a budget, and their counts; from sizes on the host alone
+    select(...)     the rows that are kept
+    keep(...)       their places in the prompt and their embeddings
 
-A visual token is named by its row in `Visual.source`, the features as the tower made them, flat.
+A *row* identifies a visual token: its index in `Visual.source.flatten(0, 1)`, the features of the
+tower. A *grid* is a tile or a frame. A *unit* has one budget: an image, or one grid of it.
 """
 
 from __future__ import annotations
@@ -23,14 +27,14 @@ NEWLINE = -1
 
 
 def send(x: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on the device, without waiting for what the device does."""
+    """Copy a host tensor to the device without waiting for work queued there."""
     return x.to(device, non_blocking=True)
 
 
 def on_host() -> AbstractContextManager[Any]:
-    """Tensors made without a device are on the host, also where `torch.set_default_device` says
-    otherwise."""
-    # torch.get_default_device() fails in PyTorch 2.8 once the default was set back to None.
+    """Inside the context, new tensors without a device are on the host, even if
+    `torch.set_default_device` names another device."""
+    # In PyTorch 2.8 torch.get_default_device() fails after the default was reset to None.
     elsewhere = torch.empty(0).device.type != "cpu"
     return torch.device("cpu") if elsewhere else nullcontext()
 
@@ -41,24 +45,24 @@ class Visual:
 
     # "image" or "video"
     kind: str
-    # [G, S, C]: G grids (tiles, frames) of S tokens.
+    # [G, S, C]: features of G grids (tiles, frames) of S tokens.
     source: Tensor
-    # [G, S - first]; none for a method that needs none.
+    # [G, S - first]; None for a method that needs no scores.
     scores: Tensor | None
-    # Leading tokens of a grid that are no patches: always kept.
+    # Number of leading tokens of a grid that are no patches. They are always kept.
     first: int
-    # By image, int64 on the host: the row of each of its tokens in prompt order, or NEWLINE.
+    # For each image, int64 on the host: the row of each of its tokens in prompt order, or NEWLINE.
     layouts: list[Tensor]
-    # Which of all images of the call these are.
+    # The numbers of these images among all images of the call.
     numbers: list[int]
-    # By row, int64 on the host: its grid, and its column there; -1 where rows make no grid.
+    # For each row, int64 on the host: its grid, and its column there, or -1 without columns.
     grid: Tensor
     column: Tensor
-    # Rows -> embeddings [K, D] for the language model.
+    # Maps rows [K] to embeddings [K, D] for the language model.
     embed: Callable[[Tensor], Tensor]
-    # [D]
+    # [D] the embedding of NEWLINE.
     newline: Tensor | None = None
-    # Whether a grid is a part of an image that can have a budget of its own.
+    # Whether a grid can have a budget of its own.
     tiles: bool = True
 
 
@@ -70,7 +74,7 @@ def grids_of(count: int, tokens: int, first: int, width: int) -> tuple[Tensor, T
 
 
 def _units(visual: Visual, image: int, per_grid: bool) -> list[Tensor]:
-    """The rows among which an image has its budgets: all its patches, or those of each grid."""
+    """The units of an image, as rows: all its patches, or the patches of each grid."""
     layout = visual.layouts[image]
     rows = layout[(layout != NEWLINE) & (layout % visual.source.shape[1] >= visual.first)]
     rows = rows.sort().values
@@ -81,7 +85,7 @@ def _units(visual: Visual, image: int, per_grid: bool) -> list[Tensor]:
 
 
 def _width(visual: Visual, rows: Tensor) -> int | None:
-    """Tokens in a row of the grids, where all are as long."""
+    """Number of columns of the grids, or None if grid rows differ in length."""
     if not len(rows):
         return None
     column, grid = visual.column[rows], visual.grid[rows]
@@ -93,21 +97,21 @@ def _width(visual: Visual, rows: Tensor) -> int | None:
 
 @dataclass
 class Budgets:
-    """What has a budget, a unit, by its rows: an image, or a grid of it."""
+    """The units of all images, as rows, and their counts."""
 
-    # Units that the method prunes, and the width of each.
+    # Units that the method prunes, and the number of columns of each.
     pruned: list[Tensor]
     widths: list[int | None]
-    # Units that have no more tokens than the count, where such are kept whole.
+    # Units that stay whole, because they have no more tokens than the count.
     whole: list[Tensor]
-    # By image: the tokens kept.
+    # For each image, the number of kept tokens.
     counts: list[int]
 
 
 def budgets(visual: Visual, method: Method, per_grid: bool, keep_small: bool = False) -> Budgets:
-    """The units of all images; with `keep_small` small ones are whole instead of an error."""
+    """Split images into units. A small unit is an error, or stays whole with `keep_small`."""
     found = Budgets([], [], [], [0] * len(visual.layouts))
-    # A fraction is at most 1, so at most all of one token.
+    # A fraction is at most 1, so here it only matters for units of at most one token.
     most_whole = method.keep if keep_small else -1
     for image in range(len(visual.layouts)):
         for rows in _units(visual, image, per_grid):
@@ -132,7 +136,7 @@ def budgets(visual: Visual, method: Method, per_grid: bool, keep_small: bool = F
 def select(
     visual: Visual, method: Method, per_grid: bool, keep_small: bool = False
 ) -> tuple[Tensor, list[int]]:
-    """Rows kept, and how many of each image."""
+    """The kept rows, and the number of kept tokens of each image."""
     found = budgets(visual, method, per_grid, keep_small)
     kept = [send(torch.cat(found.whole), visual.source.device)] if found.whole else []
     if found.pruned:
@@ -143,7 +147,7 @@ def select(
 def _pruned(
     visual: Visual, method: Method, units: list[Tensor], widths: list[int | None]
 ) -> Tensor:
-    """The rows that the method keeps of these units."""
+    """The rows that the method keeps in these units."""
     source, scores, first = visual.source, visual.scores, visual.first
     order, lengths = torch.cat(units), [len(rows) for rows in units]
     placed = send(order, source.device)
@@ -151,7 +155,7 @@ def _pruned(
     row = torch.arange(grids * tokens)
     patches = row[row % tokens >= first]
     if lengths == [tokens - first] * grids and torch.equal(order, patches):
-        # Every patch of every grid: they are read where the tower wrote them.
+        # The units are all grids, in order: read the features in place, without a copy.
         kept = method.on_grid(widths[0]).select(source[:, first:], scores)
         starts = torch.arange(0, len(order), tokens - first, device=source.device)
         chosen = (kept + starts[:, None]).flatten()
@@ -165,19 +169,19 @@ def _pruned(
 
 @dataclass
 class Kept:
-    """The tokens kept of all images, or of all videos."""
+    """The kept tokens of all images, or of all videos."""
 
-    # int64 [K], ascending: their places among the placeholders.
+    # int64 [K], ascending: their indices among the placeholders.
     places: Tensor
     # [K, D]
     embeds: Tensor
-    # By image: how many there are of how many.
+    # For each image, the number of kept tokens and the number of all tokens.
     counts: list[int]
     lengths: list[int]
 
 
 def lengths_of(visuals: list[Visual]) -> list[int]:
-    """Tokens by image, of visuals of one kind."""
+    """Number of tokens of each image, for visuals of one kind."""
     images = {n: len(x) for v in visuals for n, x in zip(v.numbers, v.layouts, strict=True)}
     return [images[n] for n in range(len(images))]
 
@@ -189,7 +193,7 @@ def keep(
     newlines: bool,
     keep_small: bool = False,
 ) -> Kept:
-    """Of the visuals of one kind, each with images of its own."""
+    """Prune the visuals of one kind, each with its own images. `newlines` keeps newline tokens."""
     lengths = lengths_of(visuals)
     starts = [0, *accumulate(lengths)]
     counts = [0] * len(lengths)

@@ -1,9 +1,20 @@
 """Visual token pruning for models of transformers, without patched model code.
 
-    inputs = prune_inputs(model, processor(...), VisPruner(64))    # for generate and forward
-    handle = attach(model, VisPruner(64))                          # both prune by themselves
+    inputs = prune_inputs(model, processor(...), VisPruner(64))    # prune one call
+    handle = attach(model, VisPruner(64))                          # prune every call of the model
 
-docs/transformers.md has the models, what counts as a token, and what is not supported.
+The steps of a call, and the file in this folder of each:
+
+    1. `generate` or `forward` of an attached model calls the handle     _switch.py, _attach.py
+    2. find the placeholders and the padding of the prompt               _prompt.py
+    3. choose the reader of the model's family                           _vision.py, _readers/
+    4. run the vision tower; capture features and scores of one layer    _readers/, _attention.py
+    5. select tokens within their budget; project the kept ones          _visual.py
+    6. build the shorter prompt: embeddings, mask, positions, labels     _prompt.py
+    7. run the original method; record the pruned prompt on its cache    _attach.py, _cache.py
+
+`prune_inputs` does steps 2 to 6; `_prune` below has their order. docs/transformers.md lists the
+models, the meaning of a budget, and the limits.
 """
 
 from __future__ import annotations
@@ -46,12 +57,12 @@ if tuple(int(x) for x in transformers.__version__.split(".")[:2]) < MINIMUM:
         f"{'.'.join(map(str, MINIMUM))}: pip install -U transformers"
     )
 
-# They need a transformers that is new enough.
+# These modules need a recent transformers, so their import comes after the check.
 from vispruner_kernels.integrations._attach import Handle  # noqa: E402
 from vispruner_kernels.integrations._cache import cache_in, length_of  # noqa: E402
 
-# What describes images or the prompt before pruning, and must not reach the model after it.
-_SPENT = (
+# Arguments that describe the images or the unpruned prompt. The model must not get them afterwards.
+_DROPPED = (
     *PIXELS,
     "input_ids",
     "image_sizes",
@@ -71,15 +82,15 @@ _SPENT = (
 
 
 class PrunedInputs(dict[str, Any]):
-    """Arguments for `model.generate` and `model.forward`, and what was kept.
+    """Arguments for `model.generate` and `model.forward`, and the kept tokens.
 
     Attributes:
-        kept: by image, then by video: int64, ascending, the kept ones of its tokens in the prompt,
-            from 0; for an image of plain patches the indices of `Method.select`. None if there was
-            nothing to prune.
-        input_ids: [B, L'] the prompt with the placeholders that are left; none where the caller
-            gave only embeddings.
-        removed: [B] how many tokens each prompt lost.
+        kept: for each image, then for each video: int64, ascending, the indices of its kept tokens
+            among its tokens in the prompt. For an image of plain patches these are the indices of
+            `Method.select`. None if there was nothing to prune.
+        input_ids: [B, L'] the prompt with the remaining placeholders. None if the caller passed
+            only embeddings.
+        removed: [B] the number of tokens removed from each prompt.
         features: by kind ("image", "video"), for each image or video the projected features of its
             kept tokens, [K, D]. Empty if there was nothing to prune.
     """
@@ -88,13 +99,13 @@ class PrunedInputs(dict[str, Any]):
     input_ids: Tensor | None = None
     removed: Tensor | None = None
     features: Mapping[str, list[Tensor]] = MappingProxyType({})
-    # The first columns of the prompt that stay what they are, before any image.
+    # The number of columns at the start of the prompt, before any image, that do not change.
     unchanged: int = 0
 
 
 @dataclass(frozen=True)
 class _Settings:
-    """What `prune_inputs` and `attach` are told."""
+    """The checked options of `prune_inputs` and `attach`."""
 
     method: Method
     budget: str
@@ -123,50 +134,52 @@ def prune_inputs(
     newlines: str = "keep",
     small: str = "error",
 ) -> PrunedInputs:
-    """Prune what a processor returned, for `model.generate` and `model.forward`.
+    """Prune the output of a processor, for `model.generate` and `model.forward`.
 
-    Features and scores come from one run of the vision tower; only kept tokens are projected (see
-    Cost), and the placeholders shrink with them.
+    Features and scores come from one run of the vision tower. Only kept tokens are projected (see
+    Cost) and get a place in the prompt.
 
     Args:
         model: LlavaForConditionalGeneration, LlavaNext..., LlavaOnevision..., VideoLlava... or
             Qwen2_5_VLForConditionalGeneration of transformers, not wrapped.
-        inputs: what its processor returned for any number of prompts, with `input_ids` or
-            `inputs_embeds`; may hold `labels` and any other argument of the call.
-        method: one of `vispruner_kernels.methods`. On a tower without a [CLS] token a method that
-            ranks by it wants `scores="received"`.
-        budget: "image": `method.keep` of all tokens of an image; "tile": of each tile of LLaVA-NeXT
-            or LLaVA-OneVision, after unpadding, as VisPruner was published. Videos always have it
-            per frame.
-        newlines: "keep" or "drop" the tokens that end a row of an image, which are in no budget.
-        small: what has no more tokens than the count (an image; a tile or a frame that has its own
-            budget): "keep" keeps all of them, "error" refuses a count above them.
+        inputs: the output of its processor for any number of prompts, with `input_ids` or
+            `inputs_embeds`. It may have `labels` and any other argument of the call.
+        method: one of `vispruner_kernels.methods`. VisPruner and FasterVLM rank by the [CLS] token;
+            for a tower without one, pass `scores="received"` to them.
+        budget: "image": `method.keep` counts tokens of an image. "tile": it counts tokens of each
+            tile of LLaVA-NeXT or LLaVA-OneVision, after unpadding, as VisPruner was published.
+            Videos always have a budget per frame.
+        newlines: "keep" or "drop" the tokens that end a row of an image. No budget includes them.
+        small: "error" or "keep". A small image (or tile or frame, if it has its own budget) has no
+            more tokens than the count. "keep" keeps all its tokens; "error" refuses a count above
+            their number.
 
     Returns:
-        PrunedInputs: `inputs_embeds`, `attention_mask`, where needed `position_ids` and `labels`,
-        and whatever else `inputs` held. Without images the inputs themselves.
+        PrunedInputs: `inputs_embeds`, `attention_mask`, `position_ids` and `labels` if needed, and
+        the other arguments in `inputs`. Without images the inputs themselves.
 
     Raises:
-        TypeError: a model or a method that is not supported.
+        TypeError: the model or the method is not supported.
         ValueError: a count above the tokens of an image (see `small`), placeholders that do not
-            match the images, a vision tower without the layer asked for, or without the [CLS] token
-            needed.
+            match the images, or a vision tower without the requested layer or the needed [CLS]
+            token.
 
     Contract:
         Indices are those of `method.select` on the features and scores of this call; patches are
-        numbered tile by tile. Other layers keep their attention implementation; the model is as it
-        was when this returns or raises, but for `rope_deltas` of Qwen2.5-VL, which belongs to the
-        last prompt as after its own forward. Padding is at the left. Differentiable with respect to
-        features, projector and embeddings. Several threads may prune at once, and hooks of the
-        model may call this.
+        numbered tile by tile. Other layers keep their attention implementation. When this returns
+        or raises, the model is unchanged, except for `rope_deltas` of Qwen2.5-VL, which belongs to
+        the last prompt as after the model's own forward. Padding is at the left. Differentiable
+        with respect to features, projector and embeddings. Several threads may prune at once, and
+        hooks of the model may call this.
 
     Cost:
-        One run of the tower for the images and one for the videos, of the layers up to the one that
-        is read. One launch selects, for images of one size or of several; FoPru rows and `Random`
-        take one for each run of equal sizes, and interpolated images have their own. The ids and
-        the mask are copied to the host before the tower runs, and nothing waits for it afterwards,
-        but the model's own packing of interpolated images. All patches are projected where tokens
-        are interpolated after the projector: videos, and images above 9 tiles, of LLaVA-OneVision.
+        One run of the tower for the images and one for the videos, up to the layer that outputs the
+        features. One launch selects for all images, even of several sizes. FoPru rows and `Random`
+        need one launch for each run of equal sizes, and interpolated images have their own. The ids
+        and the mask are copied to the host before the tower runs. Afterwards the host does not wait
+        for the device, except in the model's own packing of interpolated images. All patches are
+        projected where tokens are interpolated after the projector: videos, and images above 9
+        tiles, of LLaVA-OneVision.
 
     Source:
         VisPruner, arXiv 2412.01818v2.
@@ -189,14 +202,15 @@ def _prune(
     padding: str,
     settings: _Settings,
 ) -> PrunedInputs:
-    """`prune_inputs` of inputs with pixels; `padding` is "left", or "same" as in the inputs."""
+    """`prune_inputs` for inputs with pixels. `padding` is "left", or "same" as in the inputs."""
     ids, embeds, mask = given(inputs, "input_ids", "inputs_embeds", "attention_mask")
     _check_shapes(inputs)
     length = (embeds if ids is None else ids).shape[1]
     past = None if mask is None else mask[:, : mask.shape[1] - length]
     mask = None if mask is None else mask[:, mask.shape[1] - length :]
 
-    # All that waits for the device comes before the tower; the selection is queued behind it.
+    # Everything that waits for the device comes before the tower, so the selection is queued behind
+    # the tower without a wait.
     found = placeholders(model, inputs)
     cache, cache_name = cache_in(inputs, type(model.model))
     held = cache_name if length_of(cache) else None
@@ -219,7 +233,7 @@ def _prune(
     device = (embeds if ids is None else ids).device
     prompt = Prompt(mask_on_host, where, kept, device, padding)
 
-    pruned = PrunedInputs({k: v for k, v in inputs.items() if k not in _SPENT and v is not None})
+    pruned = PrunedInputs({k: v for k, v in inputs.items() if k not in _DROPPED and v is not None})
     if ids is not None:
         pruned.input_ids = prompt.take(ids, _padding_id(model))
     if embeds is None:
@@ -235,14 +249,14 @@ def _prune(
     if positions is not None:
         pruned["position_ids"] = prompt.positions(positions)
     if hasattr(model.model, "rope_deltas") and positions is not None and positions.dim() == 3:
-        # From these the model's own forward goes on: the next position less the tokens before it.
+        # The model's forward continues from these: the next position minus the tokens before it.
         last = positions[-3:] if mask is None else positions[-3:].masked_fill(mask == 0, -1)
         tokens_before = prompt.length if mask is None else mask.sum(-1)
         removed = send(prompt.removed, positions.device)
         model.model.rope_deltas = (last.amax((0, 2)) + 1 - tokens_before + removed)[:, None]
     if inputs.get("labels") is not None:
         labels = prompt.take(inputs["labels"], -100)
-        # Nothing comes before the first token of a prompt, so its label never counts.
+        # Nothing predicts the first token of a prompt, so its label must not count.
         pruned["labels"] = labels.masked_fill(prompt.newly_padded.to(labels.device), -100)
     pruned.removed, pruned.unchanged = prompt.removed, prompt.unchanged
     pruned.features = {
@@ -258,6 +272,7 @@ def _prune(
 
 
 def _check_shapes(inputs: Mapping[str, Any]) -> None:
+    """Check the arguments that have a batch and a length against each other."""
     ids, embeds = given(inputs, "input_ids", "inputs_embeds")
     if ids is None and embeds is None:
         raise ValueError("inputs has neither input_ids nor inputs_embeds")
@@ -283,6 +298,7 @@ def _check_shapes(inputs: Mapping[str, Any]) -> None:
 
 
 def _padding_id(model: Any) -> int:
+    """The id of padding in the model's configurations, or 0."""
     for config in (model.generation_config, model.config, model.config.get_text_config()):
         token = getattr(config, "pad_token_id", None)
         if token is not None and token >= 0:
@@ -298,7 +314,7 @@ def attach(
     newlines: str = "keep",
     small: str = "error",
 ) -> Handle:
-    """`model.generate(**inputs)` and `model(**inputs)` prune by themselves until `remove()`.
+    """Make `model.generate(**inputs)` and `model(**inputs)` prune, until `remove()`.
 
     Args:
         model: as in `prune_inputs`.
@@ -308,27 +324,29 @@ def attach(
         small: as in `prune_inputs`.
 
     Returns:
-        Handle: `remove()` leaves the model as it was; `with attach(...):` does so by itself.
+        Handle: `remove()` restores the model; `with attach(...):` calls it at the end.
 
     Raises:
-        TypeError: a model or a method that is not supported.
-        ValueError: here for a wrong option, in a call as `prune_inputs`, and for decoding that is
-            not supported with a pruned prompt: assisted, prompt lookup, prefill in parts, and
-            `generate` from a cache that holds one.
-        RuntimeError: the model prunes already; or, from copying or saving it whole, that it does.
+        TypeError: the model or the method is not supported.
+        ValueError: from `attach`, a wrong option. From a call of the model, the errors of
+            `prune_inputs`, and decoding that is not supported with a pruned prompt: assisted
+            decoding, prompt lookup, prefill in parts, and `generate` from a cache that holds a
+            pruned prompt.
+        RuntimeError: the model prunes already. While it prunes, copying it, pickling it whole and
+            exporting it raise this too.
 
     Contract:
-        For `generate` the prompt is the caller's: sequences begin with its `input_ids`,
-        `max_length` counts them, and processors of logits, stopping criteria and streamers see
-        them. Padding moves to the left. `forward` of the model and of its core (`model.model`)
-        returns logits of the pruned length; labels of that length are in `out.labels`, projected
-        features of kept tokens where the model returns them. Decoding by hand goes on with the mask
-        and the positions of the unpruned prompt, or without.
-        The model and its core get a subclass of their class, so that pruning stays on when others
-        wrap `model.forward`, and replicas of DataParallel prune with their own weights.
+        `generate` treats the caller's prompt as the prompt: sequences begin with its `input_ids`,
+        `max_length` counts them, and logits processors, stopping criteria and streamers get them.
+        Padding moves to the left. `forward` of the model and of its core (`model.model`) returns
+        logits of the pruned length. Labels of that length are in `out.labels`; fields with
+        projected features have those of kept tokens. To decode by hand, pass the mask and the
+        positions of the unpruned prompt, or neither.
+        The model and its core get a subclass of their class. So pruning stays on when others wrap
+        `model.forward`, and replicas of DataParallel prune with their own weights.
 
     Cost:
-        That of `prune_inputs` in each call that has images, none in others.
+        That of `prune_inputs` in each call with images; none in other calls.
 
     Source:
         VisPruner, arXiv 2412.01818v2.

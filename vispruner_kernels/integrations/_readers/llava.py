@@ -1,4 +1,4 @@
-"""LLaVA-1.5."""
+"""LLaVA-1.5: one grid for each image."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LLaVA-NeXT."""
+"""LLaVA-NeXT: several tiles for each image."""
 
 from __future__ import annotations
 

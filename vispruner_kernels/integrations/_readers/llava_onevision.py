@@ -1,4 +1,4 @@
-"""LLaVA-OneVision."""
+"""LLaVA-OneVision: tiles for each image, pooled frames for each video."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def read(model: Any, inputs: Mapping[str, Any], method: Method) -> list[Visual]:
         sizes = sizes_of(inputs)
         counts = inputs.get("batch_num_images")
         counts = [1] * len(sizes) if counts is None else [int(n) for n in counts]
-        # A prompt with several images gets one tile of each.
+        # An image is only cut into tiles if it is alone in its prompt.
         alone = [n == 1 for n in counts for _ in range(n)]
         tile = config.vision_config.image_size
         tiles = [
@@ -47,7 +47,7 @@ def read(model: Any, inputs: Mapping[str, Any], method: Method) -> list[Visual]:
         videos = pixels_of(inputs, "pixel_values_videos", VIDEOS)
         frames = videos.shape[1]
         read = read_tower(model, inputs, method, core.vision_tower, videos.flatten(0, 1))
-        # Pooled after the projector: a token is a mixture of patches, which it needs all.
+        # The model pools after the projector, so all patches are projected.
         patches, scores, _ = read
         pooled = core.apply_pooling(patches).contiguous()
         scores = None if scores is None else core.apply_pooling(scores[..., None])[..., 0]

@@ -1,4 +1,7 @@
-"""Qwen2.5-VL."""
+"""Qwen2.5-VL: images and videos of any size, packed.
+
+The merger makes one token of 2 x 2 patches.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,12 @@ import torch
 from torch import Tensor
 
 from vispruner_kernels._checks import MAX_TOKENS
-from vispruner_kernels.integrations._attention import Reading, is_watched, reading, standing_in
+from vispruner_kernels.integrations._attention import (
+    Capture,
+    capture_scores,
+    has_user_code,
+    replace_forward,
+)
 from vispruner_kernels.integrations._readers.arguments import (
     PATCHES,
     given_pixels,
@@ -34,20 +42,20 @@ def read(model: Any, inputs: Mapping[str, Any], method: Method) -> list[Visual]:
 
 
 def _merged(model: Any, kind: str, pixels: Tensor, grids: Tensor, method: Method) -> Visual:
-    """Tokens that the merger makes of 2 x 2 patches; their feature is the four side by side."""
+    """Read images or videos. The feature of a token is its four patches, concatenated."""
     if method.needs == "cls":
         raise no_cls_error("the vision tower of Qwen2.5-VL", method)
     tower = model.model.visual
-    if is_watched(tower) or is_watched(tower.merger):
+    if has_user_code(tower) or has_user_code(tower.merger):
         raise ValueError(
-            "hooks on the vision tower of Qwen2.5-VL or on its merger, or a forward of your own "
-            "there, are not supported: the merger sees kept tokens only. Put them on the blocks or "
-            "within the merger"
+            "hooks on the vision tower of Qwen2.5-VL or on its merger, or a replaced forward "
+            "there, are not supported: the merger gets kept tokens only. Put them on the blocks or "
+            "inside the merger"
         )
     merge = tower.spatial_merge_size
     unit = merge * merge
     windowed = len(tower.blocks) - 1 not in tower.fullatt_block_indexes
-    # Before the tower, so that nothing waits for it.
+    # Copy to the host before the tower runs, so that nothing waits for the tower.
     shapes = torch.as_tensor(grids).tolist()
     patches = sum(t * h * w for t, h, w in shapes)
     if len(pixels) != patches:
@@ -64,13 +72,16 @@ def _merged(model: Any, kind: str, pixels: Tensor, grids: Tensor, method: Method
 
     def merger(hidden: Tensor) -> Tensor:
         result.hidden = hidden
-        # The numbers of its outputs: the tower puts them back from window order.
+        # Return the number of each merged token; the tower reorders them from windows to raster.
         return torch.arange(len(hidden) // unit, device=hidden.device)[:, None]
 
-    # A patch attends within its image or, in a windowed layer, its window, where shorter means of
-    # fewer queries are not comparable: sums are.
-    result = Reading(method.needs, 0, sums=windowed)
-    with reading(tower.blocks[-1].attn, result), standing_in(tower.merger, result, merger):
+    # In a windowed layer a patch attends within its window. Windows have different sizes, so means
+    # over their queries are not comparable, but sums are.
+    result = Capture(method.needs, 0, sums=windowed)
+    with (
+        capture_scores(tower.blocks[-1].attn, result),
+        replace_forward(tower.merger, result, merger),
+    ):
         out = tower(pixels.type(tower.dtype), grid_thw=grids)
     raster = (out if isinstance(out, Tensor) else out.pooler_output)[:, 0]
     source = result.hidden.unflatten(0, (-1, unit))[raster].flatten(1)

@@ -1,4 +1,9 @@
-"""Images in tiles: LLaVA-NeXT, LLaVA-OneVision."""
+"""Images in tiles, for LLaVA-NeXT and LLaVA-OneVision.
+
+The model crops the padding of the tiles, may interpolate the result, and appends a newline token to
+each row. This module lets the model's own code do that with marked rows, and reads the position of
+each patch from the marks.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +20,10 @@ from vispruner_kernels.methods import Method
 
 
 class Pack(Protocol):
-    """The model's own packing of images [tiles, N, K], by their numbers, with a newline [K] after
-    each row: [tokens, K] each."""
+    """The model's own packing: images [tiles, N, K] with these numbers become [tokens, K] each.
+
+    The newline [K] comes after each row.
+    """
 
     def __call__(
         self, images: Sequence[Tensor], numbers: Sequence[int], newline: Tensor
@@ -26,10 +33,10 @@ class Pack(Protocol):
 def tiled_images(
     model: Any, inputs: Mapping[str, Any], method: Method, tiles: list[int], pack: Pack
 ) -> list[Visual]:
-    """Images cut into tiles, which the model unpads, may interpolate, and packs."""
+    """Read images in tiles. `pack` is the packing function of the model."""
     core, pixels = model.model, inputs["pixel_values"]
     if pixels.dim() == 5:
-        # Padded to the same number of tiles.
+        # The processor pads images to the same number of tiles.
         pixels = torch.cat([image[:n] for image, n in zip(pixels, tiles, strict=False)])
     if pixels.dim() != 4 or len(pixels) != sum(tiles):
         raise ValueError(
@@ -49,7 +56,8 @@ def tiled_images(
             f"a tile has {tokens} tokens, expected {side} x {side} patches: "
             "see vision_feature_select_strategy"
         )
-    # Where each row goes. A mixture of rows has a variance: the image is interpolated.
+    # Pack the index of each row and its square. Where the second is not the square of the first, a
+    # token is a mixture of rows: the image is interpolated.
     row = torch.arange(count * tokens, dtype=torch.float64).view(count, tokens, 1)
     images = torch.cat([row, row * row], -1).split(tiles)
     packed = pack(images, range(len(tiles)), torch.tensor([-1.0, 1.0]).double())
@@ -64,11 +72,11 @@ def tiled_images(
     if not all(exact):
         mixed = [i for i, plain in enumerate(exact) if not plain]
         lengths = [len(packed[i]) for i in mixed]
-        visuals.append(_mixed(core, source, scores, tiles, mixed, lengths, pack))
+        visuals.append(_interpolated(core, source, scores, tiles, mixed, lengths, pack))
     return visuals
 
 
-def _mixed(
+def _interpolated(
     core: Any,
     source: Tensor,
     scores: Tensor | None,
@@ -77,8 +85,11 @@ def _mixed(
     lengths: list[int],
     pack: Pack,
 ) -> Visual:
-    """Images that are interpolated after the projector, which therefore needs all their patches: a
-    token, its feature and its score are mixtures."""
+    """Read images that the model interpolates after the projector.
+
+    A token is a mixture of patches, so the projector needs all patches. Features and scores are
+    interpolated in the same way.
+    """
 
     def packed(x: Tensor) -> Tensor:
         images = x.split(tiles)
@@ -110,5 +121,6 @@ def _mixed(
 
 
 def sizes_of(inputs: Mapping[str, Any]) -> list[list[int]]:
+    """Height and width of each image."""
     sizes = torch.as_tensor(needed(inputs, "image_sizes")).tolist()
     return [[int(x) for x in size] for size in sizes]

@@ -1,4 +1,4 @@
-"""CLIP and SigLIP towers: features and scores of one run."""
+"""Run a CLIP or SigLIP tower and capture features and scores."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ import torch
 from torch import Tensor
 
 from vispruner_kernels.integrations._attention import (
-    Reading,
-    is_watched,
-    reading,
-    standing_in,
-    watching,
+    Capture,
+    capture_output,
+    capture_scores,
+    has_user_code,
+    replace_forward,
 )
 from vispruner_kernels.integrations._readers.arguments import setting, tower_options
 from vispruner_kernels.integrations._visual import Visual, grids_of
 from vispruner_kernels.methods import Method
 
-# Prefix tokens ([CLS]) of the vision towers.
+# Number of prefix tokens ([CLS]) of each vision tower.
 TOWERS = {"CLIPVisionModel": 1, "SiglipVisionModel": 0}
 
 
 def _layers(tower: Any, index: Any) -> tuple[Any, Sequence[Any]]:
-    """The layer whose output is `hidden_states[index]`, and those after it."""
+    """The layer that outputs `hidden_states[index]`, and the layers after it."""
     layers = getattr(tower, "vision_model", tower).encoder.layers
     count = len(layers)
     number = index if isinstance(index, int) and index >= 0 else 0
@@ -41,14 +41,17 @@ def _layers(tower: Any, index: Any) -> tuple[Any, Sequence[Any]]:
 
 
 def _around_layers(tower: Any) -> list[Any]:
-    """The tower and the modules in it, without the layers."""
+    """The tower and its modules, without the encoder layers."""
     layers = getattr(tower, "vision_model", tower).encoder.layers
     inside = {id(module) for module in layers.modules()}
     return [module for module in tower.modules() if id(module) not in inside]
 
 
 def _prefix(tower: Any, method: Method) -> int:
-    """Prefix tokens of a tower that we know and the method can use."""
+    """Number of prefix tokens of the tower.
+
+    Raises ValueError for an unknown tower, or if the method needs a [CLS] token and it has none.
+    """
     names = [cls.__name__ for cls in type(tower).__mro__]
     name = next((name for name in names if name in TOWERS), None)
     if name is None:
@@ -76,29 +79,37 @@ def read_tower(
     pixels: Tensor,
     strategy: str | None = None,
 ) -> tuple[Tensor, Tensor | None, int]:
-    """Features [G, S, C] as the projector would get them, scores [G, S - first], and `first`."""
+    """Run the tower; return features [G, S, C], scores [G, S - first] or None, and `first`.
+
+    The features are the input that the model gives its projector. `first` is the number of leading
+    tokens of a grid that are no patches.
+    """
     prefix, options = _prefix(tower, method), tower_options(model, inputs)
     layer, unread = _layers(tower, setting(model, inputs, "vision_feature_layer"))
-    # Users see what the tower computes without us, and what they change there counts.
+    # Layers after the captured one are skipped, unless user code may read or change the output.
     skipped = [module for later in unread for module in later.modules()]
-    watched = any(map(is_watched, (*_around_layers(tower), *skipped)))
-    if watched:
+    run_all = any(map(has_user_code, (*_around_layers(tower), *skipped)))
+    if run_all:
         unread, options = (), options | {"output_hidden_states": True}
     strategy = strategy or setting(model, inputs, "vision_feature_select_strategy")
     if strategy not in ("default", "full"):
         raise ValueError(
             f"vision_feature_select_strategy is {strategy!r}, expected 'default' or 'full'"
         )
-    result = Reading(method.needs, prefix)
-    with reading(layer.self_attn, result), watching(layer, result), ExitStack() as stack:
+    result = Capture(method.needs, prefix)
+    with (
+        capture_scores(layer.self_attn, result),
+        capture_output(layer, result),
+        ExitStack() as stack,
+    ):
         for later in unread:
-            stack.enter_context(standing_in(later, result, lambda hidden, *_, **__: hidden))
+            stack.enter_context(replace_forward(later, result, lambda hidden, *_, **__: hidden))
         out = tower(pixels, return_dict=True, **options)
     index = setting(model, inputs, "vision_feature_layer")
-    hidden = out.hidden_states[index] if watched else result.hidden
-    # SigLIP's hidden states keep the layout of its convolution, channels outermost.
+    hidden = out.hidden_states[index] if run_all else result.hidden
+    # SigLIP's hidden states may keep the layout of its convolution, with channels outermost.
     hidden = hidden if hidden.stride(-1) == 1 else hidden.contiguous()
-    # "default" drops the first token, whatever it is.
+    # "default" drops the first token, even of a tower without a [CLS] token.
     dropped = 1 if strategy == "default" else 0
     scores = result.scores[0][:, max(dropped - prefix, 0) :] if result.scores else None
     return hidden[:, dropped:], scores, max(prefix - dropped, 0)
@@ -110,7 +121,7 @@ def whole_images(
     kind: str,
     grids_each: int = 1,
 ) -> Visual:
-    """Images of some grids each, of which the language model sees every token in order."""
+    """Images of `grids_each` grids; the language model gets all their tokens, in order."""
     source, scores, first = read
     count, tokens = source.shape[:2]
     side = math.isqrt(tokens - first)
@@ -126,6 +137,6 @@ def whole_images(
         numbers=[*range(len(layouts))],
         grid=grid,
         column=column,
-        # Not of `flatten`, which copies where the first token is left out.
+        # Two indices: `source.flatten(0, 1)` would copy, because `source` may be a slice.
         embed=lambda kept: project(source[kept // tokens, kept % tokens]),
     )

@@ -1,4 +1,4 @@
-"""Video-LLaVA."""
+"""Video-LLaVA: one grid for each image and for each frame of a video."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vispruner_kernels.methods import Method
 
 def read(model: Any, inputs: Mapping[str, Any], method: Method) -> list[Visual]:
     visuals = []
-    # Renamed on the way of transformers 5.
+    # The name depends on the version of transformers 5.
     for name in ("pixel_values", "pixel_values_images"):
         if given_pixels(inputs, name):
             pixels = pixels_of(inputs, name, IMAGES)
@@ -26,7 +26,7 @@ def read(model: Any, inputs: Mapping[str, Any], method: Method) -> list[Visual]:
             visuals.append(whole_images(model, read, "image"))
     if given_pixels(inputs, "pixel_values_videos"):
         videos = pixels_of(inputs, "pixel_values_videos", VIDEOS)
-        # transformers drops the [CLS] token of images only.
+        # transformers drops the [CLS] tokens of images, and keeps those of frames.
         read = read_tower(
             model, inputs, method, model.model.video_tower, videos.flatten(0, 1), "full"
         )
