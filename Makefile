@@ -47,7 +47,7 @@ NEWEST_PIP := $(NEWEST) -m pip --disable-pip-version-check
 # The tests that a new version of another package can break.
 NEWEST_TESTS := $(wildcard tests/integrations/test_transformers*.py tests/operators/test_select*.py \
   tests/operators/test_cls_*.py tests/operators/test_received*.py) $(patsubst %,tests/%.py,operators/test_prune \
-  operators/test_methods pytorch/test_registration pytorch/test_compile kernels/test_launches)
+  operators/test_attention_scores operators/test_methods pytorch/test_registration pytorch/test_compile kernels/test_launches)
 DEPRECATED := $(patsubst %,-W default::%,DeprecationWarning PendingDeprecationWarning FutureWarning)
 PURELIB := import sysconfig; print(sysconfig.get_path("purelib"))
 TORCH_HERE := import importlib.metadata as m; print("torch==" + m.version("torch"))
@@ -78,7 +78,7 @@ test-slow: dev ## run the long tests that need no GPU
 test-triton: dev ## run the operators' tests with the Triton kernels, in Triton's interpreter
 	TRITON_INTERPRET=1 VISPRUNER_KERNELS_BACKEND=triton $(PY) -m pytest -k registered $(XDIST) $(PYTEST_ARGS) \
 	  tests/operators/test_select*.py tests/operators/test_prune.py tests/operators/test_cls_*.py \
-	  tests/operators/test_received*.py
+	  tests/operators/test_received*.py tests/operators/test_attention_scores.py
 
 test-aot: dev ## compile every Triton kernel for six GPUs; prints registers, shared memory and spills
 	$(PY) -m pytest -m kernels -n 0 $(PYTEST_ARGS) tests/kernels/test_aot.py

@@ -1,4 +1,7 @@
-"""received_scores_varlen: received_scores image by image, to the bit, on every backend."""
+"""received_scores_varlen: to the bit received_scores image by image, on every backend.
+
+test_attention_scores.py has the tests of images of one size.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,11 @@ import pytest
 import torch
 from attention import (
     HEAD_DIMS,
-    NONFINITE,
     assert_scores,
     float64,
     poisoned_empty,
     poisoned_views,
     sample_cancelling,
-    sample_nonfinite,
     threads,
 )
 from installed import needs_native
@@ -39,13 +40,13 @@ LENGTHS = [0, 5, 1, 0, 0, 17, 65, 1, 16, 2, 0]
 def sample_packed(
     lengths: list[int], heads: int, head_dim: int, dtype: torch.dtype, seed: int, tail: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k [total, H, D], slices of a packed qkv, with `tail` tokens of no image; cu_seqlens."""
+    """q, k [total, H, D] and cu_seqlens; the last `tail` tokens belong to no image."""
     q, k, _ = sample_qkv(1, sum(lengths) + tail, heads, head_dim, dtype, seed)
     return q[0], k[0], sample_offsets(lengths)
 
 
 def exact_lse(q: Tensor, k: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """float32 [H, total]; 0 for tokens of no image."""
+    """float32 [H, total]; 0 for tokens that belong to no image."""
     lse = torch.zeros(q.shape[1], q.shape[0])
     for start, stop in itertools.pairwise(cu_seqlens.tolist()):
         logits = torch.einsum("ihd,jhd->hij", q[start:stop].double(), k[start:stop].double())
@@ -67,7 +68,7 @@ def image_by_image(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_oracle(backend, head_dim, dtype):
+def test_agrees_with_the_oracle(backend, head_dim, dtype):
     turn = HEAD_DIMS.index(head_dim)
     heads, scale = (1, 3, 16)[turn % 3], (None, 0.3, -0.2, 0.0)[turn % 4]
     q, k, cu_seqlens = sample_packed([0, 5, 1, 0, 17, 50, 2], heads, head_dim, dtype, turn, 3)
@@ -80,7 +81,7 @@ def test_oracle(backend, head_dim, dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_oracle_everywhere(backends, head_dim, dtype):
+def test_agrees_with_the_oracle_in_every_setting(backends, head_dim, dtype):
     for lengths, heads, scale in itertools.product(
         (LENGTHS, [257], [1] * 40, [64, 64, 64, 48]), (1, 3, 16), (None, 0.3, -0.2, 0.0, 2.0)
     ):
@@ -93,7 +94,7 @@ def test_oracle_everywhere(backends, head_dim, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scale", [None, -0.2, 3.0])
-def test_bits_of_received_scores(backend, dtype, scale):
+def test_bits_are_those_of_received_scores(backend, dtype, scale):
     for head_dim, heads in ((64, 3), (80, 1), (1, 2)):
         q, k, cu_seqlens = sample_packed(LENGTHS, heads, head_dim, dtype, 1)
         lse = exact_lse(q, k, cu_seqlens)
@@ -104,7 +105,7 @@ def test_bits_of_received_scores(backend, dtype, scale):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_products_that_cancel(backend, dtype):
+def test_products_that_cancel_stay_within_the_bound_of_the_contract(backend, dtype):
     lengths = [2, 0, 17, 5]
     q, k = (x[0] for x in sample_cancelling(1, 24, 2, 64, dtype, 17))
     cu_seqlens = sample_offsets(lengths)
@@ -120,7 +121,7 @@ def test_products_that_cancel(backend, dtype):
         assert_matches("received_scores_varlen", got, expected, args, {})
         assert_same_bits(got, image_by_image(backend, q, k, cu_seqlens, None, given))
         if given is not None:
-            # On a CPU they are added in float64.
+            # A CPU adds these logits in float64.
             assert_scores(got, exact, q, k, None)
 
 
@@ -137,7 +138,7 @@ def test_same_bits_at_any_place_of_the_batch(backend):
         assert_same_bits(got[start : start + 33], alone)
 
 
-def test_one_image(backend):
+def test_one_image_has_the_bits_of_received_scores(backend):
     q, k, cu_seqlens = sample_packed([50], 3, 64, torch.float32, 4)
     got = backend.received_scores_varlen(q, k, cu_seqlens, 50)
     assert_same_bits(got, backend.received_scores(q[None], k[None])[0])
@@ -145,13 +146,13 @@ def test_one_image(backend):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_images_of_one_token(backend, dtype):
+def test_images_of_one_token_get_all_their_attention(backend, dtype):
     q, k, cu_seqlens = sample_packed([1] * 300, 3, 64, dtype, 5)
     got = backend.received_scores_varlen(q, k, cu_seqlens, 1)
     assert_same_bits(got, torch.ones(300))
 
 
-def test_no_tokens_no_images(backend):
+def test_no_tokens_and_no_images_give_zeros(backend):
     q, k, _ = sample_packed([4], 2, 8, torch.float32, 6)
     zeros = torch.zeros(4)
     for lengths in ([], [0], [0, 0, 0]):
@@ -174,14 +175,14 @@ def test_tokens_past_the_last_offset_are_0(backend):
     assert_same_bits(backend.received_scores_varlen(q, k, cu_seqlens, 9)[:16], expected)
 
 
-def test_max_seqlen_only_sizes_scratch(backend):
+def test_a_larger_max_seqlen_changes_no_bit(backend):
     q, k, cu_seqlens = sample_packed(LENGTHS, 2, 8, torch.float32, 8)
     expected = backend.received_scores_varlen(q, k, cu_seqlens, 65)
     for max_seqlen in (66, 1000, 16384):
         assert_same_bits(backend.received_scores_varlen(q, k, cu_seqlens, max_seqlen), expected)
 
 
-def test_images_do_not_see_each_other(backend):
+def test_nan_in_one_image_changes_no_other_image(backend):
     q, k, cu_seqlens = (x.clone() for x in sample_packed([21, 17, 21], 2, 8, torch.float32, 9))
     expected = backend.received_scores_varlen(q, k, cu_seqlens, 21)
     q[21:38] = k[21:38] = torch.nan
@@ -192,7 +193,7 @@ def test_images_do_not_see_each_other(backend):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_views_and_what_lies_around_them(backend, dtype):
+def test_views_are_read_and_the_memory_around_them_is_left_alone(backend, dtype):
     for head_dim in (64, 63, 1):
         q, k, cu_seqlens = sample_packed([16, 0, 5], 3, head_dim, dtype, 10)
         q, k = q.contiguous(), k.contiguous()
@@ -208,7 +209,7 @@ def test_views_and_what_lies_around_them(backend, dtype):
             assert_same_bits(k_memory, before[1])
 
 
-def test_offsets_and_lse_of_any_strides(backend):
+def test_offsets_and_lse_may_have_any_strides(backend):
     q, k, cu_seqlens = sample_packed([16, 0, 5], 3, 8, torch.float32, 11)
     lse = exact_lse(q, k, cu_seqlens)
     expected = backend.received_scores_varlen(q, k, cu_seqlens, 16, None, lse)
@@ -225,11 +226,10 @@ def test_offsets_and_lse_of_any_strides(backend):
         assert_same_bits(memory, before)
 
 
-def test_lse_off_by_delta_is_a_factor(backend):
+def test_an_lse_that_is_off_in_one_image_scales_only_that_image(backend):
     q, k, cu_seqlens = sample_packed([16, 33], 2, 8, torch.float32, 12)
     lse = exact_lse(q, k, cu_seqlens)
     right = backend.received_scores_varlen(q, k, cu_seqlens, 33, None, lse)
-    # Only the second image is off.
     lse[:, 16:] += 2.0
     got = backend.received_scores_varlen(q, k, cu_seqlens, 33, None, lse)
     assert_same_bits(got[:16], right[:16])
@@ -248,7 +248,7 @@ def test_every_element_is_written(backend):
 def test_same_bits_again(backend, dtype):
     q, k, cu_seqlens = sample_packed(LENGTHS, 3, 64, dtype, 14)
     expected = backend.received_scores_varlen(q, k, cu_seqlens, 65)
-    # Scratch memory with NaN in it.
+    # This leaves NaN in scratch memory.
     backend.received_scores_varlen(torch.full_like(q, torch.nan), k, cu_seqlens, 65)
     assert_same_bits(backend.received_scores_varlen(q, k, cu_seqlens, 65), expected)
 
@@ -278,14 +278,3 @@ def test_same_bits_with_every_instruction_set(simd, dtype):
     _native._C.use_simd("portable")
     for one, case in zip(got, inputs, strict=True):
         assert_same_bits(one, _native.cpu.received_scores_varlen(*case))
-
-
-@pytest.mark.parametrize("sequence", [5, 21])
-@pytest.mark.parametrize("where", NONFINITE)
-def test_not_finite_as_eager_softmax(backend, where, sequence):
-    q, k = sample_nonfinite(where, sequence, torch.float32)
-    logits = torch.einsum("bihd,bjhd->bhij", q.double(), k.double()) / 2
-    eager = logits.softmax(-1).mean((1, 2)).flatten()
-    cu_seqlens = sample_offsets([sequence, sequence])
-    got = backend.received_scores_varlen(q.flatten(0, 1), k.flatten(0, 1), cu_seqlens, sequence)
-    assert_close(got, eager, 1e-5)
