@@ -45,6 +45,7 @@ if operators.INTERPRETED:
         cls_row,
         cls_scores,
         neighbours,
+        offsets,
         pairwise,
         received_scores,
         select,
@@ -69,7 +70,7 @@ SWEEP = 16
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Small inputs have several blocks, chunks, sweeps and steps of heads."""
-    caches = (select._layout, cls_scores._plan, cls_attention._plan, received_scores._plan)
+    caches = (cls_scores._plan, cls_attention._plan, received_scores._plan)
     for name, value in {"BLOCK_N": 16, "NEIGHBOURS": 8, "SMALL": 16, "EAGER": 1}.items():
         monkeypatch.setattr(select, name, value)
     for module in (select, bipartite, pairwise):
@@ -78,6 +79,8 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setattr(neighbours, name, tl.constexpr(value))
     for name, value in {"CHUNK": 32, "BLOCK_H": 2, "BLOCK_S": 16}.items():
         monkeypatch.setattr(cls_row, name, value)
+    for name, value in {"OFFSETS": 2, "ZEROS": SWEEP}.items():
+        monkeypatch.setattr(offsets, name, tl.constexpr(value))
     monkeypatch.setattr(received_scores, "BLOCK_H", tl.constexpr(2))
     monkeypatch.setattr(received_scores, "ADDED", 1)
     for cache in caches:

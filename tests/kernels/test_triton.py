@@ -50,12 +50,10 @@ def sizes(monkeypatch):
     """Sets the sizes that decide which way a case takes."""
 
     def set_sizes(**values: int) -> None:
-        select._layout.cache_clear()
         for name, value in values.items():
             monkeypatch.setattr(select, name, value)
 
-    yield set_sizes
-    select._layout.cache_clear()
+    return set_sizes
 
 
 def small_sizes(seed: int) -> dict[str, int]:

@@ -88,6 +88,21 @@ def count_larger(keys_ptr, n, key):
     return tl.sum(larger, axis=1)
 
 
+@triton.jit
+def rank_by_score(scores_ptr, stride_sn, N, offs_n, mask_n, BLOCK_N: tl.constexpr):
+    """Positions of BLOCK_N tokens in the order by score."""
+    score = tl.load(scores_ptr + offs_n.to(tl.int64) * stride_sn, mask=mask_n, other=0.0)
+    key = index_key(score_key(score), offs_n)
+    larger = tl.zeros([BLOCK_N, BLOCK_N], tl.int32)
+    for first in range(0, N, BLOCK_N):
+        offs = first + tl.arange(0, BLOCK_N)
+        mask = offs < N
+        score = tl.load(scores_ptr + offs.to(tl.int64) * stride_sn, mask=mask, other=0.0)
+        other = tl.where(mask, index_key(score_key(score), offs), INT64_MIN)
+        larger += (other[:, None] > key[None, :]).to(tl.int32)
+    return tl.sum(larger, axis=0)
+
+
 # A counter is an int64 in the call's own, uninitialised scratch: the call's random tag, then
 # COUNT_BITS bits of count. No launch has to zero it, and no two calls or streams share one.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vispruner_kernels._triton.rules import INT32_MAX, float_bits
+from vispruner_kernels._triton.rules import INT32_MAX, INT32_MIN, float_bits, ordered
 
 # The bits of 1e-30 and of infinity: magnitudes compare as integers, and NaN is above infinity.
 MIN_MAGNITUDE_BITS = tl.constexpr(0x0DA24260)
@@ -89,3 +89,23 @@ def similarity(
     gram = (high.to(tl.int64) << 14) + (mixed.to(tl.int64) << 7) + low.to(tl.int64)
     r_a, r_b = _reciprocal_norm(square_a), _reciprocal_norm(square_b)
     return gram.to(tl.float32) * (r_a[:, None] * r_b[None, :])
+
+
+@triton.jit
+def store_tile(sim_ptr, ld, sim, block_a, block_b, N, BLOCK_N: tl.constexpr):
+    """Store ordered keys of `sim` [BLOCK_N, BLOCK_N] in both halves of the symmetric sim [N, ld].
+
+    INT32_MIN is on the diagonal and in the padding of a row.
+    """
+    offs_a = block_a * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_b = block_b * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_a, mask_b = offs_a < N, offs_b < N
+    mask = mask_a[:, None] & mask_b[None, :] & (offs_a[:, None] != offs_b[None, :])
+    key = tl.where(mask, ordered(sim), INT32_MIN)
+    # Offsets within a tile fit int32.
+    rows, columns = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_N)[None, :]
+    corner_a, corner_b = block_a.to(tl.int64) * BLOCK_N, block_b.to(tl.int64) * BLOCK_N
+    tile_ptr = sim_ptr + corner_a * ld + corner_b + rows * ld + columns
+    tl.store(tile_ptr, key, mask=mask_a[:, None] & (offs_b < ld)[None, :])
+    tile_ptr = sim_ptr + corner_b * ld + corner_a + columns * ld + rows
+    tl.store(tile_ptr, key, mask=mask_b[None, :] & (offs_a < ld)[:, None])
