@@ -1,4 +1,4 @@
-"""What the documentation says works: links, commands, code, docstrings, figures."""
+"""Links, commands, code, docstrings and figures of the documentation are true."""
 
 from __future__ import annotations
 
@@ -40,6 +40,14 @@ def test_paths_in_code_spans_exist(path):
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_tests_in_code_spans_exist(path):
+    files = {file.stem: page(file) for file in (ROOT / "tests").glob("**/*.py")}
+    for file, name in re.findall(r"`(?:[\w/]*?(\w*)\.py)?(?:::)?(test_\w+)`", page(path)):
+        code = files[file] if file else "".join(files.values())
+        assert re.search(rf"^def {name}\(", code, re.MULTILINE), (file, name)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_commands_exist(path):
     targets = set(re.findall(r"^([a-z-]+):", page(ROOT / "Makefile"), re.MULTILINE))
     text = page(path)
@@ -61,7 +69,7 @@ def test_code_of_the_readme_runs():
 
 
 def test_code_of_the_transformers_page_runs(monkeypatch, capsys):
-    """As it stands there, but for the picture and for what would be downloaded."""
+    """A tiny model and its prompt replace the downloads; the picture is a text."""
     transformers = pytest.importorskip("transformers")
     import vlms
 
@@ -113,13 +121,31 @@ def test_counts_of_the_transformers_page_are_those_of_the_benchmark():
         assert cache in line
 
 
-def test_names_of_variables_are_real():
-    """Every environment variable that a page names is read somewhere."""
+def test_variables_that_the_pages_name_are_read():
     sources = [*ROOT.glob("vispruner_kernels/**/*.py"), ROOT / "setup.py"]
+    sources += ROOT.glob("tests/support/*.py")
     code = "".join(page(path) for path in sources)
     for path in PAGES:
-        for name in re.findall(r"VISPRUNER_KERNELS_[A-Z]+", page(path)):
-            assert name in code, name
+        for name in re.findall(r"VISPRUNER_[A-Z0-9_]*[A-Z0-9]", page(path)):
+            assert f'"{name}"' in code, name
+
+
+def test_page_of_the_environment_has_every_variable():
+    """Those that the package, setup.py, the Makefile and `make test-gpu` read."""
+    text = page(ROOT / "docs" / "environment.md")
+    sources = [*ROOT.glob("vispruner_kernels/**/*.py"), ROOT / "setup.py"]
+    sources += ROOT.glob("tests/support/gpu*.py")
+    code = "".join(page(path) for path in sources)
+    read = set(re.findall(r'environ(?:\.get\(|\[)"([A-Z0-9_]+)"', code))
+    read |= set(re.findall(r'"(VISPRUNER_[A-Z0-9_]*[A-Z0-9])"', code))
+    assert {"VISPRUNER_KERNELS_CHECK", "CUDA_HOME", "TRITON_INTERPRET"} <= read
+    defaults = dict(re.findall(r"^([A-Z_]+) \?= ?(.*)$", page(ROOT / "Makefile"), re.MULTILINE))
+    for name in (read | set(defaults)) - {"PATH", "PYTHONPATH"}:
+        assert re.search(rf"^\|[^|]*`{name}`", text, re.MULTILINE), name
+    pinned = {value for value in defaults.values() if "==" in value}
+    assert len(pinned) == 4
+    for value in pinned:
+        assert f"`{value}`" in text, value
 
 
 @pytest.mark.parametrize("name", vispruner_kernels.__all__)
@@ -158,7 +184,8 @@ def test_contract_has_every_schema():
 
 
 @pytest.mark.skipif(
-    _backends.REQUESTED != "auto" or not _native.INSTALLED, reason="the table is of auto and a core"
+    _backends.REQUESTED != "auto" or not _native.INSTALLED,
+    reason="the table needs the default backend and the C++ core",
 )
 def test_table_of_operators_is_true():
     """The owners in docs/architecture.md are those that `_backends` registers."""
