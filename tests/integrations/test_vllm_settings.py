@@ -127,9 +127,9 @@ def test_a_keep_above_the_tokens_of_small_images_refuses_only_those():
     assert settings.most == 70 + 8
     with pytest.raises(ValueError, match=r"an image of 56 x 56 pixels: keep is 70, expected 1 <="):
         settings.count((56, 56))
-    assert settings.requested(20, (56, 56)) == 20 + 4
+    assert settings.count_of_request(20, (56, 56)) == 20 + 4
     with pytest.raises(ValueError, match="vispruner_keep: an image of 56 x 56 pixels: keep is 71"):
-        settings.requested(71, (56, 56))
+        settings.count_of_request(71, (56, 56))
 
 
 def test_small_keep_keeps_all_tokens_of_a_small_image():
@@ -150,14 +150,14 @@ def test_small_keep_keeps_all_tokens_of_a_small_image():
         (1.0, (56, 56), small),
         (70, (112, 112), 70 + 8),
     ):
-        assert settings.requested(keep, size) == count
+        assert settings.count_of_request(keep, size) == count
     with pytest.raises(ValueError, match="vispruner_keep is 71, expected at most the server's"):
-        settings.requested(71, (112, 112))
+        settings.count_of_request(71, (112, 112))
     # The server's fraction keeps 16 of the 32 patches; a count of 1000 would keep all of them.
     fraction = Settings.of(config("llava-next", keep=0.5, small="keep"))
-    assert fraction.requested(16, (56, 56)) == fraction.count((56, 56)) == 16 + 4
+    assert fraction.count_of_request(16, (56, 56)) == fraction.count((56, 56)) == 16 + 4
     with pytest.raises(ValueError, match="vispruner_keep is 1000, expected at most the server's"):
-        fraction.requested(1000, (56, 56))
+        fraction.count_of_request(1000, (56, 56))
 
 
 def test_small_keep_still_needs_whole_rows_of_larger_images():
@@ -207,7 +207,7 @@ def test_no_request_gets_more_than_the_most():
     for size in sizes:
         for keep in (4, 6, 8, 12, 16, 0.5, 1.0):
             try:
-                count = settings.requested(keep, size)
+                count = settings.count_of_request(keep, size)
             except ValueError as error:
                 assert str(error).startswith("vispruner_keep")  # noqa: PT017
             else:
@@ -228,19 +228,19 @@ def test_llava_has_one_tile_without_cls_or_newlines():
 @pytest.mark.parametrize(("keep", "count"), [(4, 4), (1, 1), (0.25, 4), (0.01, 1), (None, 4)])
 def test_a_request_can_lower_the_budget(keep, count):
     settings = Settings.of(config())
-    assert settings.requested(keep, (9, 9)) == count
-    assert settings.asked(keep) == VisPruner(4 if keep is None else keep)
+    assert settings.count_of_request(keep, (9, 9)) == count
+    assert settings.method_of_request(keep) == VisPruner(4 if keep is None else keep)
 
 
 def test_a_count_of_one_differs_from_a_fraction_of_one():
     """1 == 1.0 in Python, so methods with these budgets are equal."""
     settings = Settings.of(config(keep=1.0))
     for keep, count in ((1.0, 16), (1, 1), (1.0, 16), (None, 16)):
-        assert settings.requested(keep, (9, 9)) == count
+        assert settings.count_of_request(keep, (9, 9)) == count
     settings = Settings.of(config(keep=1))
-    assert settings.most == settings.requested(None, (9, 9)) == 1
+    assert settings.most == settings.count_of_request(None, (9, 9)) == 1
     with pytest.raises(ValueError, match=r"vispruner_keep is 1\.0, expected at most the server's"):
-        settings.requested(1.0, (9, 9))
+        settings.count_of_request(1.0, (9, 9))
 
 
 def test_a_tower_of_one_patch_is_refused_if_the_model_drops_it():

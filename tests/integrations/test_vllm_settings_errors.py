@@ -42,14 +42,14 @@ from vispruner_kernels.integrations._vllm_settings import Settings
 )
 def test_a_bad_budget_of_a_request_is_refused(keep, words):
     with pytest.raises(ValueError, match="^" + re.escape(words)) as caught:
-        Settings.of(config()).requested(keep, (9, 9))
+        Settings.of(config()).count_of_request(keep, (9, 9))
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("keep", [10**40, True, "4", math.nan, [4], 0])
 def test_a_bad_budget_is_refused_with_small_keep(keep):
     with pytest.raises(ValueError, match=r"^vispruner_keep: keep is "):
-        Settings.of(config(small="keep")).requested(keep, (9, 9))
+        Settings.of(config(small="keep")).count_of_request(keep, (9, 9))
 
 
 BAD = [

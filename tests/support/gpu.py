@@ -94,7 +94,7 @@ def unprepared() -> str:
 
 @pytest.fixture(autouse=True)
 def watch() -> Iterator[None]:
-    """Skip a test without a GPU. End the process if a test hangs or makes the device unusable."""
+    """Skip tests if there is no GPU. End the process if a test hangs or makes the GPU unusable."""
     if why := unprepared():
         (pytest.fail if "VISPRUNER_TEST_DEVICE" in os.environ else pytest.skip)(why)
     # A call that waits for a hanging device cannot be interrupted, so the process must end.

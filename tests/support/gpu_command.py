@@ -73,7 +73,8 @@ class Ended(NamedTuple):
 
 
 def _environment(native: bool = False) -> dict[str, str]:
-    """The environment of a test process, without the settings that this process has."""
+    """The environment of a test process. It does not inherit the backend that this process has
+    chosen, the use of the interpreter, or options of pytest."""
     chosen = ("VISPRUNER_KERNELS_", "TRITON_INTERPRET", "PYTEST_")
     environment = {n: v for n, v in os.environ.items() if not n.startswith(chosen)}
     path = [str(ROOT), environment.get("PYTHONPATH", "")]

@@ -28,8 +28,8 @@ TEMPLATE = (
     "{% if part.type == 'image' %}<image> {% else %}{{ part.text }} {% endif %}"
     "{% endfor %}{% endif %}{% endfor %}"
 )
-# Prefixes of weights: the present ones of transformers, which vLLM cannot read, and those of
-# published checkpoints.
+# Prefixes of the names of weights. transformers writes the former today, but vLLM cannot read them;
+# published checkpoints have the latter.
 PUBLISHED = {
     "model.vision_tower.vision_model.": "vision_tower.vision_model.",
     "model.vision_tower.": "vision_tower.vision_model.",

@@ -98,7 +98,7 @@ class _Processor(_Mixin):
                 # The size that the model uses. For arrays it can differ from `get_image_size`,
                 # because channels may be first or last.
                 height, width = processed["image_sizes"].data.tolist()
-            return [token] * self.info.settings.requested(keep, (height, width))
+            return [token] * self.info.settings.count_of_request(keep, (height, width))
 
         return [PromptReplacement("image", target=[token], replacement=replacement)]
 
@@ -115,7 +115,7 @@ class _Processor(_Mixin):
         )
         if "pixel_values" in processed:
             self._check_pixels(processed["pixel_values"], processed.get("image_sizes"))
-            method = self.info.settings.asked(_keep(hf_processor_mm_kwargs))
+            method = self.info.settings.method_of_request(_keep(hf_processor_mm_kwargs))
             count = len(processed["pixel_values"])
             processed[KEEP] = torch.full((count,), to_field(method.keep), dtype=torch.float64)
         return processed
@@ -154,7 +154,7 @@ class _Processor(_Mixin):
         if images is None or isinstance(images, ImageEmbeddingItems):
             return hashes
         settings = self.info.settings
-        identity = settings.identity(settings.asked(_keep(kwargs)))
+        identity = settings.identity(settings.method_of_request(_keep(kwargs)))
         algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
         images = [
             MultiModalHasher.hash_kwargs(algorithm, image=image, vispruner=identity)

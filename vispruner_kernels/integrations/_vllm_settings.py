@@ -22,7 +22,7 @@ from vispruner_kernels.methods import Method, Random, by_name
 TOWERS = {"clip_vision_model": 1, "siglip_vision_model": 0}
 # The option of a request, in its `mm_processor_kwargs`.
 KEEP = "vispruner_keep"
-# A count travels to the model as a float64.
+# The largest count: the model gets counts as float64, which holds integers up to this one exactly.
 MAX_COUNT = 2**53
 # Models with tiles: the most pinpoints, and the most patches of one image over all its tiles. Both
 # bound the memory of the caches of `_layout` and `_count`.
@@ -232,7 +232,7 @@ class Settings:
             keep = 1.0 if isinstance(self.method.keep, float) else self.method.keep
             return replace(self, small="keep").count(size, Random(keep))
 
-    def asked(self, keep: Any) -> Method:
+    def method_of_request(self, keep: Any) -> Method:
         """The server's method, with the budget of a request if it has one."""
         if keep is None:
             return self.method
@@ -241,9 +241,9 @@ class Settings:
         except (TypeError, ValueError) as error:
             raise ValueError(f"{KEEP}: {error}") from None
 
-    def requested(self, keep: Any, size: Size) -> int:
+    def count_of_request(self, keep: Any, size: Size) -> int:
         """The placeholders of an image of that size in a request with this budget."""
-        method = self.asked(keep)
+        method = self.method_of_request(keep)
         if keep is None:
             return self.count(size)
         try:
@@ -357,6 +357,7 @@ def _shape(settings: Settings, size: Size) -> tuple[int, int]:
 # The processor and the model need the layout of an image several times.
 @lru_cache(1024)
 def _layout(settings: Settings, size: Size) -> Tensor:
+    """`Settings.layout`: the tokens of the whole image, then the rows of the unpadded tiles."""
     base = torch.arange(settings.tokens)
     if not settings.pinpoints:
         return base
@@ -376,6 +377,7 @@ def _layout(settings: Settings, size: Size) -> Tensor:
 # typed cache tells the int from the float.
 @lru_cache(4096, typed=True)
 def _count(settings: Settings, size: Size, method: Method, keep: int | float) -> int:
+    """`Settings.count`; errors name the size of the image."""
     source = torch.empty(settings.tiles(size), settings.tokens, 0)
     visual = settings.visual([size], source)
     try:

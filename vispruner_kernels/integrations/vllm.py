@@ -11,9 +11,9 @@ docs/vllm.md has the settings, the requests and the limits. From the start of a 
 2. At the start of a server, vLLM calls `CheckPruned`, which reads the settings from `hf_overrides`
    (`Settings.of` in _vllm_settings.py) and raises an error for settings that cannot work.
 3. For each request, the processor in _vllm_processing.py reads the budget of the request, counts
-   the tokens that each image keeps (`Settings.requested`), puts that many placeholders into the
-   prompt, and adds the settings and the budget to the hash of each image. The scheduler and the KV
-   cache therefore see kept tokens only. The budget travels to the model beside the pixels.
+   the tokens that each image keeps (`Settings.count_of_request`), puts that many placeholders into
+   the prompt, and adds the settings and the budget to the hash of each image. The scheduler and the
+   KV cache therefore handle kept tokens only. The budget is passed to the model with the pixels.
 4. The model in _vllm_models.py runs the vision tower, computes scores from the attention of its
    last layer, selects tokens (`keep` in _visual.py, as in the integration in transformers), and
    projects the kept tokens only.
