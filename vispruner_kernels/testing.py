@@ -117,6 +117,49 @@ def random_case(seed: int, max_tokens: int = 64, matching: str | None = None) ->
     )
 
 
+class PackedCase(NamedTuple):
+    """Arguments of `select_varlen`."""
+
+    features: Tensor
+    scores: Tensor
+    cu_seqlens: Tensor
+    cu_keep: Tensor
+    max_seqlen: int
+    total_keep: int
+    important_ratio: float
+    step: int
+    matching: str
+
+
+def random_packed_case(seed: int, max_tokens: int = 70, max_images: int = 6) -> PackedCase:
+    """Like `random_case`, for packed images of at most `max_tokens` tokens.
+
+    Images may have no tokens, or keep all or none of them. Some tokens may belong to no image, and
+    some output elements too.
+    """
+    rng = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    some = (rng.randint(1, max_tokens) for _ in range(2 * max_images))
+    images = rng.randint(0, max_images)
+    lengths = [rng.choice([0, 1, 2, next(some), next(some)]) for _ in range(images)]
+    keeps = [rng.choice([0, min(n, 1), n, rng.randint(0, n), rng.randint(0, n)]) for n in lengths]
+    total = sum(lengths) + rng.choice([0, 0, 5])
+    channels = rng.choice([1, 3, 16, 24, 33, 70])
+    features = sample_features(rng.choice(FEATURE_KINDS), 1, max(total, 1), channels, generator)
+    scores = sample_scores(rng.choice(SCORE_KINDS), 1, max(total, 1), generator)
+    return PackedCase(
+        features[0, :total].to(rng.choice(DTYPES)),
+        scores[0, :total].to(rng.choice(DTYPES)),
+        sample_offsets(lengths),
+        sample_offsets(keeps),
+        max(lengths, default=0) + rng.choice([0, 0, 3, 99]),
+        min(total, sum(keeps) + rng.choice([0, 0, 1, 2])),
+        rng.choice([0.0, 0.3, 0.5, 0.9, rng.random(), 1.0]),
+        rng.choice([1, 3, 8]),
+        rng.choice(["bipartite", "pairwise"]),
+    )
+
+
 def sample_qkv(
     batch: int, sequence: int, heads: int, head_dim: int, dtype: torch.dtype, seed: int
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,10 +18,10 @@ from vispruner_kernels import _backends, reference
 from vispruner_kernels._triton import operators
 from vispruner_kernels.testing import (
     DTYPES,
-    FEATURE_KINDS,
     SCORE_KINDS,
     assert_same_bits,
     random_case,
+    random_packed_case,
     sample_features,
     sample_offsets,
     sample_scores,
@@ -103,35 +103,12 @@ def test_more_tokens(kind, tokens, matching):
     assert_same_bits(operators.select(*args), reference.select(*args))
 
 
-def packed(seed: int) -> tuple:
-    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    lengths = [
-        rng.choice([0, 1, 2, rng.randint(1, 70), rng.randint(1, 140)])
-        for _ in range(rng.randint(0, 4))
-    ]
-    keep = [rng.choice([0, min(n, 1), n, rng.randint(0, n)]) for n in lengths]
-    total = sum(lengths) + rng.choice([0, 3])
-    kind, dtype = rng.choice(FEATURE_KINDS), rng.choice(DTYPES)
-    features = sample_features(kind, 1, total, rng.choice([1, 16, 33]), generator)[0].to(dtype)
-    return (
-        features,
-        sample_scores(rng.choice(SCORE_KINDS), 1, total, generator)[0],
-        sample_offsets(lengths),
-        sample_offsets(keep),
-        max(lengths, default=0) + rng.choice([0, 5]),
-        min(total, sum(keep) + rng.choice([0, 2])),
-        rng.choice([0.0, 0.3, 0.5, 0.9, 1.0]),
-        rng.choice([1, 8]),
-        rng.choice(["bipartite", "pairwise"]),
-    )
-
-
 @pytest.mark.parametrize(
     "seeds", [range(20), pytest.param(range(20, 150), marks=pytest.mark.kernels)]
 )
 def test_select_varlen(seeds, sizes):
     for seed in seeds:
-        args = packed(seed)
+        args = random_packed_case(seed, max_tokens=140, max_images=4)
         sizes(**small_sizes(seed))
         try:
             assert_same_bits(operators.select_varlen(*args), reference.select_varlen(*args))

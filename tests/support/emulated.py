@@ -28,8 +28,8 @@ from vispruner_kernels._native import cuda  # noqa: E402
 from vispruner_kernels.testing import (  # noqa: E402
     assert_same_bits,
     random_case,
+    random_packed_case,
     sample_features,
-    sample_offsets,
     sample_scores,
 )
 
@@ -95,35 +95,13 @@ def expected(op: str, args: tuple[Any, ...]) -> Any:
     return getattr(_native.cpu if _native.INSTALLED else reference, op)(*args)
 
 
-def packed(seed: int, most: int) -> tuple[Any, ...]:
-    """Arguments of `select_varlen`: images without tokens, images that keep all or nothing."""
-    rng = random.Random(seed)
-    generator = torch.Generator().manual_seed(seed)
-    lengths = [rng.choice([0, 1, 2, rng.randint(1, most)]) for _ in range(rng.randint(1, 6))]
-    keep = [rng.choice([0, n, rng.randint(0, n), rng.randint(0, n)]) for n in lengths]
-    total = sum(lengths) + rng.choice([0, 0, 5])
-    features = sample_features("clustered", 1, max(1, total), rng.choice([3, 16, 70]), generator)
-    scores = sample_scores("ties", 1, max(1, total), generator)
-    return (
-        features[0],
-        scores[0],
-        sample_offsets(lengths),
-        sample_offsets(keep),
-        max(lengths) + rng.choice([0, 3]),
-        sum(keep) + rng.choice([0, 0, 2]),
-        rng.choice([0.0, 0.3, 0.5, rng.random(), 1.0]),
-        rng.choice([1, 3, 8]),
-        rng.choice(["bipartite", "pairwise"]),
-    )
-
-
 def random_calls(seeds: range, most: int) -> Calls:
     calls: Calls = []
     for seed in seeds:
         case = random_case(seed, max_tokens=most)
         calls.append(("prune" if seed % 3 == 0 else "select", tuple(case)))
         if seed % 4 == 0:
-            calls.append(("select_varlen", packed(seed, most)))
+            calls.append(("select_varlen", tuple(random_packed_case(seed, most))))
     return calls
 
 
