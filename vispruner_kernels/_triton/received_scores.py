@@ -1,4 +1,4 @@
-"""`received_scores` and `received_scores_varlen`: one launch with lse, two without."""
+"""`received_scores` and `received_scores_varlen`: one launch with lse, two without it."""
 
 from __future__ import annotations
 
@@ -11,21 +11,23 @@ import triton.language as tl
 from torch import Tensor
 
 from vispruner_kernels._checks import check_offsets
-from vispruner_kernels._triton import launch
+from vispruner_kernels._triton import launch, softmax_rows
 from vispruner_kernels._triton.attention import (
     LOG2E,
     check_arrivals,
     dot,
     is_signed,
-    largest,
     split_scale,
     stride_unit,
 )
+from vispruner_kernels._triton.offsets import image_range, zero_gaps
 from vispruner_kernels._triton.rules import arrive, close_counter, read_counter
+from vispruner_kernels._triton.softmax_rows import _softmax_kernel, load_rows, scratch_arrays
 
-# (bytes of an element, padded head dimension): BLOCK, STEP and num_stages, by registers and shared
-# memory. A program keeps BLOCK rows, queries in the first launch and keys in the second, and goes
-# over the others by STEP. The order of sums hangs on them, so alignment has no say.
+# (bytes of an element, padded head dimension): BLOCK, STEP and num_stages, as registers and shared
+# memory allow. A program keeps BLOCK rows in registers, of queries in the first launch and of keys
+# in the second, and iterates over the other rows by STEP. Tile sizes fix the summation order, so
+# they ignore alignment.
 BLOCKS = {
     (2, 16): (128, 64, 3),
     (2, 32): (128, 64, 3),
@@ -39,160 +41,29 @@ BLOCKS = {
     (4, 256): (16, 32, 2),
 }
 NUM_WARPS = 8
-# Heads added, offsets read and tokens zeroed at once.
-BLOCK_H, OFFSETS, ZEROS = tl.constexpr(16), tl.constexpr(128), tl.constexpr(1024)
-# Steps of STEP queries that one program adds, in float32: rounding adds up where rows are alike.
+# Partial sums that are added at once.
+BLOCK_H = tl.constexpr(16)
+# Steps of STEP queries that one program adds in float32. If rows are alike, the rounding errors of
+# longer sums add up.
 ADDED = 32
-# ln(2) in two parts; products of the first with whole numbers below 2**15 are exact.
+# ln(2) in two parts; products of the first one with integers below 2**15 are exact.
 LN2_HI, LN2_LO = tl.constexpr(0.693359375), tl.constexpr(-2.12194440e-4)
-# Arguments of both kernels, and of the second; no kernel is compiled anew for them.
-BOTH = ("S", "H", "tokens", *(f"stride_{x}{y}" for x in "qk" for y in "bsh"), "stride_cu")
-SECOND = (*BOTH, "num_prefix", "stride_lb", "stride_lh", "stride_ls", "tag")
-
-
-@triton.jit
-def _image(cu_ptr, stride_cu, image, tokens, S):
-    """(start, end, S): where an image is among the tokens, and how many it has.
-
-    Contradictory offsets: what falls counts as the largest before it, and an image ends after S.
-    """
-    largest_offset = tl.zeros([OFFSETS], tl.int32)
-    for first in range(0, image + 1, OFFSETS):
-        offs = first + tl.arange(0, OFFSETS)
-        offset = tl.load(cu_ptr + offs.to(tl.int64) * stride_cu, mask=offs <= image, other=0)
-        largest_offset = tl.maximum(largest_offset, offset)
-    before = tl.max(largest_offset, axis=0)
-    after = tl.maximum(before, tl.load(cu_ptr + (image + 1) * stride_cu))
-    start = tl.minimum(before, tokens).to(tl.int64)
-    end = tl.minimum(after, tokens).to(tl.int64)
-    return start, end, tl.minimum(end - start, S).to(tl.int32)
-
-
-@triton.jit
-def _zero(out_ptr, begin, end):
-    for start in range(begin, end, ZEROS):
-        offs = start + tl.arange(0, ZEROS)
-        tl.store(out_ptr + offs, 0.0, mask=offs < end)
-
-
-@triton.jit
-def _kept(
-    x_ptr,
-    stride,
-    first,
-    S,
-    D: tl.constexpr,
-    UNIT: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """x[first : first + ROWS], 0 from row S on."""
-    offs = first + tl.arange(0, ROWS)
-    offs_d = tl.arange(0, BLOCK_D)
-    return tl.load(
-        x_ptr + offs.to(tl.int64)[:, None] * stride * UNIT + offs_d[None, :],
-        mask=(offs < S)[:, None] & (offs_d < D)[None, :],
-        other=0.0,
-    )
-
-
-@triton.jit(do_not_specialize=BOTH)
-def _softmax_kernel(
-    q_ptr,
-    k_ptr,
-    cu_ptr,
-    scratch_ptr,
-    S,
-    H,
-    tokens,
-    stride_qb,
-    stride_qs,
-    stride_qh,
-    stride_kb,
-    stride_ks,
-    stride_kh,
-    stride_cu,
-    scale,
-    SIGNED: tl.constexpr,
-    VARLEN: tl.constexpr,
-    D: tl.constexpr,
-    UNIT: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STEP: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """The largest logit of every query row and 1 / the sum of its exponentials.
-
-    Grid: (images * heads * blocks of BLOCK queries).
-    Scratch: as in _received_kernel, 8 bytes per head and token.
-    Moves: q once, k once per block.
-    Deterministic: one program per row, keys in order.
-    """
-    blocks = tl.cdiv(S, BLOCK)
-    image = (tl.program_id(0) // (H * blocks)).to(tl.int64)
-    images = tl.num_programs(0) // (H * blocks)
-    head = (tl.program_id(0) // blocks % H).to(tl.int64)
-    first = tl.program_id(0) % blocks * BLOCK
-    # Behind counters and sums.
-    row = (H * tl.cdiv(S, ROWS) + head) * tokens
-    scratch_ptr += images * blocks
-    start = image * S
-    q_ptr += (image * stride_qb + head * stride_qh) * UNIT
-    k_ptr += (image * stride_kb + head * stride_kh) * UNIT
-    if VARLEN:
-        start, _, S = _image(cu_ptr, stride_cu, image, tokens, S)
-        q_ptr += start * stride_qs * UNIT
-        k_ptr += start * stride_ks * UNIT
-    if first >= S:
-        return
-
-    sign, c = split_scale(scale)
-    q = _kept(q_ptr, stride_qs, first, S, D, UNIT, BLOCK, BLOCK_D)
-    offs_n = tl.arange(0, STEP)
-    offs_d = tl.arange(0, BLOCK_D)
-    k_ptrs = k_ptr + offs_n.to(tl.int64)[None, :] * stride_ks * UNIT + offs_d[:, None]
-    step = tl.full([], STEP * UNIT, tl.int64) * stride_ks
-    peak = tl.full([BLOCK], -float("inf"), tl.float32)
-    norm = tl.zeros([BLOCK], tl.float32)
-    # What rounding has added to norm.
-    excess = tl.zeros([BLOCK], tl.float32)
-    for n in range(0, S, STEP):
-        mask_n = offs_n < S - n
-        k = tl.load(k_ptrs, mask=mask_n[None, :] & (offs_d < D)[:, None], other=0.0)
-        x = dot(q, k)  # [BLOCK, STEP]
-        if SIGNED:
-            x *= sign
-        x = tl.where(mask_n[None, :], x, -float("inf"))
-        new_peak = tl.maximum(peak, largest(x, 1))
-        # Nothing but -inf so far: any finite shift will do.
-        shift = tl.where(new_peak == -float("inf"), 0.0, new_peak)
-        decay = tl.exp2((peak - shift) * c)
-        before = norm * decay
-        part = tl.sum(tl.exp2((x - shift[:, None]) * c), axis=1) - excess * decay
-        norm = before + part
-        excess = (norm - before) - part
-        peak = new_peak
-        k_ptrs += step
-
-    offs_m = first + tl.arange(0, BLOCK)
-    rows_ptr = (scratch_ptr + row + start + offs_m).to(tl.pointer_type(tl.float32))
-    tl.store(rows_ptr, peak, mask=offs_m < S)
-    tl.store(rows_ptr + 1, tl.div_rn(1.0, norm), mask=offs_m < S)
+# Integers that may change without another compilation.
+INTEGERS = (*softmax_rows.INTEGERS, "num_prefix", "stride_lb", "stride_lh", "stride_ls", "tag")
 
 
 @triton.jit
 def _split_lse(lse):
-    """(n, w): exp(-lse) = 2**-n * w, n whole and w near 1, so that neither rounds to speak of."""
+    """(n, w): exp(-lse) = 2**-n * w, with an integer n and w near 1: rounding is negligible."""
     x = lse * LOG2E
     n = tl.floor(x + 0.5)
     rest = (lse - n * LN2_HI) - n * LN2_LO
-    # Beyond, and of what is not finite, x is all that is known.
+    # For larger or non-finite lse the exponent is x itself and w is 1.
     small = tl.abs(lse) < 16384.0
     return tl.where(small, n, x), tl.exp2(tl.where(small, rest, 0.0) * -LOG2E)
 
 
-@triton.jit(do_not_specialize=SECOND)
+@triton.jit(do_not_specialize=INTEGERS)
 def _received_kernel(
     q_ptr,
     k_ptr,
@@ -200,7 +71,7 @@ def _received_kernel(
     cu_ptr,
     scores_ptr,
     scratch_ptr,
-    S,
+    max_seqlen,
     H,
     tokens,
     stride_qb,
@@ -229,41 +100,42 @@ def _received_kernel(
     """scores[key] = attention that the key receives, mean over heads and query rows.
 
     Grid: (images * heads * parts of ROWS queries * blocks of BLOCK keys); the last program of a
-      block of keys to arrive adds its sums.
-    Scratch: int64 counters [images, blocks], float64 sums [H, parts, tokens] and, without lse, what
-      _softmax_kernel left [H, tokens].
-    Moves: k once per part, q and lse once per block, sums out and in, scores once.
+      block of keys to arrive adds the sums of the block.
+    Scratch: int64 counters [images, blocks], float64 sums [H, parts, tokens] and, without lse, the
+      8-byte rows of _softmax_kernel [H, tokens].
+    Moves: k once per part, q and lse once per block, sums written and read once, scores once.
     Deterministic: every sum has an order that depends on the shape only; no float atomics.
 
-    VARLEN: S is the largest that an image can have, num_prefix is 0.
+    VARLEN: max_seqlen is the largest number of tokens of an image and num_prefix is 0; else
+    max_seqlen is the number of tokens of every image.
     """
-    blocks = tl.cdiv(S, BLOCK)
-    parts = tl.cdiv(S, ROWS)
-    image = (tl.program_id(0) // (H * parts * blocks)).to(tl.int64)
-    images = tl.num_programs(0) // (H * parts * blocks)
-    head = (tl.program_id(0) // (parts * blocks) % H).to(tl.int64)
-    part = tl.program_id(0) // blocks % parts
+    blocks = tl.cdiv(max_seqlen, BLOCK)
+    max_parts = tl.cdiv(max_seqlen, ROWS)
+    image = (tl.program_id(0) // (H * max_parts * blocks)).to(tl.int64)
+    images = tl.num_programs(0) // (H * max_parts * blocks)
+    head = (tl.program_id(0) // (max_parts * blocks) % H).to(tl.int64)
+    part = tl.program_id(0) // blocks % max_parts
     block = tl.program_id(0) % blocks
     first = block * BLOCK
-    row = (H * parts + head) * tokens
-    counter_ptr = scratch_ptr + image * blocks + block
-    scratch_ptr += images * blocks
-    start = image * S
+    counters_ptr, sums_ptr, rows_ptr = scratch_arrays(
+        scratch_ptr, images, blocks, H, max_parts, tokens
+    )
+    counter_ptr = counters_ptr + image * blocks + block
     q_ptr += (image * stride_qb + head * stride_qh) * UNIT
     k_ptr += (image * stride_kb + head * stride_kh) * UNIT
     lse_ptr += image * stride_lb + head * stride_lh
     if VARLEN:
-        start, end, S = _image(cu_ptr, stride_cu, image, tokens, S)
+        start, stop = image_range(cu_ptr, stride_cu, image, tokens)
+        S = tl.minimum(stop - start, max_seqlen).to(tl.int32)
         if (head == 0) & (part == 0) & (block == 0):
-            # What is no image's.
-            _zero(scores_ptr, 0, tl.where(image == 0, start, 0))
-            _zero(scores_ptr, start + S, end)
-            _zero(scores_ptr, tl.where(image == images - 1, end, tokens), tokens)
+            zero_gaps(scores_ptr, image, images, start, start + S, stop, tokens)
+        start = start.to(tl.int64)
         q_ptr += start * stride_qs * UNIT
         k_ptr += start * stride_ks * UNIT
         lse_ptr += start * stride_ls
         scores_ptr += start
     else:
+        start, S = image * max_seqlen, max_seqlen
         scores_ptr += image * (S - num_prefix)
     begin, end = part * ROWS, tl.minimum(part * ROWS + ROWS, S)
     if (first >= S) | (begin >= S):
@@ -271,22 +143,23 @@ def _received_kernel(
     counter = read_counter(counter_ptr)
 
     sign, c = split_scale(scale)
-    k = tl.trans(_kept(k_ptr, stride_ks, first, S, D, UNIT, BLOCK, BLOCK_D))
+    k = tl.trans(load_rows(k_ptr, stride_ks, first, S, D, UNIT, BLOCK, BLOCK_D))
     offs_m = tl.arange(0, STEP)
     offs_d = tl.arange(0, BLOCK_D)
     q_ptrs = q_ptr + (begin + offs_m).to(tl.int64)[:, None] * stride_qs * UNIT + offs_d[None, :]
     step = tl.full([], STEP * UNIT, tl.int64) * stride_qs
-    rows_ptr = scratch_ptr + row + start
+    row_ptr = rows_ptr + head * tokens + start
     acc = tl.zeros([STEP, BLOCK], tl.float32)
     for m in range(begin, end, STEP):
         mask_m = offs_m < S - m
-        # Asked for before the product, which takes as long.
+        # Loaded before the product, which hides the latency.
         if LSE:
             offs = (m + offs_m).to(tl.int64) * stride_ls
             shift, factor = _split_lse(tl.load(lse_ptr + offs, mask=mask_m, other=0.0))
         else:
-            word = tl.load(rows_ptr + m + offs_m, mask=mask_m, other=0)
-            peak = word.to(tl.int32).to(tl.float32, bitcast=True)
+            # Both floats in one load.
+            word = tl.load(row_ptr + m + offs_m, mask=mask_m, other=0)
+            m_i = word.to(tl.int32).to(tl.float32, bitcast=True)
             factor = (word >> 32).to(tl.int32).to(tl.float32, bitcast=True)
         q = tl.load(q_ptrs, mask=mask_m[:, None] & (offs_d < D)[None, :], other=0.0)
         x = dot(q, k)  # [STEP, BLOCK]
@@ -295,23 +168,22 @@ def _received_kernel(
         if LSE:
             weight = tl.exp2(tl.fma(x, c, -shift[:, None]))
         else:
-            weight = tl.exp2((x - peak[:, None]) * c)
+            weight = tl.exp2((x - m_i[:, None]) * c)
         acc = tl.fma(tl.where(mask_m[:, None], weight, 0.0), factor[:, None], acc)
         q_ptrs += step
 
     offs_n = first + tl.arange(0, BLOCK)
     mask_n = offs_n < S
-    sums_ptr = scratch_ptr.to(tl.pointer_type(tl.float64)) + start + offs_n
-    # Of the image: S is its own by now.
+    sum_ptr = sums_ptr + start + offs_n
     parts = tl.cdiv(S, ROWS)
     sums = tl.sum(acc.to(tl.float64), axis=0)
-    tl.store(sums_ptr + (head * parts + part) * tokens, sums, mask=mask_n)
+    tl.store(sum_ptr + (head * parts + part) * tokens, sums, mask=mask_n)
     if arrive(counter_ptr, counter, tag, H * parts):
         total = tl.zeros([BLOCK], tl.float64)
         for h in range(0, H * parts, BLOCK_H):
             offs_h = (h + tl.arange(0, BLOCK_H)).to(tl.int64)[:, None]  # [BLOCK_H, 1]
             mask = (offs_h < H * parts) & mask_n[None, :]
-            others = tl.load(sums_ptr[None, :] + offs_h * tokens, mask=mask, other=0.0)
+            others = tl.load(sum_ptr[None, :] + offs_h * tokens, mask=mask, other=0.0)
             total += tl.sum(others, axis=0)
         score = (total / H / S).to(tl.float32)
         tl.store(scores_ptr + offs_n - num_prefix, score, mask=mask_n & (offs_n >= num_prefix))
@@ -330,8 +202,8 @@ def _plan(
     itemsize: int,
     lse: bool,
 ) -> tuple[int, int, int, list[int], dict[str, Any]]:
-    """Programs for a part of the queries, parts, int64 words of scratch, integers of both kernels
-    and their constants.
+    """Programs per part of the queries, parts, int64 words of scratch, integers of both kernels and
+    their constants.
 
     `strides` are those of q and k, [B, S, H, D] or [total, H, D].
     """
@@ -355,9 +227,9 @@ def _plan(
         "BLOCK_D": block_d,
         "num_warps": NUM_WARPS,
         "num_stages": num_stages,
-        # Left alone, the assembler of some versions is sparing, and spills.
+        # Without a limit some versions of the assembler use few registers and spill.
         "maxnreg": 255 if itemsize == 4 else None,
-        # What is to be fused says so.
+        # Kernels fuse by tl.fma where they need it.
         "enable_fp_fusion": False,
     }
     words = images * blocks + heads * tokens * (parts if lse else parts + 1)
