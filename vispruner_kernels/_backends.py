@@ -116,7 +116,7 @@ IMPLEMENTATIONS: dict[tuple[str, str], dict[str, Callable[..., Any]]] = {
 }
 # (backend, device type) -> whether the backend serves the device in this process.
 SERVES: dict[tuple[str, str], bool] = {
-    ("native", "cpu"): _native.INSTALLED,
+    ("native", "cpu"): cpu.INSTALLED,
     ("native", "cuda"): cuda.INSTALLED,
     ("reference", "cpu"): True,
     ("reference", "cuda"): True,

@@ -112,7 +112,7 @@ def arguments(op: str, way: str, seed: int, images: int = 2, tokens: int = 33) -
         return scores, 9
     if op == "select_rows":
         return scores, 3, 4
-    rule = (1.0,) if way == "scores alone" else (0.25, 4, way)
+    rule = (1.0, 8, "bipartite") if way == "scores alone" else (0.25, 4, way)
     if op == "select_varlen":
         lengths, keep = [tokens, 0, 17, 6], [12, 0, 5, 6]
         packed = (x.flatten(0, 1)[: sum(lengths)] for x in (features, scores))

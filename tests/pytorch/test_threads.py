@@ -319,10 +319,10 @@ def long_calls() -> dict[str, Callable[[], Any]]:
     q = torch.randn(1, 2000, 8, 64, generator=generator)
     rows = torch.randn(1, 1025, 8, 64, generator=generator).expand(300, 1025, 8, 64)
     offsets, keep = sample_offsets([2000]), sample_offsets([100])
-    packed = (features[0], scores[0], offsets, keep, 2000, 100)
+    packed, rule = (features[0], scores[0], offsets, keep, 2000, 100), (0.5, 8, "bipartite")
     return {
-        "select": lambda: _native.cpu.select(features, scores, 100),
-        "select_varlen": lambda: _native.cpu.select_varlen(*packed),
+        "select": lambda: _native.cpu.select(features, scores, 100, *rule),
+        "select_varlen": lambda: _native.cpu.select_varlen(*packed, *rule),
         "select_topk": lambda: _native.cpu.select_topk(many, 100),
         "select_rows": lambda: _native.cpu.select_rows(many, 1, 100),
         "cls_scores": lambda: _native.cpu.cls_scores(rows, rows),

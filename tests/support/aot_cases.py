@@ -115,11 +115,11 @@ def _selections(
         mixed = first if matching == "pairwise" else odd
         yield Case("select_varlen", some, mixed, (*packed, *rule), (*shorter, *other))
     if first:
-        args = (features, scores.half(), keep)
+        args = (features, scores.half(), keep, 0.5, 8, "bipartite")
         yield Case("select", f"{label} half scores", False, args, args)
     # Nothing but the score decides.
-    args = (*dense, 1.0)
-    yield Case("prune", f"{label} ratio 1", first or odd, args, (*many, 1.0))
+    rule = (1.0, 8, "bipartite")
+    yield Case("prune", f"{label} ratio 1", first or odd, (*dense, *rule), (*many, *rule))
     scores = _empty(offset, dtype, b, n)
     label = f"{_name(dtype)} {b}x{n} to {keep}"
     yield Case("select_topk", label, first or odd, (scores, keep), (scores, many[2]))

@@ -15,7 +15,6 @@ from vispruner_kernels import _native, reference
 from vispruner_kernels._checks import check_offsets
 from vispruner_kernels._native import _C, arguments
 
-# `_backends` takes every function here that has an operator's name, if the core is there.
 INSTALLED = _native.INSTALLED
 _CPU = torch.device("cpu")
 
@@ -39,12 +38,7 @@ def _rule(important_ratio: float, step: int, matching: str) -> _Rule:
 
 
 def select(
-    features: Tensor,
-    scores: Tensor,
-    keep: int,
-    important_ratio: float = 0.5,
-    step: int = 8,
-    matching: str = "bipartite",
+    features: Tensor, scores: Tensor, keep: int, important_ratio: float, step: int, matching: str
 ) -> Tensor:
     batch, n, channels = features.shape
     indices = _empty(batch, keep, torch.int64)
@@ -64,12 +58,7 @@ def select(
 
 
 def prune(
-    features: Tensor,
-    scores: Tensor,
-    keep: int,
-    important_ratio: float = 0.5,
-    step: int = 8,
-    matching: str = "bipartite",
+    features: Tensor, scores: Tensor, keep: int, important_ratio: float, step: int, matching: str
 ) -> tuple[Tensor, Tensor]:
     batch, n, channels = features.shape
     indices = _empty(batch, keep, torch.int64)
@@ -96,9 +85,9 @@ def select_varlen(
     cu_keep: Tensor,
     max_seqlen: int,
     total_keep: int,
-    important_ratio: float = 0.5,
-    step: int = 8,
-    matching: str = "bipartite",
+    important_ratio: float,
+    step: int,
+    matching: str,
 ) -> Tensor:
     total, channels = features.shape
     # Copies, so that what is checked is what is used, whoever writes to the originals meanwhile.

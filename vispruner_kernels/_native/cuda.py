@@ -26,7 +26,6 @@ def _reason() -> str:
 
 
 REASON = _reason()
-# `_backends` takes every function here that has an operator's name, if the kernels are there.
 INSTALLED = not REASON
 
 
@@ -80,23 +79,13 @@ def _select(
 
 
 def select(
-    features: Tensor,
-    scores: Tensor,
-    keep: int,
-    important_ratio: float = 0.5,
-    step: int = 8,
-    matching: str = "bipartite",
+    features: Tensor, scores: Tensor, keep: int, important_ratio: float, step: int, matching: str
 ) -> Tensor:
     return _select(features, scores, keep, important_ratio, step, matching, 0)
 
 
 def prune(
-    features: Tensor,
-    scores: Tensor,
-    keep: int,
-    important_ratio: float = 0.5,
-    step: int = 8,
-    matching: str = "bipartite",
+    features: Tensor, scores: Tensor, keep: int, important_ratio: float, step: int, matching: str
 ) -> tuple[Tensor, Tensor]:
     size = features.shape[0], keep, features.shape[2]
     kept = torch.empty(size, dtype=features.dtype, device=features.device)
@@ -111,9 +100,9 @@ def select_varlen(
     cu_keep: Tensor,
     max_seqlen: int,
     total_keep: int,
-    important_ratio: float = 0.5,
-    step: int = 8,
-    matching: str = "bipartite",
+    important_ratio: float,
+    step: int,
+    matching: str,
 ) -> Tensor:
     total, channels = features.shape
     images, longest = len(cu_seqlens) - 1, min(max_seqlen, total)

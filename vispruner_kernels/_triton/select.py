@@ -329,23 +329,13 @@ def _launch(
 
 
 def select(
-    features: Tensor,
-    scores: Tensor,
-    keep: int,
-    important_ratio: float = 0.5,
-    step: int = 8,
-    matching: str = "bipartite",
+    features: Tensor, scores: Tensor, keep: int, important_ratio: float, step: int, matching: str
 ) -> Tensor:
     return _select(features, scores, keep, important_ratio, step, matching, None)
 
 
 def prune(
-    features: Tensor,
-    scores: Tensor,
-    keep: int,
-    important_ratio: float = 0.5,
-    step: int = 8,
-    matching: str = "bipartite",
+    features: Tensor, scores: Tensor, keep: int, important_ratio: float, step: int, matching: str
 ) -> tuple[Tensor, Tensor]:
     batch, _, channels = features.shape
     kept = torch.empty((batch, keep, channels), dtype=features.dtype, device=features.device)
@@ -392,9 +382,9 @@ def select_varlen(
     cu_keep: Tensor,
     max_seqlen: int,
     total_keep: int,
-    important_ratio: float = 0.5,
-    step: int = 8,
-    matching: str = "bipartite",
+    important_ratio: float,
+    step: int,
+    matching: str,
 ) -> Tensor:
     total = features.shape[0]
     if features.device.type == "cpu":
