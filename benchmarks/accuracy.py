@@ -1,16 +1,18 @@
-"""Answers of the tiny VLM (benchmarks/tiny_vlm) against the visual tokens that it keeps.
+"""Right answers of the tiny VLM (benchmarks/tiny_vlm) by the number of visual tokens that it keeps.
 
-An answer counts if it is right to the last word. Intervals are of 95 %, over pictures. The test
-pictures share no digit, photograph and layout with those of training, and were not looked at before
-the model was done. "another picture" is what it answers to the questions when it sees the next one.
-FastV (text-visual attention, after layer 2 of the language model) needs a forward pass of its own
-for each question and keeps tokens of each question; the others keep tokens of each picture, before
-any question. "budget" is what was asked for: FoPru row keeps whole rows of 24, as many as fit.
-Random is the mean of 5 sets of tokens, others for each picture.
+An answer is right if all its words are. Intervals are 95 % intervals over pictures. The test
+pictures share no digit, photograph or layout with the training pictures, and were not used before
+the model was finished. "another picture" is the share of right answers when the model sees the next
+picture instead.
 
-With --quick the first pictures only, and the shares of right answers are compared with the
-committed ones of the same pictures, so that only arithmetic can make a difference. "stability",
-which says what arithmetic changes, is not compared.
+FastV (text-visual attention, after layer 2 of the language model) needs a forward pass for each
+question and keeps tokens for each question. The other systems choose the tokens of a picture before
+any question. "budget" is the requested number of tokens: FoPru row keeps whole rows of 24, as many
+as fit. "random" is the mean of 5 sets of tokens, which differ between pictures.
+
+--quick evaluates only the first pictures. It compares their shares of right answers with the
+committed ones of the same pictures, so that only arithmetic can make a difference. "stability", the
+effect of arithmetic itself, is not compared.
 """
 
 from __future__ import annotations
@@ -35,17 +37,18 @@ from vispruner_kernels.methods import FasterVLM, FoPru, Method, Random, VisPrune
 
 BUDGETS = (192, 128, 64, 32, 16)
 PICTURES, QUICK, BATCH = 600, 150, 25
-# Of the test pictures. Those of 0 and 1 were looked at while the model was made.
+# The seed of the test pictures. Those of seeds 0 and 1 were used to develop the model.
 SET = 2
-# Fewer are enough to see what rounding changes.
+# Fewer pictures show the effect of rounding well enough.
 STABLE_PICTURES = 150
 SEEDS = 5
 RATIOS = (0.0, 0.25, 0.5, 0.75)
 STABLE_BUDGET = 64
 COMMITTED = harness.RESULTS / "cpu-amd-epyc-avx512" / "accuracy.json"
 PLOT = Path(__file__).parent.parent / "docs" / "accuracy.png"
-# Standard errors of the intervals of 95 %, and of those of 99.9 %, beyond which --quick fails. It
-# also fails with less than this share within the intervals.
+# Half-widths of the 95 % and the 99.9 % intervals, in standard errors. --quick fails if a figure is
+# outside its 99.9 % interval, or if less than the share INSIDE of all are within their 95 %
+# interval.
 INTERVAL, LIMIT, INSIDE = 1.96, 3.29, 0.95
 
 
@@ -58,7 +61,7 @@ class Figure:
 
     @classmethod
     def of(cls, values: Tensor) -> Figure:
-        """Of values `[P]` from 0 to 1, one for each picture."""
+        """From values `[P]` between 0 and 1, one for each picture."""
         values = 100 * values.double()
         return cls(float(values.mean()), float(values.std() / math.sqrt(len(values))))
 
@@ -70,7 +73,7 @@ class Figure:
 
 
 def systems(budget: int) -> dict[str, Method]:
-    """By name."""
+    """The methods by name."""
     named: dict[str, Method] = {
         f"VisPruner {ratio} {matching}": VisPruner(budget, important_ratio=ratio, matching=matching)
         for matching in ("bipartite", "pairwise")
@@ -85,7 +88,7 @@ def systems(budget: int) -> dict[str, Method]:
 
 
 def chance(batch: answers.Batch, budget: int, first: int, run: int) -> Tensor:
-    """`[B, budget]`: random tokens, others of each picture; `first` is the number of the first."""
+    """`[B, budget]`: random tokens, drawn for each picture; `first` is the first one's number."""
     one = [
         Random(budget, seed=SEEDS * (first + i) + run).select(batch.features[i : i + 1], None)
         for i in range(len(batch.features))
@@ -93,7 +96,7 @@ def chance(batch: answers.Batch, budget: int, first: int, run: int) -> Tensor:
     return torch.cat(one)
 
 
-# By system and budget: the tokens of each picture, and `[P, Q]`, 1 where an answer is right.
+# (system, budget) -> the number of tokens kept, and `[P, Q]`: 1 where an answer is right.
 Hits = dict[tuple[str, int], tuple[int, Tensor]]
 
 
@@ -107,7 +110,7 @@ def evaluate(model: Any, pictures: int) -> Hits:
 
     starts = range(0, pictures, BATCH)
     for start in harness.progress(starts):
-        # One more, so that each has a next one.
+        # One picture more, so that the last one has a next picture.
         stop = min(start + BATCH, pictures)
         batch = answers.encode(model, [scene("test", i, SET) for i in range(start, stop + 1)])
         other = batch._replace(features=batch.features.roll(-1, 0))
@@ -127,7 +130,7 @@ def evaluate(model: Any, pictures: int) -> Hits:
 
 
 def rows_of(hits: Hits) -> harness.Rows:
-    """A row of each system and budget: all questions, each type, all less those of random."""
+    """A row for each system and budget: all questions, each type, the difference to random."""
     rows = []
     for (system, budget), (tokens, right) in hits.items():
         row: dict[str, Any] = {
@@ -147,7 +150,7 @@ def rows_of(hits: Hits) -> harness.Rows:
 
 
 def stability(model: Any, pictures: int) -> harness.Rows:
-    """Kept tokens and answers that change with the arithmetic of the vision tower."""
+    """Shares of kept tokens and answers that change with the arithmetic of the vision tower."""
     variants = {
         "bfloat16": copy.deepcopy(model.model.vision_tower).bfloat16(),
         "eager attention": copy.deepcopy(model.model.vision_tower),
@@ -196,13 +199,13 @@ def stability(model: Any, pictures: int) -> harness.Rows:
 
 
 def first(hits: Hits, pictures: int) -> Hits:
-    """Those of the first pictures."""
+    """The hits of the first pictures."""
     return {key: (tokens, right[:pictures]) for key, (tokens, right) in hits.items()}
 
 
 def compare(rows: harness.Rows, committed: harness.Rows) -> tuple[list[str], bool]:
-    """Lines on how the figures agree with the committed ones of the same pictures, and whether
-    they do."""
+    """Compare figures with the committed ones of the same pictures. Return lines to print, and
+    whether the figures agree."""
     known = {(row["system"], row["budget"]): row for row in committed}
     deviations = {}
     same = 0
@@ -210,7 +213,7 @@ def compare(rows: harness.Rows, committed: harness.Rows) -> tuple[list[str], boo
         old = known.pop((row["system"], row["budget"]))
         for name in ("all", *TYPES):
             difference = row[name].mean - old[name]["%"]
-            # Of a figure that is always the same, as if half an answer were another.
+            # A figure without spread has an error of 0: half an answer takes its place.
             error = max(old[name]["error"], 50 / old["pictures"])
             key = f"{row['system']}, {row['budget']} tokens, {name}"
             deviations[key] = difference / error
@@ -293,10 +296,13 @@ def main(argv: list[str] | None = None) -> int:
     """The command."""
     usage = harness.parser(__doc__.splitlines()[0])
     usage.set_defaults(threads=torch.get_num_threads())
+    usage.epilog = "Without --threads this benchmark uses all threads of PyTorch."
     usage.add_argument(
-        "--quick", action="store_true", help=f"{QUICK} of {PICTURES} pictures, and compare"
+        "--quick",
+        action="store_true",
+        help=f"evaluate {QUICK} of {PICTURES} pictures and compare with the committed figures",
     )
-    usage.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the figures as well")
+    usage.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw the figures")
     options: argparse.Namespace = usage.parse_args(argv)
     harness.check(options, usage)
     if options.plot and not options.plot.resolve().parent.is_dir():

@@ -1,11 +1,12 @@
-"""`cls_attention` against attention without scores and the published way to them, in one run.
+"""`cls_attention` against attention without scores and the published way to scores, in one run.
 
-PyTorch's fused attention (SDPA) is timed with every backend of the device, and with `cls_scores`
-beside it; "published" is eager attention as published, which stores all weights and reads its
-scores from them. Outputs and scores are checked against float64 before they are timed. TFLOP/s
-counts the two matrix products of attention, whatever else a row computes; "of limit" is that rate
-over the one of a large matrix product in this dtype, "/ flash" the time over that of SDPA's flash
-backend without scores.
+PyTorch's fused attention (SDPA) is timed with every backend of the device, and once more with
+`cls_scores` beside it. "published" is eager attention as published: it stores all weights and reads
+the scores from them. Outputs and scores are checked against float64 before they are timed.
+
+"TFLOP/s" counts the two matrix products of attention and no other work of a row. "of limit" is that
+rate divided by the rate of a large matrix product in the same dtype. "/ flash" is the time divided
+by that of SDPA's flash backend, which gives no scores.
 """
 
 from __future__ import annotations
@@ -36,12 +37,12 @@ BACKENDS = {
     "cpu": ("FLASH_ATTENTION", "MATH"),
     "cuda": ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH"),
 }
-# Scores from logits and weights that are stored in half precision.
+# The bound of scores whose logits and weights are stored in the dtype of q, in OUT_TOLERANCE.
 ROUNDED = 4.0
 
 
 class Exact(NamedTuple):
-    """One attention in float64: outputs, and how far scores of ours may be off."""
+    """Attention in float64, and `bound`: the largest error that our scores may have."""
 
     out: Tensor  # [B, S, H, D]
     cls: Tensor  # [B, S]
@@ -51,7 +52,7 @@ class Exact(NamedTuple):
 
 
 def exact(q: Tensor, k: Tensor, v: Tensor) -> Exact:
-    """Image by image, for memory's sake."""
+    """Attention in float64, image by image to save memory."""
     parts, largest = [], 0.0
     for image in zip(q, k, v, strict=True):
         q_i, k_i, v_i = (x.double().movedim(1, 0) for x in image)  # [H, S, D]
@@ -71,13 +72,13 @@ def exact(q: Tensor, k: Tensor, v: Tensor) -> Exact:
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """PyTorch's fused attention, by whichever backend the context allows."""
+    """PyTorch's fused attention, by the backend that the context allows."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 def backend(name: str) -> Callable[[], Any]:
-    """The context that allows this backend alone."""
+    """The context that allows only this backend of SDPA."""
     return functools.partial(sdpa_kernel, getattr(SDPBackend, name))
 
 
@@ -90,7 +91,7 @@ def eager(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_of(right: Exact, v: Tensor, bound: float) -> Callable[[Any], None]:
-    """The check of an output, and of scores where the answer has some."""
+    """A check of the output, and of the scores if the answer has some."""
     out_bound = OUT_TOLERANCE[v.dtype] * float(v.abs().max())
 
     def check(answer: Any) -> None:

@@ -1,20 +1,22 @@
-"""The backends of `select` against each other and the published loop: who is to own it.
+"""The backends of `select` against each other and the published loop, to choose its owner.
 
 A row is a shape and a matching. A backend is called as the dispatcher calls it, without the
-dispatcher and the check of arguments. Before it is timed its answer must be the CPU's to the bit:
-the reference's, for a GPU the native core's where it is built. A wrong one prints WRONG instead of
-times; one that is not installed says so, which is no failure.
+dispatcher and the check of arguments. Before it is timed, its answer must equal the CPU's bit for
+bit: that of the reference or, for a GPU, of the native core where it is built. A wrong answer
+prints WRONG instead of times. A missing backend prints "not installed", which is no failure.
 
-A batch is DISTINCT images in turn, every repetition at its own address, so that the CPU answers
-once for all batches. What takes as long as the slowest image takes as long as the slowest of these.
+A batch repeats DISTINCT images, each time at another address, so that the CPU computes its answer
+once for all batches. If the slowest image sets a batch's time, it is the slowest of these.
 
-"clock" is the one that the ratios are of: on a GPU the device time. Batches of more than PAIRS
-pairs of tokens have their wall time alone, some tenths of a millisecond more than the device's of
-tens, because samples of the host's time would take minutes there. The published loop runs as in
-`benchmarks.select` in a graph, with the GPU as default device, and for the batches PUBLISHED.
+"clock" is the clock of the ratios: on a GPU the device time. Batches of more than PAIRS pairs of
+tokens have only a wall time, because samples of their host time would take minutes. There the wall
+time is some tens of milliseconds, and some tenths of a millisecond more than the device time. The
+published loop runs in a graph as in `benchmarks.select`, with the GPU as default device, and only
+for the batch sizes PUBLISHED.
 
-A case is timed for about SECONDS, but for three turns at least. The summary counts by number of
-tokens and matching in how many cases the native backend is right, and in how many it is faster too.
+A case is timed for about SECONDS and at least three turns. The summary counts, by number of
+tokens and matching, the cases in which the native backend is right, and those in which it is also
+faster.
 """
 
 from __future__ import annotations
@@ -34,18 +36,18 @@ from benchmarks.select import MATCHINGS, RATIO, inputs_of, loops_of, same_bits
 from vispruner_kernels import _backends
 from vispruner_kernels._triton import operators
 
-# The second is the one that the first has to beat.
+# The first backend has to be faster than the second.
 BACKENDS = {"cpu": ("native", "reference"), "cuda": ("native", "triton")}
 CLOCKS = {"cpu": ("wall",), "cuda": ("device", "wall", "host")}
 DISTINCT = 4
 STEP = 8
 PAIRS = 2e8
-# Batches with which the published loop is timed too.
+# Sizes of the batches for which the published loop is timed too.
 PUBLISHED = (1, 5, 64)
 # Less than for other benchmarks: there are many cases.
 SECONDS = {"cpu": 5.0, "cuda": 0.5}
 ABSENT = "not installed"
-# Fields of a shape, and options.
+# Fields of a shape that are options of the command too.
 SIZES = ("batch", "tokens", "keep")
 
 
@@ -66,7 +68,7 @@ def images(tokens: int, channels: int, dtype: torch.dtype) -> tuple[Tensor, Tens
 def answers(
     tokens: int, channels: int, dtype: torch.dtype, keep: int, matching: str, by: str
 ) -> Tensor:
-    """What a backend on the CPU selects of them."""
+    """The tokens of the distinct images that a backend selects on the CPU."""
     features, scores = images(tokens, channels, dtype)
     return _backends._implementation("select", by)(features, scores, keep, RATIO, STEP, matching)
 
@@ -126,8 +128,8 @@ def case(shape: shapes.Shape, options: argparse.Namespace) -> harness.Rows:
 
 
 def summary(rows: harness.Rows, device: str) -> harness.Rows:
-    """In how many cases of a number of tokens and a matching the first backend is right and
-    faster."""
+    """Count, for each number of tokens and matching, the cases in which the first backend is right
+    and faster."""
     first, second = BACKENDS[device]
     name, result = f"{second} / {first}", []
     for tokens, matching in dict.fromkeys((row["N"], row["matching"]) for row in rows):
@@ -153,9 +155,13 @@ def summary(rows: harness.Rows, device: str) -> harness.Rows:
 def main(argv: list[str] | None = None) -> int:
     """The command."""
     usage = harness.race_parser(__doc__.splitlines()[0])
-    usage.epilog = "--compile changes nothing here. A run in parts wants a --json FILE for each."
+    usage.epilog = (
+        "--compile changes nothing here. For a run in parts, give each part its own --json FILE."
+    )
     for name in SIZES:
-        usage.add_argument(f"--{name}", type=int, nargs="+", help="only cases with one of these")
+        usage.add_argument(
+            f"--{name}", type=int, nargs="+", help=f"only cases with one of these values of {name}"
+        )
     options = usage.parse_args(argv)
     options.compile = "none"
     harness.check(options, usage)

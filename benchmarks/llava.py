@@ -1,19 +1,19 @@
 """Prefill of LLaVA models end to end: vision tower, selection, projector and language model.
 
-Random weights: latency does not depend on them. Three ways to the first token, in one run:
+The weights are random, because latency does not depend on them. One run times three ways to the
+first token:
 
     no pruning   every visual token is projected and read by the language model
     published    the vision tower with eager attention and `output_attentions`, the published loop,
                  every token projected, then dropped
     ours         prune_inputs and model.forward, as a user calls them
 
-Checked before they are timed: ours against the reference and against tokens dropped by hand, no
-pruning against the model with every token kept, the published way for its number of tokens.
+Every way is checked before it is timed: ours against the reference and against dropping the tokens
+by hand, no pruning against the model with every token kept, published for its number of tokens.
 
-Stages are timed one by one, the total as a whole; what it has beyond its stages is in "rest". FLOPs
-are counted by the formulas of docs/transformers.md, two for a multiply-add, without those of the
-selection. Without a GPU the same models are scaled down to a few narrow layers, with the number of
-tokens they have.
+Each stage is timed alone and the total as a whole; "rest" is the total less the stages. FLOPs are
+counted by the formulas of docs/transformers.md, two for a multiply-add, without the selection.
+Without a GPU the models are scaled down to a few narrow layers; they keep their numbers of tokens.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def inputs_of(case: Case, model: Any) -> dict[str, Any]:
 
 
 class Way(NamedTuple):
-    """What a way does. `check` says "", or WRONG, of what it is going to time."""
+    """One way to the first token. `check` returns "" if its answer is right, else WRONG."""
 
     total: Callable[[], Tensor]
     stages: dict[str, Callable[[], Any]]
@@ -96,7 +96,7 @@ class Way(NamedTuple):
 
 
 class Bench:
-    """The ways of one model and one budget."""
+    """The three ways for one model and one budget."""
 
     def __init__(self, case: Case, model: Any, eager: Any, keep: int) -> None:
         self.case, self.model, self.eager, self.keep = case, model, eager, keep
@@ -104,7 +104,7 @@ class Bench:
         video = case.model == "video-llava-7b"
         self.tower = model.model.video_tower if video else model.model.vision_tower
         self.pixels = self.inputs["pixel_values_videos" if video else "pixel_values"].flatten(0, -4)
-        # Video-LLaVA reads the [CLS] token of its frames.
+        # The language model of Video-LLaVA also reads the [CLS] token of each frame.
         self.cls = 1 if video else 0
         self.method = VisPruner(keep // case.grids, RATIO)
 
@@ -120,8 +120,8 @@ class Bench:
         return self.model.model.multi_modal_projector(features)
 
     def order(self, kept: Tensor) -> Tensor | None:
-        """Where in the prompt patches [G, T] of tiles stand: after the overview the rows of the
-        picture, through two tiles each."""
+        """The order of kept patches [G, T] in the prompt of LLaVA-NeXT: first the overview, then
+        the picture row by row, where each row crosses two tiles. None for other models."""
         if "image_sizes" not in self.inputs:
             return None
         grids = torch.arange(self.case.grids, device=kept.device)[:, None]
@@ -145,7 +145,7 @@ class Bench:
         def check() -> str:
             inputs = self.inputs
             if "image_sizes" in inputs:
-                # As everywhere here without newlines.
+                # Without newline tokens, as in all three ways.
                 inputs = prune_inputs(self.model, inputs, FasterVLM(1.0), newlines="drop")
             expected = self.model(**inputs, logits_to_keep=1).logits[:, 0]
             return "" if _near(total(), expected) else "WRONG"
@@ -239,14 +239,14 @@ class Bench:
 
 
 def _near(a: Tensor, b: Tensor) -> bool:
-    """Logits of two orders of the same sums."""
+    """Whether logits agree, except for the order in which sums were added."""
     bound = 1e-4 if a.dtype == torch.float32 else 0.03
     return bool(torch.isfinite(a).all()) and bool((a - b).abs().max() <= bound * b.abs().max())
 
 
 def rows_of(bench: Bench, options: argparse.Namespace) -> tuple[harness.Rows, harness.Rows]:
-    """A row of times and one of costs for each way. They are checked, then timed in turns, whole
-    and by stage."""
+    """Check the ways, then time them in turns, whole and by stage. Return a row of times and a row
+    of costs for each way."""
     ways = dict(zip(WAYS, (bench.unpruned(), bench.published(), bench.ours()), strict=True))
     clocks: dict[tuple[str, str], Callable[[], float]] = {}
     wrong = {name: way.check() for name, way in ways.items()}
@@ -291,7 +291,7 @@ def rows_of(bench: Bench, options: argparse.Namespace) -> tuple[harness.Rows, ha
 
 
 def saved(times: harness.Rows, costs: harness.Rows, prefix: str) -> list[str]:
-    """What pruning saves of the time and the FLOPs to the first token, by model and budget."""
+    """Lines on the time and the FLOPs to the first token that pruning saves."""
     lines = []
     for i in range(0, len(times), len(WAYS)):
         none, _, ours = costs[i : i + len(WAYS)]
@@ -316,9 +316,13 @@ def main(argv: list[str] | None = None) -> int:
     """The command."""
     usage = harness.parser(__doc__.splitlines()[0], ("cpu", "cuda"))
     usage.add_argument("--model", nargs="+", choices=[*CASES], default=[*CASES])
-    usage.add_argument("--keep", nargs="+", type=int, help="visual tokens, of all grids together")
-    usage.add_argument("--tiny", action="store_true", help="scaled down, as without a GPU")
-    usage.add_argument("--commit", help="what the header says where git does not know it")
+    usage.add_argument(
+        "--keep", nargs="+", type=int, help="visual tokens to keep, in all tiles or frames together"
+    )
+    usage.add_argument(
+        "--tiny", action="store_true", help="scale the models down, as is done without a GPU"
+    )
+    usage.add_argument("--commit", help="the commit for the header, where git does not know it")
     options = usage.parse_args(argv)
     harness.check(options, usage)
     if options.device == "cpu" and not options.tiny:

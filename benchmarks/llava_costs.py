@@ -1,4 +1,4 @@
-"""The LLaVA models of benchmarks/llava.py, and what their first token costs, by count.
+"""The LLaVA models of benchmarks/llava.py, and the counted cost of their first token.
 
 docs/transformers.md has the formulas.
 """
@@ -8,14 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-# Words of the prompt beside the visual tokens.
+# Text tokens of the prompt, beside the visual tokens.
 TEXT = 64
 IMAGE, VIDEO = 32000, 32001
 
 
 @dataclass(frozen=True)
 class Case:
-    """An architecture, the grids that its vision tower sees, and the budgets of its papers."""
+    """An architecture, the number of grids (tiles or frames) that its vision tower encodes, and the
+    budgets of the papers."""
 
     model: str
     grids: int
@@ -62,8 +63,10 @@ def config_of(case: Case, tiny: bool = False) -> Any:
 def flops(
     config: Any, grids: int, visual_tokens: int, projected: int, unread: int = 1
 ) -> dict[str, float]:
-    """Of the first token, by stage, two for a multiply-add: docs/transformers.md. Features come
-    from the layer before the last, which all but ours run: `unread` layers."""
+    """FLOPs of the first token by stage, two for a multiply-add (docs/transformers.md).
+
+    Features come from the last layer but one. `unread` counts the layers after it that run without
+    a reader of their output: one, or none in our way."""
     vision, text = config.vision_config, config.text_config
     c, f, patch = vision.hidden_size, vision.intermediate_size, vision.patch_size
     s = (vision.image_size // patch) ** 2 + 1
@@ -80,14 +83,14 @@ def flops(
 
 
 def cache_bytes(config: Any, visual_tokens: int, itemsize: int) -> int:
-    """Keys and values of the prompt."""
+    """Size of the keys and values of the prompt."""
     text = config.text_config
     width = text.hidden_size * text.num_key_value_heads // text.num_attention_heads
     return 2 * text.num_hidden_layers * width * (visual_tokens + TEXT) * itemsize
 
 
 def counted(case: Case, keep: int) -> str:
-    """What pruning saves at full size, by count, float16."""
+    """A line on the FLOPs and the cache that pruning saves at full size, counted, in float16."""
     config = config_of(case)
     side = config.vision_config.image_size // config.vision_config.patch_size
     cls = case.grids if case.model == "video-llava-7b" else 0

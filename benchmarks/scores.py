@@ -1,10 +1,11 @@
 """`cls_scores` and `received_scores` against PyTorch, flash-colsum and flash-colreduce.
 
-Scores are checked against float64 before they are timed; "given lse" gets each row's log-sum-exp,
-which an attention kernel has anyway. "of K read" is the share of the time that one read of K would
-take at the measured copy rate, on a GPU of the cold time, in which L2 holds no K; "/ flash" is the
-time over that of the whole attention by SDPA's flash backend, which gives no scores; "eager / this"
-how many times longer PyTorch's eager operators take for the same scores.
+Scores are checked against float64 before they are timed. "given lse" gets each row's log-sum-exp,
+which an attention kernel computes anyway. "of K read" is the time that one read of K would take at
+the measured copy rate, divided by the measured time; on a GPU that is the cold time, for which L2
+holds no part of K. "/ flash" is the time divided by that of the whole attention by SDPA's flash
+backend, which gives no scores. "eager / this" is how many times longer PyTorch's eager operators
+take for the same scores.
 """
 
 from __future__ import annotations
@@ -41,17 +42,17 @@ def weights(q: Tensor, k: Tensor) -> Tensor:
 
 
 def eager_cls(q: Tensor, k: Tensor, *rest: Tensor) -> Tensor:
-    """`cls_scores` by PyTorch: one row of the weights."""
+    """`cls_scores` in eager PyTorch: one row of the weights."""
     return weights(q[:, :1], k)[:, :, 0, 1:].mean(1)
 
 
 def eager_received(q: Tensor, k: Tensor, *rest: Tensor) -> Tensor:
-    """`received_scores` by PyTorch: all weights are stored."""
+    """`received_scores` in eager PyTorch, which stores all weights."""
     return weights(q, k).mean((1, 2))
 
 
 def close(expected: Tensor, bound: float) -> Callable[[Tensor], None]:
-    """The check for these scores."""
+    """A check that scores are within `bound` of these."""
     return lambda answer: assert_close(answer, expected, bound)
 
 
@@ -136,7 +137,7 @@ def rows_of(
 
 
 def packed_case(shape: shapes.Packed, options: argparse.Namespace) -> harness.Rows:
-    """The rows of one packed sequence; eager is one image after the other."""
+    """The rows of one packed sequence; "eager" computes one image after another."""
     device, op = options.device, "received_scores_varlen"
     total, longest = sum(shape.lengths), max(shape.lengths)
     sample = sample_qkv(1, total, shape.heads, shape.head_dim, shape.dtype, seed=0)

@@ -1,16 +1,19 @@
-"""The selections against the published loop in eager PyTorch, in one run.
+"""The operators that select against the published loop in eager PyTorch, in one run.
 
-Every answer is checked before it is timed: ours against the reference, to the bit; the loop's by
-its count of distinct tokens. A wrong one prints WRONG instead of a time, a raising loop says so.
+Every answer is checked before it is timed: ours must equal the reference bit for bit, the loop's
+must have the right number of distinct tokens. A wrong answer prints WRONG instead of a time, and an
+error prints its type.
+
 "GMAC/s" counts the multiply-adds of the similarities that are needed (half of a symmetric matrix).
-On a CPU, "of matmul" is that rate over the one of a float32 matrix product of the same features,
-whole, by PyTorch in the same run. On a GPU, "of limit" is the share of the time that the int8
-products of those similarities and one read of the features would take at the measured limits.
+On a CPU, "of matmul" is that rate divided by the rate of PyTorch's float32 matrix product of the
+same features (the whole matrix), in the same run. On a GPU, "of limit" is the time that the int8
+products of those similarities and one read of the features would take at the measured limits,
+divided by the measured time.
 
-The loop waits for the device in every pass. "graphed" is its device time in a CUDA graph, for which
-it runs with the GPU as default device: then the index that it makes on the host is made there. The
-ratios of the published and the compiled loop are between wall times, those of the graph between
-device times.
+The published loop waits for the device in every pass, because it makes an index on the host.
+"graphed" is its device time in a CUDA graph: there it runs with the GPU as PyTorch's default
+device, so that it makes the index on the GPU. The ratios of the published and the compiled loop are
+between wall times, those of "graphed" between device times.
 """
 
 from __future__ import annotations
@@ -42,15 +45,15 @@ from vispruner_kernels.testing import (
 
 RATIO = 0.5
 MATCHINGS = ("bipartite", "pairwise")
-# int8 products that make one of 15-bit fixed-point numbers.
+# Each product of 15-bit fixed-point numbers takes so many int8 products.
 INT8_PRODUCTS = 4
-# Share of a crop's tokens that are padding, in turns, where crops have different sizes.
+# Shares of padding of the crops that select_varlen packs, repeated for more crops.
 PADDING = (0.0, 0.25, 0.5, 0.125, 0.0)
 OPS = ("select", "prune", "select_varlen", "select_topk", "select_rows")
 
 
 def published_state(shape: shapes.Shape, answer: Tensor) -> str:
-    """ "" if the loop's answer has the right number of distinct tokens."""
+    """Return "" if the loop's answer has the right number of distinct tokens, else WRONG."""
     distinct = all(len(row.unique()) == shape.keep for row in answer)
     return "" if answer.shape == (shape.batch, shape.keep) and distinct else "WRONG count"
 
@@ -64,7 +67,7 @@ def inputs_of(shape: shapes.Shape) -> tuple[Tensor, Tensor]:
 
 
 def same_bits(expected: Any) -> Any:
-    """The check for this answer, which is on the CPU."""
+    """A check that an answer equals `expected`, which is on the CPU, bit for bit."""
 
     def check(answer: Any) -> None:
         if isinstance(expected, Tensor):
@@ -77,7 +80,7 @@ def same_bits(expected: Any) -> Any:
 
 
 def loops_of(shape: shapes.Shape, device: str, compiled: bool) -> dict[str, Competitor]:
-    """The published loop, in all its ways."""
+    """The published loop as a competitor: eager, compiled, in a CUDA graph."""
 
     def check(answer: Tensor) -> str:
         return published_state(shape, answer)
@@ -162,19 +165,19 @@ def case(shape: shapes.Shape, options: argparse.Namespace, compiled: bool = Fals
 
 
 def topk(scores: Tensor, keep: int) -> Tensor:
-    """`select_topk` by PyTorch."""
+    """`select_topk` in plain PyTorch."""
     return scores.topk(keep, sorted=False).indices.sort(-1).values
 
 
 def top_rows(scores: Tensor, width: int, rows: int) -> Tensor:
-    """`select_rows` by PyTorch."""
+    """`select_rows` in plain PyTorch."""
     kept = topk(scores.float().unflatten(1, (-1, width)).sum(-1), rows)
     return (kept[:, :, None] * width + torch.arange(width, device=scores.device)).flatten(1)
 
 
 def other_case(shape: shapes.Shape, options: argparse.Namespace) -> harness.Rows:
-    """The rows of one shape for the operators beside `select`, each with PyTorch's way, or that of
-    `select` and PyTorch."""
+    """The rows of one shape for the operators beside `select`, each against plain PyTorch or
+    `select` with plain PyTorch."""
     features, scores = inputs_of(shape)
     keep, width = shape.keep, int(shape.tokens**0.5)
     lengths = [int(shape.tokens * (1 - PADDING[i % len(PADDING)])) for i in range(shape.batch)]

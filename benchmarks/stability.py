@@ -1,8 +1,9 @@
-"""How much of the kept set rounding changes, and how well it covers the image, for both matchings.
+"""How many kept tokens rounding changes, and how well they cover the image, for both matchings.
 
-"changed" is the share of kept tokens that are others when the features are rounded to bfloat16;
-"coverage" the mean over all tokens of the largest cosine to a kept one. Clustered random features
-(see vispruner_kernels.testing) and the demo's picture through the tiny VLM's tower.
+"changed" is the share of kept tokens that are replaced by others when the features are rounded to
+bfloat16. "coverage" is the mean over all tokens of the largest cosine to a kept token. The features
+are clustered random ones (see vispruner_kernels.testing), and those of the demo's picture in the
+tiny VLM's vision tower.
 """
 
 from __future__ import annotations
@@ -24,21 +25,21 @@ SEEDS = range(6)
 
 
 def clustered(seed: int) -> tuple[Tensor, Tensor]:
-    """Features and scores of CLIP-L/336's size."""
+    """Random features and scores with the sizes of CLIP-L/336."""
     generator = torch.Generator().manual_seed(seed)
     features = sample_features("clustered", 1, 576, 1024, generator)
     return features, sample_scores("softmax", 1, 576, generator)
 
 
 def pictured() -> tuple[Tensor, Tensor]:
-    """Those of the demo."""
+    """Features and scores of the demo's picture."""
     photo = picture.load_photo(picture.SAMPLE)
     encoded = encoder.encode(picture.to_tensor(photo, encoder.SIZE))
     return encoded.features, cls_scores(encoded.q, encoded.k)
 
 
 def measure(images: list[tuple[Tensor, Tensor]], keep: int, matching: str) -> dict[str, float]:
-    """Means over the images."""
+    """Change and coverage, as means over the images."""
     changed, coverage = [], []
     for features, scores in images:
         kept = select(features, scores, keep, matching=matching)[0]

@@ -1,1 +1,1 @@
-"""A small VLM trained for the purpose: its task, its training, and loading it. See README.md."""
+"""A small VLM that was trained to measure pruning: its task, its training and its answers."""

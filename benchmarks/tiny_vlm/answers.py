@@ -1,4 +1,4 @@
-"""What the tiny VLM answers when it sees some of the visual tokens; for many questions at once."""
+"""Answers of the tiny VLM from some of the visual tokens, for many questions at once."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from benchmarks.tiny_vlm.scenes import ASKED, Scene
 from vispruner_kernels.demo import encoder
 from vispruner_kernels.methods import Method
 
-# FastV drops tokens after this layer, counted from 1, by the attention in it.
+# FastV drops tokens after this layer, counted from 1, by the attention weights of this layer.
 FASTV_LAYER = 2
 
 
 class Batch(NamedTuple):
-    """Pictures and what the vision tower makes of them.
+    """Outputs of the vision tower for some pictures, and the questions about them.
 
     Attributes:
-        features: `[B, 576, C]`, of the last layer but one.
-        q, k: `[B, 577, H, D]`, of the layer whose output that is.
-        ids, labels: `[B, Q * SLOT]`, of `tiny.pack`.
+        features: `[B, 576, C]`, the patch tokens after the last layer but one.
+        q, k: `[B, 577, H, D]`, queries and keys of that layer.
+        ids, labels: `[B, Q * SLOT]`, the questions as `tiny.pack` returns them.
     """
 
     features: Tensor
@@ -50,7 +50,7 @@ def select(method: Method, batch: Batch) -> Tensor:
 
 
 def project(model: Any, batch: Batch, kept: Tensor | None = None) -> Tensor:
-    """The visual tokens for the language model."""
+    """The kept visual tokens after the projector, as the language model reads them."""
     projector = model.model.multi_modal_projector
     return projector(gather(batch.features, kept).to(projector.linear_1.weight.dtype))
 
@@ -65,7 +65,7 @@ def gather(features: Tensor, kept: Tensor | None) -> Tensor:
 def right(model: Any, batch: Batch, kept: Tensor | None) -> Tensor:
     """`[B, Q]` bool: whether greedy decoding gives the answer and then ends.
 
-    That is so if each token is the most likely after the true ones before it.
+    It does if each token is the most likely one after the true tokens before it.
     """
     visual = project(model, batch, kept)
     return _right(tiny.logits(model, visual, batch.ids), batch.labels)
@@ -73,12 +73,12 @@ def right(model: Any, batch: Batch, kept: Tensor | None) -> Tensor:
 
 @torch.no_grad()
 def answers(model: Any, batch: Batch, kept: Tensor | None) -> Tensor:
-    """`[B, Q, L]` int64: the first tokens of greedy decoding, as many as the answer with END has;
-    -1 after them. Those of answers with two tokens take the first from decoding."""
+    """`[B, Q, L]` int64: the first tokens of greedy decoding, as many as the true answer with END
+    has, then -1. Each token is decoded after the decoded ones, not after the true ones."""
     visual = project(model, batch, kept)
     ids = batch.ids.clone()
     wanted = batch.labels >= 0
-    # A decoded token is the next one's input, where an answer has a next one.
+    # Where an answer goes on after a token, the decoded token is the next input.
     after = wanted & wanted.roll(1, -1)
     for _ in range(2):
         best = tiny.logits(model, visual, ids).argmax(-1)
@@ -88,10 +88,11 @@ def answers(model: Any, batch: Batch, kept: Tensor | None) -> Tensor:
 
 @torch.no_grad()
 def fastv(model: Any, batch: Batch, keeps: list[int]) -> dict[int, Tensor]:
-    """`right`, and each question keeps the visual tokens that its last token attends to.
+    """As `right`, but each question keeps the visual tokens that its last token attends to most.
 
-    The first FASTV_LAYER layers see all tokens; the layers after them those with the largest
-    attention in the last of the former, mean over heads (FastV, arXiv 2403.06764). Positions stay.
+    The first FASTV_LAYER layers see all tokens. The later layers see those with the largest
+    attention weights in layer FASTV_LAYER, mean over heads (FastV, arXiv 2403.06764). Kept tokens
+    keep their positions.
     """
     llama = model.model.language_model
     visual = project(model, batch)
@@ -140,7 +141,7 @@ def _run(layer: Any, hidden: Tensor, mask: Tensor, positions: Tensor, rope: Any)
 
 
 def _attention(layer: Any, hidden: Tensor, rope: Any, mask: Tensor) -> Tensor:
-    """`[B, S, S]`, the mean over heads of a Llama layer's attention."""
+    """`[B, S, S]`, the attention weights of a Llama layer, mean over heads."""
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
     attention = layer.self_attn

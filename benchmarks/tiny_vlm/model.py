@@ -1,4 +1,4 @@
-"""The model in transformers' classes, its words, and many questions about one picture at once."""
+"""The model as classes of transformers, its vocabulary, and the packing of many questions."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ WORDS = (
     *"what is the number ? which digit in frame colour where left right of above below".split(),
     *"how many shapes are there top bottom half side on".split(),
 )
-# Of a question with its answer, without END: the longest has 8 words and 1, or 5 and 2.
+# Tokens of a question with its answer, without END. The longest pairs have 8 + 1 and 5 + 2 words.
 SLOT = 10
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A token for each word."""
+    """A tokenizer with one token for each word."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -46,7 +46,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make() -> LlavaForConditionalGeneration:
-    """The model, not trained: 24 x 24 patches and CLS, features of the last layer but one."""
+    """The untrained model: 24 x 24 patches and CLS, features of the last layer but one."""
     from transformers import (
         CLIPVisionConfig,
         LlamaConfig,
@@ -89,8 +89,8 @@ def make() -> LlavaForConditionalGeneration:
 
 
 def save(model: Any, folder: Path) -> None:
-    """With its words and a processor's settings; float16, by the names of published checkpoints:
-    what transformers 5.23 would write, 5.3 does not read."""
+    """Write the model in float16, its tokenizer and its processor. Weights have the names of
+    published checkpoints: transformers 5.3 cannot read the names that 5.23 would write."""
     from safetensors.torch import save_file
     from transformers import CLIPImageProcessorPil, LlavaProcessor
 
@@ -102,7 +102,7 @@ def save(model: Any, folder: Path) -> None:
     }
     weights = {}
     for name, weight in model.state_dict().items():
-        # Tied to the embeddings.
+        # lm_head shares its weights with the embeddings.
         if name != "lm_head.weight":
             prefix = next(prefix for prefix in names if name.startswith(prefix))
             published = names[prefix] + name.removeprefix(prefix)
@@ -134,11 +134,11 @@ def pixel_values(pixels: Tensor) -> Tensor:
 
 
 class Packed(NamedTuple):
-    """All questions about one picture, each in a slot, answers in place.
+    """All questions about one picture with their answers, each in a slot of SLOT tokens.
 
     Attributes:
         ids: `[Q * SLOT]` int64.
-        labels: `[Q * SLOT]` int64, what comes next where an answer or END does, -100 elsewhere.
+        labels: `[Q * SLOT]` int64, the next token if it is END or part of an answer, else -100.
     """
 
     ids: Tensor
@@ -160,18 +160,19 @@ def pack(questions: list[Question], slots: int) -> Packed:
 def mask_and_positions(
     visual: int, questions: int, device: torch.device | None = None
 ) -> tuple[Tensor, Tensor]:
-    """For START, so many visual tokens and the slots: a question sees the picture and itself.
+    """Mask and positions of START, `visual` visual tokens and the slots of the questions.
 
     Returns:
-        `[1, 1, S, S]` bool, True where a token sees another, and `[1, S]` int64: each question
-        begins where the picture ends, as if it were the only one.
+        `[1, 1, S, S]` bool, True where a token may attend to another: a question sees the picture
+        and itself, but no other question. And `[1, S]` int64: the positions of each question begin
+        after the picture, as if it were the only question.
     """
     slot = torch.arange(questions, device=device).repeat_interleave(SLOT)
     owner = torch.cat([torch.full((1 + visual,), -1, device=device), slot])
     order = torch.arange(len(owner), device=device)
     sees = (owner[None] == -1) | (owner[None] == owner[:, None])
     sees = sees & (order[None] <= order[:, None])
-    # Rows begin at multiples of 8, as fused attention wants them.
+    # Fused attention needs rows that begin at multiples of 8.
     sees = torch.nn.functional.pad(sees, (0, -len(owner) % 8))[:, : len(owner)]
     inside = torch.arange(SLOT, device=device).repeat(questions)
     positions = torch.cat([torch.arange(1 + visual, device=device), 1 + visual + inside])
@@ -179,7 +180,7 @@ def mask_and_positions(
 
 
 def packed(model: Any, visual: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs of the language model: embeddings `[B, S, D]`, `mask_and_positions`."""
+    """Inputs of the language model: embeddings `[B, S, D]`, mask and positions."""
     embed = model.get_input_embeddings()
     text = embed(ids)
     start = embed.weight[WORDS.index(START)].expand(len(ids), 1, -1)
@@ -188,7 +189,7 @@ def packed(model: Any, visual: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Ten
 
 
 def logits(model: Any, visual: Tensor, ids: Tensor) -> Tensor:
-    """Of the slots.
+    """Logits of the slots.
 
     Args:
         model: a LlavaForConditionalGeneration.

@@ -1,4 +1,4 @@
-"""The demo's picture: python -m benchmarks.tiny_vlm.sample [NUMBER]"""
+"""Write the demo's picture: python -m benchmarks.tiny_vlm.sample [NUMBER]"""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from vispruner_kernels.demo.tiny_vlm import FOLDER
 
 
 def main(number: int = 6) -> None:
-    """Writes that test picture, what is in it and its questions, small details first.
+    """Write a test picture, the things in it and its questions, those about small details first.
 
-    The default is one of those near the mean of each method: 8, 8, 7 and 6 right answers with all
-    tokens, VisPruner, FasterVLM and random ones.
+    The default is a picture near the mean of each method: of 8 answers, 8 are right with all
+    tokens, 8 with VisPruner's, 7 with FasterVLM's and 6 with random ones.
     """
     s = scene("test", number)
     Image.fromarray(s.pixels).save(FOLDER / "sample.png", optimize=True)
     questions = sorted(s.questions, key=lambda question: TYPES.index(question.type))
-    sides = ("kind", "left", "top", "right", "bottom")
+    fields = ("kind", "left", "top", "right", "bottom")
     rows = {
         "questions": [{"question": x.text, "answer": x.answer} for x in questions],
-        "things": [{side: getattr(thing, side) for side in sides} for thing in s.things],
+        "things": [{field: getattr(thing, field) for field in fields} for thing in s.things],
     }
     parts = [
         f'  "{name}": [\n' + ",\n".join(f"    {json.dumps(row)}" for row in table) + "\n  ]"

@@ -2,7 +2,7 @@
 
 A picture is a part of a photograph with things on it, on a loose grid of 4 x 4 places: a number of
 two handwritten digits on a plate, two handwritten digits in coloured frames, and five to seven
-drawn shapes. Digits, photographs and sets of occupied places of the splits have nothing in common.
+drawn shapes. The two splits share no digit, no photograph and no set of occupied places.
 """
 
 from __future__ import annotations
@@ -29,14 +29,16 @@ COLOURS = {
     "white": (245, 245, 245),
 }
 KINDS = (*SHAPES, "frame", "number")
-# How often each is on a sheet.
+# The share of each kind on a sheet.
 SHEET = (0.08, 0.08, 0.08, 0.08, 0.08, 0.27, 0.33)
 TYPES = ("number", "frame", "colour", "place", "relation", "count")
-# Of one picture, in this order; and at most of one in training.
+# The types of the questions about one test picture, in this order, and the largest number of
+# questions of each type about one training picture.
 ASKED = ("number", "frame", "colour", "place", "relation", "relation", "count", "count")
 TRAINED = {"number": 1, "frame": 2, "colour": 3, "place": 5, "relation": 8, "count": 5}
 
-# Packages and the pictures they bring. Pictures of one scene are on one side.
+# Photographs by split and by the package that has them. Photographs of the same scene are in the
+# same split.
 PHOTOGRAPHS = {
     "train": {
         "sklearn": ("datasets/images/china.jpg",),
@@ -67,23 +69,27 @@ PHOTOGRAPHS = {
         ),
     },
 }
-# The first so many digits of scikit-learn's are for training.
+# This many of scikit-learn's digits, the first, are for training; the others are for tests.
 TRAIN_DIGITS = 1297
 
 
 class Question(NamedTuple):
-    """`seen`: which of the scene's things it names; `then`: the one that the answer is, of a
-    relation, else -1."""
+    """A question and its answer.
+
+    Attributes:
+        about: the indices of the scene's things that the question is about.
+        target: the index of the thing that is the answer to a relation, else -1.
+    """
 
     type: str
     text: str
     answer: str
-    seen: tuple[int, ...] = ()
-    then: int = -1
+    about: tuple[int, ...] = ()
+    target: int = -1
 
 
 class Thing(NamedTuple):
-    """Something in a picture: where, in pixels, and which place of the grid."""
+    """A thing in a picture, with its box in pixels and its place on the grid."""
 
     kind: str
     colour: str
@@ -100,7 +106,7 @@ class Thing(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """`pixels` `[192, 192, 3]` uint8, what is in it, and the questions, one for each of ASKED."""
+    """`pixels` `[192, 192, 3]` uint8, the things in it, and the questions about them."""
 
     pixels: np.ndarray
     things: list[Thing]
@@ -108,12 +114,12 @@ class Scene(NamedTuple):
 
 
 def scene(split: str, index: int, seed: int = 0) -> Scene:
-    """The picture of that number; numbers are endless.
+    """Make a picture with questions: one for each of ASKED in tests, up to TRAINED in training.
 
     Args:
         split: "train" or "test".
-        index: from 0.
-        seed: another one is another endless set.
+        index: the number of the picture, from 0 without end.
+        seed: every seed gives another endless set.
     """
     random = np.random.default_rng([seed, sorted(PHOTOGRAPHS).index(split), index])
     while True:
@@ -127,13 +133,13 @@ def scene(split: str, index: int, seed: int = 0) -> Scene:
 
 
 def sheet(index: int, seed: int = 0) -> Scene:
-    """A training picture to learn to see from: on 4 to 16 places something, much of it digits, and
-    nothing is asked.
+    """Make a picture to train the vision tower: 4 to 16 things, many with digits, no questions.
+
+    The set of occupied places is one that belongs to the split "train".
 
     Args:
-        index: from 0; numbers are endless, and sheets have layouts that scenes of the split
-            "train" could have.
-        seed: another one is another endless set.
+        index: the number of the sheet, from 0 without end.
+        seed: every seed gives another endless set.
     """
     random = np.random.default_rng([seed, len(PHOTOGRAPHS), index])
     names = list(COLOURS)
@@ -151,16 +157,16 @@ def sheet(index: int, seed: int = 0) -> Scene:
     return _drawn(things, [], random, "train")
 
 
-# What is in a picture, and what is asked.
+# The things in a picture, and the questions about them.
 
 
 def _for_test(cells: np.ndarray) -> bool:
-    """A rule on the set of occupied places, so that no set of them is in both splits."""
+    """Whether this set of occupied places belongs to the split "test"; else it is in "train"."""
     return sum(1 << int(cell) for cell in cells) % 5 == 0
 
 
 def _plan(random: np.random.Generator, split: str) -> list[Thing]:
-    """Kinds, colours, digits and places; where in pixels is left to drawing."""
+    """Choose kinds, colours, digits and places. `_draw` chooses the boxes in pixels."""
     names = list(COLOURS)
     while True:
         shapes = int(random.integers(5, 8))
@@ -169,7 +175,7 @@ def _plan(random: np.random.Generator, split: str) -> list[Thing]:
             break
     digits = iter(random.integers(0, 10, 4).tolist())
     frames = random.choice(len(names), 2, replace=False)
-    # Few kinds and few colours in one picture, or many: so that counts differ.
+    # Some pictures have few kinds or few colours, others many, so that counts differ.
     kinds = random.choice(len(SHAPES), int(random.integers(2, len(SHAPES) + 1)), replace=False)
     colours = random.choice(len(names), int(random.integers(2, len(names) + 1)), replace=False)
     parts = [("number", "", (next(digits), next(digits)))]
@@ -184,15 +190,15 @@ def _plan(random: np.random.Generator, split: str) -> list[Thing]:
 
 
 def _questions(things: list[Thing]) -> dict[str, list[Question]]:
-    """All that can be asked, by type."""
+    """All possible questions by type."""
     names = [thing.name for thing in things]
     half = PLACES // 2
     at = {thing.place: i for i, thing in enumerate(things)}
     sides = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
     every: dict[str, list[Question]] = {name: [] for name in TYPES}
 
-    def add(name: str, text: str, answer: str, seen: Sequence[int], then: int = -1) -> None:
-        every[name].append(Question(name, text, answer, tuple(seen), then))
+    def add(name: str, text: str, answer: str, about: Sequence[int], target: int = -1) -> None:
+        every[name].append(Question(name, text, answer, tuple(about), target))
 
     for i, thing in enumerate(things):
         row, column = thing.place
@@ -217,16 +223,17 @@ def _questions(things: list[Thing]) -> dict[str, list[Question]]:
                 add("relation", text, things[other].kind, [i], other)
     shapes = [i for i, thing in enumerate(things) if thing.kind in SHAPES]
     for kind in SHAPES:
-        seen = [i for i in shapes if things[i].kind == kind]
-        add("count", f"how many {kind} shapes are there ?", str(len(seen)), seen)
+        counted = [i for i in shapes if things[i].kind == kind]
+        add("count", f"how many {kind} shapes are there ?", str(len(counted)), counted)
     for colour in COLOURS:
-        seen = [i for i in shapes if things[i].colour == colour]
-        add("count", f"how many {colour} shapes are there ?", str(len(seen)), seen)
+        counted = [i for i in shapes if things[i].colour == colour]
+        add("count", f"how many {colour} shapes are there ?", str(len(counted)), counted)
     return every
 
 
 def _pick(questions: list[Question], random: np.random.Generator) -> Question:
-    """Takes one away: the answer first, so that frequent answers are asked for no more often."""
+    """Remove and return a question. Its answer is drawn first, so that all answers are equally
+    likely."""
     answers = sorted({question.answer for question in questions})
     answer = answers[random.integers(len(answers))]
     found = [question for question in questions if question.answer == answer]
@@ -248,7 +255,7 @@ def _drawn(
 
 @functools.cache
 def digits() -> tuple[np.ndarray, np.ndarray]:
-    """`[1797, 8, 8]` from 0 to 16, and which digits they are."""
+    """Images `[1797, 8, 8]` with values from 0 to 16, and the digit of each."""
     with gzip.open(_file("sklearn", "datasets/data/digits.csv.gz"), "rt") as file:
         table = np.loadtxt(file, delimiter=",")
     return table[:, :-1].reshape(-1, 8, 8), table[:, -1].astype(int)
@@ -263,7 +270,7 @@ def _digits_of(split: str, digit: int) -> np.ndarray:
 
 @functools.cache
 def _photographs(split: str) -> list[Image.Image]:
-    """Of 400 pixels along the shorter side at most."""
+    """The photographs of a split, with at most 400 pixels along the shorter side."""
     photographs = []
     for package, names in PHOTOGRAPHS[split].items():
         for name in names:
@@ -294,7 +301,7 @@ def _background(random: np.random.Generator, split: str) -> np.ndarray:
     pixels = np.asarray(part, dtype=np.float32)
     if random.random() < 0.5:
         pixels = pixels[:, ::-1]
-    # Darker or lighter, and with less contrast.
+    # Change the brightness and lower the contrast.
     return pixels * np.float32(random.uniform(0.5, 1.0)) + np.float32(random.uniform(-30, 30))
 
 
@@ -320,7 +327,7 @@ def _shape(thing: Thing, colour: np.ndarray, random: np.random.Generator, _: str
 
 @functools.cache
 def _mask(kind: str, size: int, turn: int) -> np.ndarray:
-    """`[size, size]`: how much of a pixel is inside."""
+    """`[size, size]`: the share of each pixel that is inside the shape."""
     fine = 8
     image = Image.new("L", (size * fine, size * fine))
     pen = ImageDraw.Draw(image)
@@ -349,7 +356,8 @@ def _mask(kind: str, size: int, turn: int) -> np.ndarray:
 
 
 def _ink(digit: int, size: int, random: np.random.Generator, split: str) -> np.ndarray:
-    """`[size, size]` from 0, paper, to 1; for training stretched and slanted a little."""
+    """A digit `[size, size]`, from 0 (paper) to 1 (ink). Training digits are stretched and slanted
+    a little."""
     candidates = _digits_of(split, digit)
     small = Image.fromarray((candidates[random.integers(len(candidates))] / 16).astype(np.float32))
     ink = small.resize((size, size), Image.Resampling.BICUBIC)
@@ -363,7 +371,7 @@ def _ink(digit: int, size: int, random: np.random.Generator, split: str) -> np.n
 
 
 def _written(ink: np.ndarray, margin: int, random: np.random.Generator) -> np.ndarray:
-    """Dark on light paper, or light on dark."""
+    """Draw with dark ink on light paper, or with light ink on dark paper."""
     ink = np.pad(ink, margin)[..., None]
     paper, pen = random.uniform(190, 250), random.uniform(0, 60)
     if random.random() < 0.5:

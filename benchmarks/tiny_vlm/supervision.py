@@ -26,24 +26,26 @@ from benchmarks.tiny_vlm.scenes import (
 
 NAMES = [*COLOURS]
 SLOTS = sum(TRAINED.values())
-# More than there are in a picture, and the number of no thing.
+# The index of patches without a thing, larger than the index of every thing.
 NOTHING = PLACES**2
-# Colours by kind (of shapes, and frames), kinds of shapes, digits.
+# Pairs of a colour and a kind (shapes, frame), then kinds of shapes, then digits.
 TAGS = len(COLOURS) * (len(SHAPES) + 1) + len(SHAPES) + 10
 
 
 class Sample(NamedTuple):
-    """A picture and all that is known of it; N = 576 patches, Q = SLOTS questions.
+    """A picture, its questions and its labels, for N = 576 patches and Q = SLOTS questions.
 
     Attributes:
         pixels: `[192, 192, 3]` uint8.
-        ids, labels: `[Q * SLOT]`, of `tiny.pack`.
-        types: `[Q]`, of the questions.
-        patches: `[N, 8]`, kind, colour and digit of what a patch shows, and the kinds of what is
-            left, right, above and below of that, each from 1, or 0; 1 where its middle is.
-        things: `[N]`, which of the scene's things that is, or NOTHING.
-        tags: `[TAGS]`, what a caption of the picture could name.
-        seen, then: `[Q, NOTHING + 1]` bool, things that a question names, and its answer's.
+        ids, labels: `[Q * SLOT]`, the questions as `tiny.pack` returns them.
+        types: `[Q]`, indices of the types of the questions.
+        patches: `[N, 8]`, seven labels from 1, or 0 for none: kind, colour and digit of the thing
+            that a patch shows, and the kinds of the things left of, right of, above and below
+            that thing; last 1 in the patch with the middle of the thing, else 0.
+        things: `[N]`, the index of the thing that a patch shows, or NOTHING.
+        tags: `[TAGS]`, 1 for each property that a caption of the picture could name, else 0.
+        about, target: `[Q, NOTHING + 1]` bool, the things that a question is about, and the thing
+            that answers it.
     """
 
     pixels: Tensor
@@ -53,8 +55,8 @@ class Sample(NamedTuple):
     patches: Tensor
     things: Tensor
     tags: Tensor
-    seen: Tensor
-    then: Tensor
+    about: Tensor
+    target: Tensor
 
 
 def sample_of(s: Scene) -> Sample:
@@ -87,10 +89,10 @@ def sample_of(s: Scene) -> Sample:
         if thing.kind in SHAPES:
             tags[len(COLOURS) * by_colour + kind] = 1
         tags[[TAGS - 10 + digit for digit in thing.digits]] = 1
-    seen, then = torch.zeros(2, SLOTS, NOTHING + 1, dtype=torch.bool)
+    about, target = torch.zeros(2, SLOTS, NOTHING + 1, dtype=torch.bool)
     for i, question in enumerate(s.questions):
-        seen[i, list(question.seen)] = True
-        then[i, question.then] = question.then >= 0
+        about[i, list(question.about)] = True
+        target[i, question.target] = question.target >= 0
     types = [TYPES.index(question.type) for question in s.questions]
     return Sample(
         torch.from_numpy(s.pixels),
@@ -99,13 +101,13 @@ def sample_of(s: Scene) -> Sample:
         torch.from_numpy(patches).flatten(0, 1),
         torch.from_numpy(things).flatten(),
         tags,
-        seen,
-        then,
+        about,
+        target,
     )
 
 
 class Pictures(Dataset[Sample]):
-    """So many sheets or training scenes from that number on."""
+    """`count` sheets or training scenes, from number `first` on."""
 
     def __init__(self, make: Callable[[int], Scene], first: int, count: int) -> None:
         self.make, self.first, self.count = make, first, count
@@ -118,8 +120,9 @@ class Pictures(Dataset[Sample]):
 
 
 class Heads(nn.Module):
-    """What is read in training, and then dropped: from each visual token, before and after the
-    projector, what it shows and where it is; from CLS what a caption would name."""
+    """Linear heads that exist in training only. From each visual token, before and after the
+    projector, they predict the content and the position of its patch; from CLS they predict the
+    tags."""
 
     def __init__(self, width: int, projected: int) -> None:
         super().__init__()
@@ -132,7 +135,7 @@ class Heads(nn.Module):
         return F.binary_cross_entropy_with_logits(self.cls(cls).float(), s.tags)
 
     def patches(self, read: Tensor, s: Sample) -> Tensor:
-        words = read.float().flatten(0, 1).split(self.sizes, -1)
+        logits = read.float().flatten(0, 1).split(self.sizes, -1)
         kind, colour, digit, *near, middle = s.patches.flatten(0, 1).unbind(-1)
         at = torch.arange(SIDE, device=kind.device)
         row, column = at.repeat_interleave(SIDE), at.repeat(SIDE)
@@ -140,15 +143,15 @@ class Heads(nn.Module):
         weight = torch.ones(self.sizes[0], device=kind.device)
         weight[0] = 0.2
         sides = [
-            F.cross_entropy(said, torch.where(kind > 0, side, -1), ignore_index=-1)
-            for said, side in zip(words[5:-1], near, strict=True)
+            F.cross_entropy(one, torch.where(kind > 0, side, -1), ignore_index=-1)
+            for one, side in zip(logits[5:-1], near, strict=True)
         ]
         return (
-            F.cross_entropy(words[0], kind, weight)
-            + F.cross_entropy(words[1], colour - 1, ignore_index=-1)
-            + F.cross_entropy(words[2], digit - 1, ignore_index=-1)
-            + 0.2 * F.cross_entropy(words[3], row.repeat(len(read)))
-            + 0.2 * F.cross_entropy(words[4], column.repeat(len(read)))
+            F.cross_entropy(logits[0], kind, weight)
+            + F.cross_entropy(logits[1], colour - 1, ignore_index=-1)
+            + F.cross_entropy(logits[2], digit - 1, ignore_index=-1)
+            + 0.2 * F.cross_entropy(logits[3], row.repeat(len(read)))
+            + 0.2 * F.cross_entropy(logits[4], column.repeat(len(read)))
             + 0.5 * torch.stack(sides).mean()
-            + F.cross_entropy(words[-1], torch.where(kind > 0, middle, -1), ignore_index=-1)
+            + F.cross_entropy(logits[-1], torch.where(kind > 0, middle, -1), ignore_index=-1)
         )

@@ -1,8 +1,9 @@
 """Train the tiny VLM: python -m benchmarks.tiny_vlm.train --out FOLDER
 
-First the vision tower learns, from what there is to see; then the projector and the language model,
-from its features. After each of the stages the weights are in FOLDER/stage-N.pt, where a run that
-was broken off goes on with --from; after the last the model is in FOLDER as transformers loads it.
+First the vision tower learns to predict the content of each patch. Then the projector and the
+language model learn from its features. After stage N the weights are in FOLDER/stage-N.pt, from
+which --from continues an interrupted run. After the last stage FOLDER holds the model as
+transformers loads it.
 """
 
 from __future__ import annotations
@@ -24,25 +25,31 @@ from tqdm import tqdm
 
 from benchmarks.tiny_vlm import answers
 from benchmarks.tiny_vlm import model as tiny
-from benchmarks.tiny_vlm.attention import Watch, attention, look_around, pointing
+from benchmarks.tiny_vlm.attention import (
+    Recorder,
+    attend_to_neighbours,
+    attention_loss,
+    explicit_attention,
+)
 from benchmarks.tiny_vlm.scenes import ASKED, TYPES, scene, sheet
 from benchmarks.tiny_vlm.supervision import SLOTS, Heads, Pictures, Sample
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Part of the training: of the vision tower, from sheets, or of the projector and the language
-    model, from the tower's features of scenes.
+    """One stage of the training: of the vision tower from sheets, or of the projector and the
+    language model from the tower's features of scenes.
 
     Attributes:
-        steps, batch: optimiser steps, and pictures of each.
-        rate: the learning rate of matrices in layers (Muon's); that of all else (AdamW's) is
-            `ADAM` of it. Both fall to 0 on a cosine.
-        scenes: the number of scenes, whose features are made once; 0: the tower learns.
-        parts, full: shares of steps in which the language model sees a part of the visual tokens,
-            and one that has the middle of every thing; in the rest it sees all.
-        sizes, full_sizes: bounds of such parts.
-        pointing: weight of the loss that says where to look.
+        steps, batch: the number of optimiser steps, and of pictures in each.
+        rate: the learning rate of the matrices in layers (Muon). The learning rate of all other
+            parameters (AdamW) is `ADAM` times this one. Both fall to 0 on a cosine.
+        scenes: the number of scenes, whose features are computed once; 0 where the tower learns.
+        parts, full: the share of steps in which the language model sees a random part of the visual
+            tokens, and the share in which its part has the middle of every thing. In all other
+            steps it sees all visual tokens.
+        sizes, full_sizes: bounds of the sizes of these two kinds of parts.
+        attention: the weight of the loss on attention.
     """
 
     steps: int
@@ -53,7 +60,7 @@ class Stage:
     full: float = 0.0
     sizes: tuple[int, int] = (64, 160)
     full_sizes: tuple[int, int] = (200, 200)
-    pointing: float = 0.0
+    attention: float = 0.0
 
 
 ADAM = 0.15
@@ -66,26 +73,30 @@ LAST = Stage(
     full=0.4,
     sizes=(32, 256),
     full_sizes=(32, 400),
-    pointing=0.8,
+    attention=0.8,
 )
 STAGES = (
     Stage(2200, 16, 15e-3),
-    Stage(1300, 16, 15e-3, scenes=3000, parts=0.5, full=0.5, pointing=0.6),
+    Stage(1300, 16, 15e-3, scenes=3000, parts=0.5, full=0.5, attention=0.6),
     LAST,
-    # More of all tokens, slowly.
+    # More steps with all tokens, at a lower learning rate.
     replace(LAST, steps=450, rate=5e-3, scenes=3000, parts=0.15, full=0.3),
 )
 
 
 def between(bounds: tuple[int, int], share: float) -> int:
+    """A number between bounds, at this share of the way on a logarithmic scale."""
     fewest, most = bounds
     return int(fewest * (most / fewest) ** share)
 
 
 def part(features: Tensor, count: int, first: Tensor | None = None) -> Tensor:
-    """`[B, count]`: a random part of the tokens; those with more in `first` `[B, N]` before others,
-    or of random composition: along a random direction of the features, more of one end, and by a
-    random amount."""
+    """Choose a random part of the tokens, `[B, count]`.
+
+    Tokens with a larger value in `first` `[B, N]` come before others. Without `first` the
+    composition is random: tokens towards one end of a random direction of the features are
+    preferred, by a random amount.
+    """
     if first is None:
         x = torch.einsum("bnc,bc->bn", features, torch.randn_like(features[:, 0]))
         x = (x - x.mean(1, keepdim=True)) / (x.std(1, keepdim=True) + 1e-6)
@@ -102,9 +113,12 @@ def language_loss(
     s: Sample,
     kept: Tensor | None,
     whole: bool,
-    watch: Watch,
+    recorder: Recorder,
 ) -> tuple[Tensor, Tensor]:
-    """The loss of answers by type, and of where to look; `whole` if all middles are kept."""
+    """The loss of the answers by type, and the loss on attention.
+
+    `whole` says that the middles of all things are kept.
+    """
     visual = answers.gather(visual, kept)
     logits = tiny.logits(model, visual, s.ids)
     words = F.cross_entropy(logits.float().mT, s.labels, ignore_index=-100, reduction="none")
@@ -115,13 +129,13 @@ def language_loss(
     things, middle = s.things, s.patches[..., -1] > 0
     if kept is not None:
         things, middle = things.gather(1, kept), middle.gather(1, kept)
-    return losses, pointing(watch, s, things, middle if whole else None)
+    return losses, attention_loss(recorder, s, things, middle if whole else None)
 
 
 def batches(
     stage: Stage, first: int, model: Any, options: argparse.Namespace
 ) -> Iterator[tuple[Sample, Tensor | None]]:
-    """Samples on the device; those of scenes with their features."""
+    """Batches of samples on the device; those of scenes have the tower's features."""
     device = torch.device(options.device)
     scenes = functools.partial(scene, "train", seed=options.seed)
     make = scenes if stage.scenes else functools.partial(sheet, seed=options.seed)
@@ -134,8 +148,8 @@ def batches(
     made = []
     for s in tqdm(loader, desc="features", unit="batch"):
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
-            features, _ = see(model, s.pixels.to(device))
-        # Copies: of what workers shared a file would stay open each. No pixels.
+            features, _ = encode(model, s.pixels.to(device))
+        # Tensors shared by a worker keep a file open each: copy them. Pixels are not needed again.
         s = Sample(features.new_empty(len(features), 0).cpu(), *(x.clone() for x in s[1:]))
         made += zip(zip(*s, strict=True), features.half().cpu(), strict=True)
     for _ in range(stage.steps):
@@ -145,14 +159,14 @@ def batches(
         yield Sample(*(x.to(device) for x in s)), features.to(device)
 
 
-def see(model: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Features of the patches, of the last layer but one, and CLS of the last."""
+def encode(model: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Features of the patches from the last layer but one, and CLS from the last layer."""
     tower = model.model.vision_tower(tiny.pixel_values(pixels), output_hidden_states=True)
     return tower.hidden_states[-2][:, 1:], tower.pooler_output
 
 
 def optimisers(modules: list[nn.Module], rate: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of layers, AdamW for all else."""
+    """Muon for the matrices in layers, AdamW for all other parameters."""
     named = [item for module in modules for item in module.named_parameters()]
     matrices = [x for name, x in named if "layers." in name and x.ndim == 2]
     rest = [x for name, x in named if "layers." not in name or x.ndim != 2]
@@ -181,35 +195,35 @@ def run(stage: Stage, number: int, model: Any, heads: Heads, options: argparse.N
 
     steppers: list[Any] = [*optimisers(modules, stage.rate)]
     steppers += [torch.optim.lr_scheduler.LambdaLR(x, rate) for x in steppers]
-    watch = Watch(model.model.language_model, (1, 2))
-    # Stages have pictures of their own.
+    recorder = Recorder(model.model.language_model, (1, 2))
+    # No two stages have the same pictures.
     data = batches(stage, number * 1_000_000, model, options)
     bar = tqdm(data, desc=f"stage {number}", total=stage.steps, unit="step", smoothing=0.05)
     mean = None
-    # As often as they are asked.
-    share = torch.tensor([ASKED.count(name) / len(ASKED) for name in TYPES], device=device)
+    # Each type weighs as much as its share of the questions about a test picture.
+    weights = torch.tensor([ASKED.count(name) / len(ASKED) for name in TYPES], device=device)
     for step, (s, features) in enumerate(bar):
         with torch.autocast(device.type, torch.bfloat16):
             if features is None:
-                features, cls = see(model, s.pixels)
-                told = {"patches": heads.patches(heads.feature(features), s)}
-                told["tags"] = heads.tags(cls, s)
-                loss = told["patches"] + 3 * told["tags"]
+                features, cls = encode(model, s.pixels)
+                shown = {"patches": heads.patches(heads.feature(features), s)}
+                shown["tags"] = heads.tags(cls, s)
+                loss = shown["patches"] + 3 * shown["tags"]
             else:
                 kind, size = torch.rand(2).tolist()
                 kept = None
                 if kind < stage.parts:
                     kept = part(features, between(stage.sizes, size))
                 elif kind < stage.parts + stage.full:
-                    # The middles before all else that shows something.
+                    # Middles of things first, then other patches that show a thing.
                     first = (s.patches[..., 0] > 0).float() + s.patches[..., -1]
                     kept = part(features, between(stage.full_sizes, size), first)
                 visual = model.model.multi_modal_projector(features)
                 read = heads.patches(heads.visual(visual), s)
                 whole = kind >= stage.parts
-                losses, looks = language_loss(model, visual, s, kept, whole, watch)
-                told = dict(zip(TYPES, losses, strict=True))
-                loss = losses @ share + read + stage.pointing * looks
+                losses, attended = language_loss(model, visual, s, kept, whole, recorder)
+                shown = dict(zip(TYPES, losses, strict=True))
+                loss = losses @ weights + read + stage.attention * attended
         for parameter in parameters:
             parameter.grad = None
         loss.backward()
@@ -217,17 +231,17 @@ def run(stage: Stage, number: int, model: Any, heads: Heads, options: argparse.N
         for stepper in steppers:
             stepper.step()
         if step % 20 == 0:
-            now = torch.stack([*told.values()]).detach().cpu()
+            now = torch.stack([*shown.values()]).detach().cpu()
             mean = now if mean is None else mean + 0.2 * (now - mean)
-            shown = {name: f"{x:.2f}" for name, x in zip(told, mean.tolist(), strict=True)}
-            bar.set_postfix(shown, refresh=False)
-    for hook in watch.hooks:
+            text = {name: f"{x:.2f}" for name, x in zip(shown, mean.tolist(), strict=True)}
+            bar.set_postfix(text, refresh=False)
+    for hook in recorder.hooks:
         hook.remove()
 
 
 @torch.no_grad()
 def score(model: Any, pictures: int = 200) -> str:
-    """Share of right answers about the first test pictures, by question."""
+    """A line with the shares of right answers about the first test pictures, by question."""
     hits = []
     for start in range(0, pictures, 25):
         batch = answers.encode(model, [scene("test", i) for i in range(start, start + 25)])
@@ -244,8 +258,16 @@ def main(argv: list[str] | None = None) -> int:
     usage.add_argument("--seed", type=int, default=0)
     usage.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     usage.add_argument("--workers", type=int, default=max(0, (os.cpu_count() or 1) - 2))
-    usage.add_argument("--from", type=Path, dest="state", metavar="FILE", help="a stage-N.pt")
-    usage.add_argument("--shrink", type=int, default=1, help="so many times fewer steps and scenes")
+    usage.add_argument(
+        "--from",
+        type=Path,
+        dest="state",
+        metavar="FILE",
+        help="continue after stage N, from its stage-N.pt",
+    )
+    usage.add_argument(
+        "--shrink", type=int, default=1, help="divide the numbers of steps and scenes by this"
+    )
     options = usage.parse_args(argv)
     if not hasattr(torch.optim, "Muon"):
         usage.error(f"training needs PyTorch 2.9 or later, with Muon; this is {torch.__version__}")
@@ -259,10 +281,10 @@ def main(argv: list[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(options.seed)
     model = tiny.make()
-    look_around(model.model.vision_tower)
+    attend_to_neighbours(model.model.vision_tower)
     if options.device == "cpu":
-        AttentionInterface.register("in the open", attention)
-        model.set_attn_implementation("in the open")
+        AttentionInterface.register("explicit", explicit_attention)
+        model.set_attn_implementation("explicit")
     model = model.to(options.device).train()
     widths = (x.hidden_size for x in (model.config.vision_config, model.config.text_config))
     heads = Heads(*widths).to(options.device)

@@ -59,7 +59,7 @@ def test_training_runs_and_is_reproducible(tmp_path, monkeypatch):
 def test_heads_start_out_looking_at_a_neighbour_each():
     torch.manual_seed(0)
     tower = tiny.make().model.vision_tower
-    attention.look_around(tower)
+    attention.attend_to_neighbours(tower)
     positions = tower.embeddings.position_embedding.weight.detach()
     found = []
     for layer in tower.encoder.layers:
@@ -83,7 +83,7 @@ def test_watched_attention_is_that_of_the_model(model, batch):
     embeddings, mask, positions = tiny.packed(model, answers.project(model, batch), batch.ids)
     rows = 577 + torch.tensor([3, 40, 75]).expand(len(batch.ids), -1)
     before = llama.config._attn_implementation
-    watch = attention.Watch(llama, (1, 2))
+    recorder = attention.Recorder(llama, (1, 2))
     try:
         model.set_attn_implementation("eager")
         with torch.no_grad():
@@ -99,10 +99,10 @@ def test_watched_attention_is_that_of_the_model(model, batch):
                     1, rows[..., None].expand(-1, -1, mask.shape[-1])
                 )[..., :577]
                 wanted = wanted / wanted.sum(-1, keepdim=True)
-                torch.testing.assert_close(watch.logs(layer, rows, 576).exp(), wanted)
+                torch.testing.assert_close(recorder.log_weights(layer, rows, 576).exp(), wanted)
     finally:
         model.set_attn_implementation(before)
-        for hook in watch.hooks:
+        for hook in recorder.hooks:
             hook.remove()
 
 
@@ -116,7 +116,7 @@ class Table:
     def look(self, layer, row, where):
         self.seen[layer, 0, row] = where / where.sum()
 
-    def logs(self, layer, rows, visual):
+    def log_weights(self, layer, rows, visual):
         logs = self.seen[layer].clamp_min(1e-9).log()
         return logs.gather(1, rows[..., None].expand(-1, -1, 1 + visual))
 
@@ -131,7 +131,7 @@ def test_pointing_wants_looks_at_what_is_asked_about():
     for slot, question in enumerate(scene.questions):
         row = 1 + visual + slot * tiny.SLOT + len(question.text.split()) - 1
         on = torch.zeros(1 + visual)
-        for thing in question.seen:
+        for thing in question.about:
             on[1:] += things[0] == thing
         if question.type == "count":
             on[1:] *= middle[0]
@@ -142,23 +142,25 @@ def test_pointing_wants_looks_at_what_is_asked_about():
             looks.append(("second digit", 1, row + 1, on))
         if question.type == "relation":
             there = torch.zeros(1 + visual)
-            there[1:] = things[0] == question.then
+            there[1:] = things[0] == question.target
             looks.append(("what is there", 2, row, there))
     assert {name for name, *_ in looks} == {*scenes.TYPES, "second digit", "what is there"}
     for _, layer, row, where in looks:
         table.look(layer, row, where)
-    assert attention.pointing(table, sample, things, middle) < 1e-4
+    assert attention.attention_loss(table, sample, things, middle) < 1e-4
     for name, layer, row, where in looks:
         table.look(layer, row, 1.0 * (where == 0))
-        assert attention.pointing(table, sample, things, middle) > 0.2, name
+        assert attention.attention_loss(table, sample, things, middle) > 0.2, name
         # Where things may be missing, nothing is said of counts.
-        assert (attention.pointing(table, sample, things, None) < 1e-4) == (name == "count"), name
+        assert (attention.attention_loss(table, sample, things, None) < 1e-4) == (
+            name == "count"
+        ), name
         table.look(layer, row, where)
     # START has its share in a count.
     _, layer, row, where = next(x for x in looks if x[0] == "count" and x[-1].sum() > 1)
     where[0] = 0
     table.look(layer, row, where)
-    assert attention.pointing(table, sample, things, middle) > 0.2
+    assert attention.attention_loss(table, sample, things, middle) > 0.2
 
 
 def test_parts_of_the_tokens():
@@ -179,7 +181,7 @@ def test_attention_of_the_training_is_that_of_torch():
     mask = torch.rand(2, 1, 37, 37) < 0.5
     mask |= torch.eye(37, dtype=torch.bool)
     for seen in (None, mask):
-        y, _ = attention.attention(None, q, k, v, seen, scaling=0.25)
+        y, _ = attention.explicit_attention(None, q, k, v, seen, scaling=0.25)
         right = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, scale=0.25)
         torch.testing.assert_close(y, right.transpose(1, 2))
 
@@ -221,8 +223,8 @@ def test_supervision_says_what_is_in_the_picture(kind):
         assert kinds[row, column, 3] == (scenes.KINDS.index(left[0].kind) + 1 if left else 0)
     assert (grid == supervision.NOTHING).float().mean() > 0.5
     for i, question in enumerate(scene.questions):
-        assert sample.seen[i].nonzero().flatten().tolist() == list(question.seen)
+        assert sample.about[i].nonzero().flatten().tolist() == list(question.about)
         if question.type == "relation":
-            (there,) = sample.then[i].nonzero().flatten().tolist()
+            (there,) = sample.target[i].nonzero().flatten().tolist()
             assert scene.things[there].kind == question.answer
-    assert not sample.seen[:, supervision.NOTHING].any()
+    assert not sample.about[:, supervision.NOTHING].any()
