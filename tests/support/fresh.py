@@ -1,6 +1,6 @@
-"""Interpreters that have imported PyTorch and nothing else: forked from one that waits.
+"""Run code in a new interpreter that has imported PyTorch and nothing else.
 
-To import PyTorch takes longer than what is tested in them.
+One process imports PyTorch and forks for each call, because the import takes longer than the tests.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import vispruner_kernels
 
-# Runs one piece of code for each line that it reads, and answers with its exit status.
+# For each line that it reads, the server runs one piece of code and prints its exit status.
 SERVER = """
 import json, os, signal, sys, traceback
 import torch
@@ -48,7 +48,7 @@ for line in sys.stdin:
 
 
 def _environment() -> dict[str, str]:
-    """That of this process, without the variables of the package."""
+    """The environment of this process, without the variables of the package."""
     kept = {n: v for n, v in os.environ.items() if not n.startswith("VISPRUNER_KERNELS_")}
     path = [str(Path(vispruner_kernels.__file__).parent.parent), kept.get("PYTHONPATH", "")]
     return kept | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
@@ -64,7 +64,7 @@ def _server(options: tuple[str, ...]) -> subprocess.Popen[str]:
 
 
 def python(code: str, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs code with these options and environment variables, and no others of the package."""
+    """Run code with these options of Python and these environment variables of the package."""
     server = _server(options)
     with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
         task = {

@@ -1,11 +1,12 @@
-"""Has make test-kernels passed with these kernels, this Triton and these tests?
+"""Compare the sources of the GPU kernels with those that `make test-kernels` has passed with.
 
-    kernels.py             prints the sources that changed since the record; status 1 if any did
-    kernels.py --now       prints the present hashes
-    kernels.py --passed    reads the hashes from before the tests and writes them as the record
+    kernels.py             print the sources that changed since the record; status 1 if any changed
+    kernels.py --now       print the hashes of the sources
+    kernels.py --passed    read hashes from before the tests; write the record if they still hold
 
-The record is tests/support/kernels.sha256. Only `make test-kernels` writes it, after it has passed:
-commit it with the kernels. CI runs `make test-kernels` where the record and the sources differ.
+The record, tests/support/kernels.sha256, has a hash for every source and the version of Triton.
+Only `make test-kernels` writes it, after a pass: commit it with the kernels. CI runs
+`make test-kernels` if the record and the sources differ.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = ROOT / "tests" / "support" / "kernels.sha256"
-# What the results depend on.
+# The files that the results of `make test-kernels` depend on.
 SOURCES = (
     "csrc/*.h",
     "csrc/cuda/*",
+    "vispruner_kernels/_native/arguments.py",
     "vispruner_kernels/_native/arguments.py",
     "vispruner_kernels/_native/cuda.py",
     "vispruner_kernels/_triton/*.py",

@@ -1,4 +1,4 @@
-"""The pages of documentation: their text and their blocks of code."""
+"""Text and code blocks of the documentation."""
 
 from __future__ import annotations
 
