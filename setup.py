@@ -1,15 +1,15 @@
-"""Builds vispruner_kernels._C, the C++ core, with pybind11 and ninja; the rest: pyproject.toml.
+"""Builds vispruner_kernels._C, the C++ core, with pybind11 and ninja. pyproject.toml has the rest.
 
 Two environment variables, each auto (the default, also if it is empty), 0 or 1:
 
-VISPRUNER_KERNELS_NATIVE   auto: build _C; where that fails, say so and install without it
+VISPRUNER_KERNELS_NATIVE   auto: build _C; if that fails, print why and install without it
                            1: build _C or fail          0: install without it
-VISPRUNER_KERNELS_CUDA     auto: compile csrc/cuda/*.cu into _C where nvcc is found; where that
-                           fails, say so and build without them
+VISPRUNER_KERNELS_CUDA     auto: compile csrc/cuda/*.cu into _C if nvcc is found; if that fails,
+                           print why and build without them
                            1: compile them or fail      0: leave them out
 
-They are compiled for all of ARCHITECTURES that the nvcc knows; VISPRUNER_KERNELS_CUDA_ARCHITECTURES
-names others, as in "80;90".
+The CUDA kernels are compiled for all of ARCHITECTURES that nvcc knows.
+VISPRUNER_KERNELS_CUDA_ARCHITECTURES names others, as in "80;90".
 """
 
 import os
@@ -27,21 +27,21 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError
 
-# No -march: one build serves every processor, functions choose their instruction set at run time.
-# No contraction and no fast math, on either device: the contract fixes every rounding.
+# No -march: one build serves every processor, because functions choose their instruction set at run
+# time. No contraction and no fast math on either device: the contract fixes every rounding.
 CXX_FLAGS = "-std=c++17 -O3 -g0 -fno-fast-math -ffp-contract=off -fPIC -fvisibility=hidden".split()
 CXX_FLAGS += "-pthread -Wall -Wextra".split()
 NVCC_FLAGS = "-std=c++17 -O3 -fmad=false -Xcompiler=-fPIC,-fvisibility=hidden,-pthread".split()
-# As many architectures at once as there are processors, with a report on every kernel.
+# Compile as many architectures at once as there are processors, and report on every kernel.
 NVCC_FLAGS += "--threads=0 -Xptxas=-v".split()
-# Each line: alternatives, of which the first is taken that the compiler and its linker have.
+# Each line lists alternatives: the first one that the compiler and its linker accept is used.
 HARDENING = [
     ["-U_FORTIFY_SOURCE -D_FORTIFY_SOURCE=3", "-U_FORTIFY_SOURCE -D_FORTIFY_SOURCE=2"],
     ["-fstack-protector-strong"],
 ]
 LINK_HARDENING = [["-Wl,-z,relro,-z,now"], ["-Wl,-z,noexecstack"]]
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
-# Also as PTX, which the driver compiles for GPUs between and after these.
+# Also compiled to PTX, from which the driver compiles for GPUs between and after these.
 PTX_ARCHITECTURE = "100"
 
 
@@ -61,16 +61,16 @@ def find_cxx():
 
 
 def nvcc_flag(flag):
-    """A flag of the host's compiler, or of its linker, as nvcc takes it."""
+    """The option by which nvcc passes a flag to the host's compiler or linker."""
     return f"-Xlinker={flag[4:]}" if flag.startswith("-Wl,") else f"-Xcompiler={flag}"
 
 
 def find_flags(command, wanted, form=str):
-    """Of each line of `wanted` the first that makes a shared library without a warning."""
+    """For each line of `wanted`, the first flags that make a shared library without a warning."""
     found = []
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "probe.cpp")
-        # The C library warns in its headers of a level of FORTIFY that it does not have.
+        # The headers of the C library warn of a level of FORTIFY that the library does not have.
         source.write_text("#include <cstring>\n")
         for alternatives in wanted:
             for flags in ([form(flag) for flag in words.split()] for words in alternatives):
@@ -108,7 +108,7 @@ def find_cuda():
 
 
 def find_architectures(nvcc):
-    """Those to compile for, and the flags that say so."""
+    """The architectures to compile for, and their flags of nvcc."""
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=False)
     known = [code.removeprefix("sm_") for code in known.stdout.split()]
     asked = os.environ.get("VISPRUNER_KERNELS_CUDA_ARCHITECTURES", "").replace(";", " ").split()
@@ -129,7 +129,7 @@ def find_architectures(nvcc):
 
 
 def print_resources(log):
-    """What the assembler says of the kernels, a line for each architecture."""
+    """Print the registers and spills that ptxas reported, one line per architecture."""
     kernels = re.findall(
         r"entry function '\S+' for '(sm_\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores"
         r".*?Used (\d+) registers",
@@ -154,7 +154,7 @@ def ninja_command(command):
 
 
 class NinjaBuildExt(build_ext):
-    """Compiles the sources of an extension in parallel, and again only what changed."""
+    """Compiles the sources of an extension in parallel; a rebuild compiles only changed ones."""
 
     def build_extension(self, ext):
         output = Path(self.get_ext_fullpath(ext.name))
@@ -165,13 +165,13 @@ class NinjaBuildExt(build_ext):
         except (BaseError, ImportError) as error:
             problem = str(error)
         if cuda_sources and CUDA == "auto":
-            # An nvcc that does not get along with this compiler is no reason to lose the rest.
+            # If nvcc does not work with this compiler, the rest of the core may still build.
             print(f"vispruner_kernels: WITHOUT the CUDA kernels: {problem}", file=sys.stderr)
             try:
                 return self._build(ext, output, None, [])
             except (BaseError, ImportError) as error:
                 problem = str(error)
-        # An older build must not pass for the one that just failed.
+        # Delete an older build, which would be mistaken for the one that failed.
         for stale in (output, Path(*ext.name.split(".")[:-1], output.name)):
             stale.unlink(missing_ok=True)
         if "1" in (NATIVE, CUDA):
@@ -190,7 +190,7 @@ class NinjaBuildExt(build_ext):
 
         cxx, ninja = find_cxx(), find_ninja()
 
-        # Python's own flags, and those of CXXFLAGS, CPPFLAGS and LDFLAGS, without its compiler.
+        # The flags of Python and of CXXFLAGS, CPPFLAGS and LDFLAGS, without the compiler's name.
         compile_flags, link_flags = (
             list(dropwhile(lambda word: not word.startswith("-"), command))
             for command in (self.compiler.compiler_so_cxx, self.compiler.linker_so_cxx)
@@ -205,7 +205,7 @@ class NinjaBuildExt(build_ext):
         hardening = find_flags([*cxx, *CXX_FLAGS], HARDENING)
         compile_cxx = [*cxx, *compile_flags, *CXX_FLAGS, *hardening, *defines, *includes]
         if cuda_sources:
-            # For the host nvcc has a compiler of its own choice, and links with that.
+            # nvcc chooses its own compiler for the host, and links with it.
             host = [nvcc, "-O3", nvcc_flag("-fPIC")]
             nvcc_flags += find_flags(host, HARDENING, nvcc_flag)
             link = [nvcc, "-shared", *find_flags(host, LINK_HARDENING, nvcc_flag)]

@@ -1,14 +1,15 @@
-// Stands in for CUDA's header: g++ compiles a kernel as it is, and a CPU runs it.
+// Replaces CUDA's header: g++ compiles a kernel unchanged, and a CPU runs it.
 //
-// A launch runs its blocks one after another. The threads of a block are fibers: one runs until it
-// waits at a barrier or at a collective of its warp, or exits; then the first that can go on does,
-// in an order that is ascending for seed 0, descending for seed 1 and else drawn anew at every
-// barrier. So what the threads of a kernel that lacks a barrier see depends on the seed. An error
-// of use aborts the process and says where every thread of the block is.
+// A launch runs its blocks one after another. The threads of a block are fibers. A fiber runs until
+// it waits at a barrier or at a collective of its warp, or exits; then the next fiber that can
+// continue runs. The order is ascending for seed 0, descending for seed 1, and otherwise random and
+// new at every barrier. So the results of a kernel that lacks a barrier depend on the seed. A wrong
+// use of CUDA aborts the process and prints the position of every thread of the block.
 //
-// To compile: g++ -std=c++17 -Wno-unknown-pragmas; -fno-strict-aliasing, as kernels load vectors
-// from arrays of other types; -ffp-contract=off, which is nvcc's -fmad=false. -O2 is four times as
-// fast as -O0. -fsanitize=address,undefined works: dynamic shared memory has poisoned guards.
+// To compile: g++ -std=c++17 -Wno-unknown-pragmas; -fno-strict-aliasing, because kernels load
+// vectors from arrays of other types; -ffp-contract=off, which is -fmad=false of nvcc. -O2 is four
+// times as fast as -O0. -fsanitize=address,undefined works: dynamic shared memory has poisoned
+// guards.
 #pragma once
 
 #include <sys/mman.h>
@@ -44,7 +45,7 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 
-// Aligned as CUDA's: -fsanitize=alignment finds the vector accesses that a GPU refuses.
+// Aligned as in CUDA: -fsanitize=alignment finds the vector accesses that a GPU rejects.
 struct alignas(8) int2 {
   int x, y;
 };
@@ -92,7 +93,7 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs;
 };
 
-// Hidden, so that each library has its own state where a process loads several.
+// Hidden, so that a process may load several libraries, each with its own state.
 #pragma GCC visibility push(hidden)
 namespace cuda_on_cpu {
 
@@ -104,11 +105,11 @@ inline dim3 blockDim, gridDim;
 constexpr unsigned kMaxThreads = 1024;
 constexpr size_t kGuardBytes = 4096;
 constexpr char kGuard = '\xa5';
-// Of addresses; what is never touched takes no memory.
+// Address space of a stack; pages that are never used take no memory.
 constexpr size_t kStackBytes = 256 << 10;
 constexpr size_t kStackGuardBytes = 64 << 10;
 
-// As a default argument, the place of the call.
+// A place in the source: as a default argument, the place of the call.
 struct Site {
   const char* file;
   int line;
@@ -117,8 +118,8 @@ struct Site {
   }
 };
 
-// What threads wait for together: a barrier of the block, of mask 0, or a collective of some
-// lanes of a warp. Stricter than a GPU, all have to be at the same line.
+// A barrier of the block (mask 0) or a collective of some lanes of a warp, for which threads wait.
+// Stricter than a GPU: all threads have to be at the same line.
 struct Call {
   const char* name;
   Site site;
@@ -136,7 +137,7 @@ struct Fiber {
   void* fake_stack;  // AddressSanitizer's
   uint3 index;
   unsigned rank;  // in the order of the seed
-  Call call;      // what it waits for, or no name
+  Call call;      // it waits for this; no name: it does not wait
   void* args;     // of a collective
 };
 
@@ -144,7 +145,7 @@ struct Machine {
   std::mutex mutex;  // of a launch and of the settings
   int shared_memory_optin = 227 << 10, multiprocessors = 132;
   std::map<const void*, int> allowed;  // dynamic shared memory, of kernels for which it is set
-  std::string refused;                 // why the last call that returned an error did so
+  std::string refused;                 // the reason of the last error
   uint64_t seed = 0, random_state = 0;
 
   std::function<void()> kernel;
@@ -201,9 +202,9 @@ struct Machine {
     }
   }
 
-  // Lets others go on, and returns when it is the caller's turn. Switches by GCC's builtins:
-  // swapcontext makes system calls, and _longjmp to another stack upsets _FORTIFY_SOURCE and
-  // AddressSanitizer.
+  // Switches to the next fiber, and returns when it is the caller's turn. Uses GCC's builtins,
+  // because swapcontext makes system calls, and _FORTIFY_SOURCE and AddressSanitizer reject a
+  // _longjmp to another stack.
   __attribute__((noinline, no_sanitize("address"))) void yield() {
     Fiber *const self = current, *const other = next();
     if (other == self) return;
@@ -229,13 +230,13 @@ struct Machine {
     abort();
   }
 
-  // What comes first on a stack that was switched to.
+  // Every fiber calls this first after a switch to its stack.
   void switched() {
     CUDA_ON_CPU_ASAN(__sanitizer_finish_switch_fiber(current->fake_stack, &previous->stack,
                                                      &previous->stack_bytes));
   }
 
-  // The next thread that can go on, or the launching one where all have exited.
+  // The next thread that can continue, or the launching thread if all have exited.
   Fiber* next() {
     for (;;) {
       for (unsigned i = 0; i * 64 < threads; ++i) {
@@ -246,7 +247,7 @@ struct Machine {
       }
       if (!living) return &launcher;
       // Threads that have exited count as arrived.
-      if (arrived < living || at_another) fail("deadlock, no thread can go on");
+      if (arrived < living || at_another) fail("deadlock, no thread can continue");
       release();
     }
   }
@@ -301,8 +302,8 @@ struct Machine {
     return x ^ (x >> 31);
   }
 
-  // Below a stack are pages that nobody may touch. Stacks begin at different places of a page, as
-  // at the same one all would want the same few lines of a cache.
+  // Protected pages are below each stack. Stacks begin at different offsets in a page, because with
+  // one offset they would all compete for the same few cache lines.
   void map_stack(Fiber& fiber) {
     void* const pages = mmap(nullptr, kStackGuardBytes + kStackBytes, PROT_READ | PROT_WRITE,
                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -313,7 +314,7 @@ struct Machine {
     fiber.stack_bytes = kStackBytes - (&fiber - fibers) % 16 * 256;
   }
 
-  // One thread of every block.
+  // Runs one thread of every block.
   static void run_fiber();
 
   [[noreturn]] void fail(const std::string& what) {
@@ -433,7 +434,7 @@ To bit_cast(From x) {
   return y;
 }
 
-// What sources see as global.
+// The names that kernels use without a namespace.
 inline namespace cuda {
 
 #define SITE Site site = Site::here()
@@ -516,7 +517,7 @@ inline const char* cudaGetErrorString(cudaError_t error) {
 }
 inline cudaError_t cudaPeekAtLastError() { return last_error; }
 inline cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
-// As many devices as one likes, all alike.
+// Any number of devices, all the same.
 inline cudaError_t cudaGetDevice(int* device) { return *device = current_device, cudaSuccess; }
 inline cudaError_t cudaSetDevice(int device) {
   return device < 0 ? refuse("a negative device") : (current_device = device, cudaSuccess);
@@ -566,7 +567,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   return cudaSuccess;
 }
 
-// What cudaFuncSetAttribute allowed stays so, up to the new limit.
+// Kernels keep the shared memory that cudaFuncSetAttribute allowed, up to the new limit.
 extern "C" __attribute__((visibility("default"), used)) inline void cuda_on_cpu_configure(
     uint64_t seed, int shared_memory_optin, int multiprocessors) {
   const std::lock_guard<std::mutex> lock(machine.mutex);
@@ -575,7 +576,7 @@ extern "C" __attribute__((visibility("default"), used)) inline void cuda_on_cpu_
   machine.multiprocessors = multiprocessors;
 }
 
-// Why the last call that returned an error did so.
+// The reason of the last error.
 extern "C" __attribute__((visibility("default"), used)) inline const char* cuda_on_cpu_error() {
   return machine.refused.c_str();
 }

@@ -1,4 +1,4 @@
-// Stands in for csrc/cuda/ptx.cuh: what of a kernel is PTX, on a CPU.
+// Replaces csrc/cuda/ptx.cuh: the parts of the kernels that are PTX, for a CPU.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -9,7 +9,7 @@
 
 namespace vispruner {
 
-// Of the calling block, as many bytes as the launch says.
+// The dynamic shared memory of the calling block; the launch sets its size.
 inline char* shared_memory() { return cuda_on_cpu::machine.shared; }
 
 // Blocks run one after another.
@@ -23,10 +23,10 @@ inline float half_to_float(uint16_t bits) {
   return std::copysign(x, sign ? -1.0f : 1.0f);
 }
 
-// mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32: sums += a * b, modulo 2^32. What a lane holds is
-// in the PTX ISA under "Matrix Fragments for mma.m16n8k32" (9.7.14.5.10 in version 9.2). With
-// group = lane / 4 and place = lane % 4, where element i of a and b is byte i % 4 of register
-// i / 4:
+// mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32: sums += a * b, modulo 2^32. The PTX
+// ISA gives the elements of each lane under "Matrix Fragments for mma.m16n8k32" (9.7.14.5.10 in
+// version 9.2). With group = lane / 4 and place = lane % 4, where element i of a and b is byte
+// i % 4 of register i / 4:
 //   a[16][32]: row group, 8 more for i of 4 .. 7 and 12 .. 15;
 //              column 4 place + i % 4, 16 more for i > 7
 //   b[32][8]:  row 4 place + i % 4, 16 more for i > 3; column group
