@@ -27,6 +27,8 @@ EXAMPLES = [
     "where there is to be one",
     "it is content with an error",
     "the process hears that",
+    "as nvcc is told",
+    "nobody waits",
 ]
 
 

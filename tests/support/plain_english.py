@@ -39,6 +39,8 @@ WORDS = {
     r"(is|are) to be": "must be, will be",
     r"content with": "accepts",
     r"hears?": "receives, notices",
+    r"told": "given, reported",
+    r"(no|any)body": "no token, any program",
 }
 _WORDS = re.compile(rf"\b(?:{'|'.join(f'(?:{word})' for word in WORDS)})\b", re.IGNORECASE)
 # At the start of a paragraph, a sentence, a parenthesis or a cell of a table.
