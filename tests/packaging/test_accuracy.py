@@ -17,6 +17,8 @@ from benchmarks.tiny_vlm import answers, scenes
 from vispruner_kernels.demo import tiny_vlm
 from vispruner_kernels.methods import FasterVLM, Random, VisPruner
 
+PAGE = accuracy.PLOT.parent / "accuracy.md"
+
 
 @pytest.fixture(scope="module")
 def model():
@@ -28,7 +30,7 @@ def batch(model):
     return answers.encode(model, [scenes.scene("test", i) for i in range(6)])
 
 
-def test_random_tokens_are_others_of_each_picture(batch):
+def test_random_tokens_differ_between_pictures_and_runs(batch):
     kept = accuracy.chance(batch, 64, 0, 0)
     assert kept.shape == (6, 64)
     assert len({tuple(row.tolist()) for row in kept}) == 6
@@ -49,7 +51,7 @@ def figure(committed, system, budget):
     return row["all"]["%"]
 
 
-def test_all_tokens_answer_nine_in_ten(committed):
+def test_nine_of_ten_answers_are_right_with_all_tokens(committed):
     assert {row["pictures"] for row in committed["accuracy"]} == {accuracy.PICTURES}
     assert figure(committed, "all tokens", 576) >= 90
 
@@ -58,7 +60,7 @@ def test_all_tokens_answer_nine_in_ten(committed):
 MARGIN = 4.0
 
 
-def test_accuracy_at_64_tokens(model, committed):
+def test_right_answers_at_64_tokens_are_near_the_committed_figures(model, committed):
     methods = {
         "all tokens": None,
         "VisPruner 0.5 bipartite": VisPruner(64),
@@ -81,7 +83,7 @@ def test_accuracy_at_64_tokens(model, committed):
         assert abs(share - figure(committed, name, budget)) <= MARGIN, name
 
 
-def test_committed_figures_of_the_first_pictures(committed):
+def test_figures_of_quick_have_the_same_cases_as_all_figures(committed):
     def cases(name):
         return [(row["system"], row["budget"], row["tokens"]) for row in committed[name]]
 
@@ -90,7 +92,7 @@ def test_committed_figures_of_the_first_pictures(committed):
 
 
 def compared(**changes):
-    """Committed and new rows of three systems, 80 +- 2 % each; `changes` added to the first."""
+    """Committed and new rows of three systems with 80 +- 2 % each, the first one with `changes`."""
     names = ("all", *scenes.TYPES)
     cases = [
         {"system": system, "budget": 64, "pictures": 150}
@@ -113,7 +115,7 @@ def compared(**changes):
         ({"all": -6.7}, "95.2% within the 95 % intervals, 1 beyond", False),
     ],
 )
-def test_comparison_with_the_committed_figures(changes, said, agree):
+def test_comparison_counts_the_figures_within_their_intervals(changes, said, agree):
     old, new = compared(**changes)
     lines, right = accuracy.compare(new, old)
     assert lines[0].startswith("21 figures of the first 150 pictures: ")
@@ -122,7 +124,7 @@ def test_comparison_with_the_committed_figures(changes, said, agree):
     assert len(lines) == 1 + (" 1 beyond" in said)
 
 
-def test_comparison_misses_no_figure():
+def test_comparison_fails_if_a_figure_is_missing():
     old, new = compared()
     lines, right = accuracy.compare(new[1:], old)
     assert lines[1:] == ["  not computed: FastV, 64 tokens"]
@@ -131,7 +133,7 @@ def test_comparison_misses_no_figure():
         accuracy.compare(new, old[1:])
 
 
-def test_comparison_of_a_figure_without_spread():
+def test_a_figure_without_spread_may_differ_by_one_answer():
     old, new = compared()
     old[0]["all"] = {"%": 100.0, "error": 0.0}
     for wrong, agree in ((1, True), (2, False)):
@@ -139,12 +141,12 @@ def test_comparison_of_a_figure_without_spread():
         assert accuracy.compare(new, old)[1] == agree
 
 
-def test_hits_of_the_first_pictures():
+def test_first_takes_the_hits_of_the_first_pictures():
     hits = {("FastV", 64): (64, torch.eye(8))}
     assert torch.equal(accuracy.first(hits, 3)["FastV", 64][1], torch.eye(8)[:3])
 
 
-def test_figures_by_hand():
+def test_figures_are_means_and_standard_errors_over_pictures():
     hits = {
         ("random", 64): (64, torch.tensor([[1.0, 0, 0, 0, 1, 0, 1, 1], [0.0] * 8])),
         ("FoPru row", 64): (48, torch.tensor([[1.0] * 8, [0.0] * 8])),
@@ -173,8 +175,18 @@ def cells(text, first, columns):
     return rows
 
 
-def test_tables_of_the_documentation_are_the_committed_figures(committed):
-    text = (accuracy.PLOT.parent / "accuracy.md").read_text()
+def test_first_table_of_the_page_is_the_committed_figures(committed):
+    systems = [f"VisPruner {variant}" for variant in ("0.5 bipartite", "0.5 pairwise")]
+    systems += ["VisPruner 0.0 bipartite", "FasterVLM", "FoPru rank", "FastV", "random"]
+    rows = cells(PAGE.read_text(), "tokens kept", len(systems))
+    assert len(rows) == 2
+    for budget, values in rows.items():
+        figures = [figure(committed, system, int(budget)) for system in systems]
+        assert values == [f"{value:.1f}" for value in figures]
+
+
+def test_other_tables_of_the_page_are_the_committed_figures(committed):
+    text = PAGE.read_text()
     known = {(row["system"], row["budget"]): row for row in committed["accuracy"]}
 
     def shown(value):

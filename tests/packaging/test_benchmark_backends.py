@@ -31,7 +31,7 @@ def run_backends(tmp_path, *argv, device="cuda"):
     return status, json.loads(file.read_text())
 
 
-def test_backends(tmp_path, capsys):
+def test_native_and_reference_on_a_cpu(tmp_path, capsys):
     status, result = run_backends(
         tmp_path, "--quick", "--tokens", "576", "--keep", "64", device="cpu"
     )
@@ -57,7 +57,7 @@ def test_backends(tmp_path, capsys):
 
 
 def stand_in(gpu, seconds, turn=0):
-    """A backend whose kernel takes so long, and whose answer is turned."""
+    """A backend whose kernel takes `seconds`, and whose answer is rolled by `turn`."""
 
     def select(*args):
         gpu.launch(seconds)
@@ -68,7 +68,7 @@ def stand_in(gpu, seconds, turn=0):
 
 @pytest.fixture
 def two_backends(gpu, monkeypatch):
-    """On the stand-in for a GPU; the first is twice as fast."""
+    """Two backends on the stand-in for a GPU; the first is twice as fast."""
     cases = [shapes.Shape("tiny", batch, 40, 16, 16, torch.float16) for batch in (1, 6)]
     monkeypatch.setitem(shapes.BACKENDS, "cuda", cases)
     for backend, seconds in (("native", 1e-3), ("triton", 2e-3)):
@@ -78,7 +78,7 @@ def two_backends(gpu, monkeypatch):
     return gpu
 
 
-def test_backends_on_a_gpu(two_backends, monkeypatch, tmp_path):
+def test_ratios_on_a_gpu_are_between_device_times(two_backends, monkeypatch, tmp_path):
     loop = select.select_published
 
     def published(*args):
@@ -105,7 +105,7 @@ def test_backends_on_a_gpu(two_backends, monkeypatch, tmp_path):
         assert counts["in every case"] == "yes"
 
 
-def test_backends_have_only_a_wall_time_where_they_are_slow(two_backends, monkeypatch, tmp_path):
+def test_large_batches_have_only_a_wall_time(two_backends, monkeypatch, tmp_path):
     monkeypatch.setattr(backends, "PAIRS", 40**2)
     status, result = run_backends(tmp_path)
     assert status == 0
@@ -131,7 +131,7 @@ def test_a_wrong_backend_is_a_failure(wrong, two_backends, monkeypatch, tmp_path
 
 
 @pytest.mark.parametrize("missing", ["native", "triton"])
-def test_a_backend_that_is_not_there(missing, two_backends, monkeypatch, tmp_path):
+def test_a_missing_backend_is_no_failure(missing, two_backends, monkeypatch, tmp_path):
     monkeypatch.setitem(_backends.SERVES, (missing, "cuda"), False)
     status, result = run_backends(tmp_path, "--quick")
     assert status == 0
@@ -141,7 +141,7 @@ def test_a_backend_that_is_not_there(missing, two_backends, monkeypatch, tmp_pat
     assert [counts["in every case"] for counts in result["summary"]] == ["no", "no"]
 
 
-def test_backends_without_a_case(capsys):
+def test_options_that_leave_no_case_are_an_error(capsys):
     with pytest.raises(SystemExit) as error:
         backends.main(["--device", "cpu", "--batch", "3", "--keep", "64"])
     assert error.value.code == 2

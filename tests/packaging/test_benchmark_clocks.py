@@ -36,7 +36,7 @@ def test_device_time_is_of_one_call(gpu):
     assert many() == pytest.approx(7e-6)
 
 
-def test_a_failed_capture_is_a_row(gpu):
+def test_the_row_names_the_error_of_a_failed_capture(gpu):
     def call():
         if gpu.capturing:
             raise MemoryError
@@ -49,8 +49,8 @@ def test_a_failed_capture_is_a_row(gpu):
     assert gpu.mode == 0
 
 
-def test_host_time_does_not_wait(gpu, monkeypatch):
-    """The device is given work before the calls, and nobody waits for it."""
+def test_host_time_does_not_wait_for_the_device(gpu, monkeypatch):
+    """The device gets work before the calls, and no call waits for it."""
     events = []
     monkeypatch.setattr(gpu, "synchronize", lambda: events.append("wait"))
     monkeypatch.setattr(limits, "_occupy", lambda seconds: events.append("work"))
@@ -65,20 +65,20 @@ def test_host_time_does_not_wait(gpu, monkeypatch):
     assert events == ["wait", "work", *["call"] * host.calls]
 
 
-def test_calls_too_long_to_capture(gpu, monkeypatch):
+def test_long_calls_are_not_captured(gpu, monkeypatch):
     monkeypatch.setattr(limits, "LONG_CALL", 0.0)
     clocks = limits.clocks(lambda: None, contextlib.nullcontext, [()], "cuda")
     assert clocks["device"] == "too long to capture"
 
 
 def test_cycles_are_counted_at_the_highest_clock(gpu, monkeypatch):
-    """A device that was idle is slow at first."""
+    """An idle device is slow at first."""
     clocks = iter([3e8, 3e8, 6e8])
     monkeypatch.setattr(gpu, "_sleep", lambda cycles: gpu.launch(cycles / next(clocks, 2e9)))
     assert limits._cycles_per_second() == pytest.approx(2e9)
 
 
-def test_interleaved_takes_turns():
+def test_clocks_are_read_in_turns():
     turns = []
 
     def clock(name):
@@ -92,7 +92,7 @@ def test_interleaved_takes_turns():
     assert (timing.p10, timing.p50, timing.p90, timing.seconds) == (3e3, 5e3, 7e3, 5.0)
 
 
-def test_progress_without_a_terminal(monkeypatch, capsys):
+def test_progress_without_a_terminal_is_a_line_for_each_case(monkeypatch, capsys):
     monkeypatch.setattr(harness, "tqdm", None)
     assert list(harness.progress(["x", "y"])) == ["x", "y"]
     assert [line.split()[2:] for line in capsys.readouterr().err.splitlines()] == [

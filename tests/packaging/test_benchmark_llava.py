@@ -1,4 +1,4 @@
-"""`python -m benchmarks.llava`: its counts, its checks, its tables."""
+"""`python -m benchmarks.llava`: its counts, its checks and its tables."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from benchmarks import llava
 def bench(request):
     case = llava.CASES[request.param]
     model = llava.build(case, True, "cpu", torch.float32)
-    # Its products are counted one by one.
+    # PyTorch counts the products of eager attention.
     model.set_attn_implementation("eager")
     tower = getattr(model.model, "video_tower", getattr(model.model, "vision_tower", None))
     return llava.Bench(case, model, tower, 64)
@@ -31,17 +31,17 @@ def counted(run) -> int:
     return counter.get_total_flops()
 
 
-def test_flops_are_those_that_pytorch_counts(bench):
+def test_flops_equal_those_that_pytorch_counts(bench):
     with torch.no_grad():
         way, ours = bench.unpruned(), bench.ours()
     parts = llava.flops(bench.model.config, bench.case.grids, way.visual_tokens, way.projected)
     for stage, flops in parts.items():
-        # Positions of rotary embeddings may be a product too.
+        # The positions of rotary embeddings may need a product too.
         assert counted(way.stages[stage]) == pytest.approx(flops, rel=1e-4), stage
     parts = llava.flops(
         bench.model.config, bench.case.grids, ours.visual_tokens, ours.projected, unread=0
     )
-    # Of the layer that is read PyTorch counts no attention: it is one operator.
+    # In the layer that is read, attention is one operator, which PyTorch does not count.
     vision = bench.model.config.vision_config
     s = (vision.image_size // vision.patch_size) ** 2 + 1
     parts["tower"] -= bench.case.grids * 4 * s * s * vision.hidden_size
@@ -49,7 +49,7 @@ def test_flops_are_those_that_pytorch_counts(bench):
         assert counted(ours.stages[stage]) == pytest.approx(parts[stage], rel=1e-4), stage
 
 
-def test_the_cache_has_the_bytes_that_are_said(bench):
+def test_cache_bytes_equal_those_of_a_cache(bench):
     visual = torch.zeros(64, bench.model.config.text_config.hidden_size)
     with torch.no_grad():
         out = bench.model.model.language_model(
@@ -62,7 +62,7 @@ def test_the_cache_has_the_bytes_that_are_said(bench):
     assert held == llava.cache_bytes(bench.model.config, 64, 4)
 
 
-def test_full_size_is_that_of_the_published_models():
+def test_full_size_has_the_parameters_of_the_published_model():
     """LLaVA-1.5-7B has 7.06 billion parameters."""
     from transformers import LlavaForConditionalGeneration
 
@@ -79,7 +79,7 @@ def test_full_size_is_that_of_the_published_models():
         pytest.param("video-llava-7b", 256, 264, marks=pytest.mark.slow),
     ],
 )
-def test_command(name, keep, tokens, tmp_path, capsys):
+def test_command_writes_times_and_costs_of_each_way(name, keep, tokens, tmp_path, capsys):
     file = tmp_path / "out.json"
     argv = f"--model {name} --keep {keep} --tiny --rounds 1 --device cpu --json {file}"
     assert llava.main(argv.split()) == 0
@@ -101,7 +101,7 @@ def test_command(name, keep, tokens, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("what", ["selection", "prompt"])
-def test_a_wrong_answer_gets_no_time(what, bench, monkeypatch, capsys):
+def test_the_check_finds_a_wrong_selection_or_prompt(what, bench, monkeypatch, capsys):
     if what == "selection":
         select = llava._visual.select
 
@@ -137,7 +137,7 @@ def test_a_wrong_answer_gets_no_time(what, bench, monkeypatch, capsys):
         ("--keep 4 --model video-llava-7b", "--keep is 4, expected a multiple of 8"),
     ],
 )
-def test_bad_options(argv, words, capsys):
+def test_bad_options_are_errors(argv, words, capsys):
     with pytest.raises(SystemExit):
         llava.main([*argv.split(), "--device", "cpu"])
     assert words in capsys.readouterr().err

@@ -1,6 +1,6 @@
-"""The benchmarks run, check what they time, and write what they print.
+"""The benchmarks run, check every answer before they time it, and write their tables.
 
-What times a GPU runs here against a stand-in for torch.cuda (tests/support/fake_cuda.py).
+Times of a GPU come from a stand-in for torch.cuda (tests/support/fake_cuda.py).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def run(module, tmp_path, *argv):
     return status, json.loads(file.read_text())
 
 
-def test_select(tmp_path, capsys):
+def test_select_times_both_matchings_and_the_published_loop(tmp_path, capsys):
     status, result = run(select, tmp_path, "--device", "cpu")
     printed = capsys.readouterr().out
     assert status == 0
@@ -67,7 +67,7 @@ def test_select(tmp_path, capsys):
     assert others == [(op, 2) for op in ops for _ in range(2)]
 
 
-def test_attention(tmp_path, monkeypatch):
+def test_attention_has_a_row_for_each_competitor(tmp_path, monkeypatch):
     monkeypatch.setitem(shapes.ATTENTION, "cpu", [shapes.Sequence("tiny", 2, 33, 2, 8)])
     status, result = run(attention, tmp_path, "--device", "cpu")
     assert status == 0
@@ -81,7 +81,7 @@ def test_attention(tmp_path, monkeypatch):
     assert by["SDPA flash"]["/ flash"] == by["published"]["published / this"] == 1
 
 
-def test_scores(tmp_path, monkeypatch):
+def test_scores_has_rows_for_each_operator_and_competitor(tmp_path, monkeypatch):
     monkeypatch.setitem(shapes.SCORES, "cpu", [shapes.Sequence("tiny", 2, 33, 2, 8)])
     monkeypatch.setitem(shapes.PACKED, "cpu", [shapes.Packed("tiny", (20, 7, 1), 2, 8)])
     status, result = run(scores, tmp_path, "--device", "cpu")
@@ -132,7 +132,7 @@ def test_a_bad_answer_gets_no_time(module, op, ending, gpu, monkeypatch, tmp_pat
 
 
 @pytest.mark.parametrize("module", [*RACES.values(), backends])
-def test_no_gpu(module, gpu, monkeypatch, capsys):
+def test_device_cuda_without_a_gpu_is_an_error(module, gpu, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "is_available", lambda: False)
     with pytest.raises(SystemExit) as error:
         module.main(["--device", "cuda"])
@@ -142,9 +142,9 @@ def test_no_gpu(module, gpu, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("name", RACES)
-def test_a_run_on_a_gpu(name, gpu, monkeypatch, tmp_path):
-    """Every call is one kernel of 1 ms; the published loop waits for the device, unless the device
-    is its default."""
+def test_rows_of_a_gpu_have_device_wall_and_host_times(name, gpu, monkeypatch, tmp_path):
+    """Every call is one kernel of 1 ms. The published loop waits for the device, except where the
+    GPU is the default device."""
     of, copies = limits.clocks, set()
 
     def clocks(run, context, sets, device):
@@ -192,7 +192,7 @@ def test_a_run_on_a_gpu(name, gpu, monkeypatch, tmp_path):
         assert row["of limit"] > 0
     if name == "scores":
         assert [names.count(f"flash-col{name}") for name in ("sum", "reduce")] == [2, 1]
-        # More than twice L2, which is 4 KiB, with a K of 2112 and of 896 bytes.
+        # The copies of K, of 2112 and of 896 bytes, are more than twice L2, which has 4 KiB.
         assert copies == {1, 4, 10}
         assert row["cold us"]["p50"] == pytest.approx(1e3)
         read = 2 * 33 * 2 * 8 * 2 / 1e9 / result["limits"]["copy GB/s"]
@@ -200,7 +200,7 @@ def test_a_run_on_a_gpu(name, gpu, monkeypatch, tmp_path):
 
 
 def test_results_are_written_case_by_case(gpu, monkeypatch, tmp_path):
-    """A run that is cut short leaves what it has."""
+    """A run that fails keeps the rows of the cases before."""
     monkeypatch.setitem(shapes.ATTENTION, "cpu", [shapes.Sequence("tiny", 2, 33, 2, 8), None])
     file = tmp_path / "x.json"
     with pytest.raises(TypeError):
@@ -209,7 +209,7 @@ def test_results_are_written_case_by_case(gpu, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("name", RACES)
-def test_nothing_is_lost_if_the_compiler_never_ends(name, gpu, monkeypatch, tmp_path, capsys):
+def test_results_are_written_before_torch_compile_runs(name, gpu, monkeypatch, tmp_path, capsys):
     def never(*inputs):
         raise KeyboardInterrupt
 
@@ -224,7 +224,9 @@ def test_nothing_is_lost_if_the_compiler_never_ends(name, gpu, monkeypatch, tmp_
 
 
 @pytest.mark.parametrize("name", RACES)
-def test_compiled_rows_are_of_one_run(name, gpu, monkeypatch, tmp_path, capsys):
+def test_compiled_rows_are_timed_beside_all_other_competitors(
+    name, gpu, monkeypatch, tmp_path, capsys
+):
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     status, result = run(RACES[name], tmp_path, "--device", "cuda", "--compile")
     assert status == 0
@@ -234,7 +236,7 @@ def test_compiled_rows_are_of_one_run(name, gpu, monkeypatch, tmp_path, capsys):
 
     assert not compiled(result["rows"])
     assert compiled(result["compiled"])
-    # Beside ours and eager.
+    # In the same run as ours and eager.
     if name == "select":
         assert all(row["compiled / ours"] and row["published / ours"] for row in result["compiled"])
     else:
@@ -245,7 +247,7 @@ def test_compiled_rows_are_of_one_run(name, gpu, monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("why", ["no graph: MemoryError", "synchronises", "too long to capture"])
-def test_no_device_time_of_ours_is_a_failure(why):
+def test_a_missing_time_of_ours_is_a_failure(why):
     def status(by, value):
         return harness.status({"rows": [{**by, "us [p10, p90]": value}]})
 
@@ -256,7 +258,7 @@ def test_no_device_time_of_ours_is_a_failure(why):
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="there is no make")
-def test_a_table_that_fails_does_not_keep_others_from_being_measured(tmp_path):
+def test_bench_gpu_goes_on_after_a_failed_benchmark(tmp_path):
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\necho "$*" >> {tmp_path}/log\ntest $2 != benchmarks.attention\n')
     python.chmod(0o755)
@@ -264,7 +266,7 @@ def test_a_table_that_fails_does_not_keep_others_from_being_measured(tmp_path):
     environment = {n: v for n, v in os.environ.items() if not n.startswith("MAKE")}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     calls = (tmp_path / "log").read_text().splitlines()
-    # The loop of `select` may keep torch.compile busy for ever.
+    # torch.compile may never finish the loop of `select`, so that comes last.
     tables = ("attention", "scores", "llava", "backends", "select")
     tables = [f"{table} {'--tiny' if table == 'llava' else '--quick'}" for table in tables]
     assert calls == [f"-m benchmarks.{table} --device cuda --json" for table in tables]
@@ -272,10 +274,10 @@ def test_a_table_that_fails_does_not_keep_others_from_being_measured(tmp_path):
     assert "failed: attention" in done.stderr
 
 
-def test_stability_is_as_the_readme_says(tmp_path):
-    """README's range is that of the committed figures. Clustered features give those everywhere;
-    the features of the picture have other last bits on another processor, and there the bipartite
-    rule is another draw of so many tokens."""
+def test_stability_agrees_with_the_committed_figures(tmp_path):
+    """docs/performance.md states the range of the committed figures. Clustered features give the same
+    figures everywhere. The features of the picture have other last bits on another processor, so
+    there the bipartite rule keeps other tokens: its figure may differ as that of another sample."""
     file = tmp_path / "stability.json"
     assert stability.main(["--json", str(file)]) == 0
     results = ROOT / "benchmarks" / "results" / "cpu-amd-epyc-avx512" / "stability.json"
@@ -307,7 +309,7 @@ def test_stability_is_as_the_readme_says(tmp_path):
         (["--compile", "some"], "--compile"),
     ],
 )
-def test_bad_options(argv, names, capsys):
+def test_bad_options_are_errors(argv, names, capsys):
     with pytest.raises(SystemExit) as error:
         select.main(["--device", "cpu", *argv])
     assert error.value.code == 2

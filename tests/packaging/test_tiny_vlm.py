@@ -35,7 +35,7 @@ def named(things, words):
 
 
 def truth(question, things):
-    """The answer, worked out from pixels and names alone."""
+    """The answer, from boxes and names alone."""
     *words, mark = question.text.split()
     assert mark == "?"
     text = " ".join(words)
@@ -92,14 +92,14 @@ def test_scenes_are_reproducible_and_differ():
     assert (scenes.scene("test", 3, seed=1).pixels != first.pixels).any()
 
 
-def test_splits_share_no_digit_photograph_and_layout():
+def test_splits_share_no_digit_photograph_or_layout():
     parts = {split: set() for split in scenes.PHOTOGRAPHS}
     for split, found in parts.items():
         for digit in range(10):
             found.update(image.tobytes() for image in scenes._digits_of(split, digit))
     images, _ = scenes.digits()
     assert len(images) == 1797
-    # Two of scikit-learn's may be equal, but not across the splits.
+    # Two digits of scikit-learn may be equal, but not in different splits.
     assert not parts["train"] & parts["test"]
     assert len(parts["train"] | parts["test"]) > 1700
     files = [
@@ -116,7 +116,7 @@ def test_splits_share_no_digit_photograph_and_layout():
     assert not layouts["train"] & layouts["test"]
 
 
-def test_things_are_where_they_are_said_to_be():
+def test_things_lie_in_their_boxes_and_do_not_overlap():
     for i in range(20):
         scene = scenes.scene("test", i)
         for one, thing in enumerate(scene.things):
@@ -151,7 +151,7 @@ def test_weights_are_small_and_in_half_precision():
         assert {weights.get_tensor(name).dtype for name in weights.keys()} == {torch.float16}
 
 
-def test_words_of_the_folder_are_those_of_the_task():
+def test_the_tokenizer_has_the_words_of_the_task():
     words = tiny_vlm.tokenizer()
     assert words.convert_ids_to_tokens(range(len(tiny.WORDS))) == list(tiny.WORDS)
     for i in range(30):
@@ -165,7 +165,7 @@ def test_words_of_the_folder_are_those_of_the_task():
 @pytest.mark.parametrize(
     "method", [None, VisPruner(64), VisPruner(40, matching="pairwise"), FasterVLM(64), FoPru(32)]
 )
-def test_packed_answers_are_those_of_generate(model, batch, method):
+def test_packed_answers_equal_those_of_generate(model, batch, method):
     kept = None if method is None else answers.select(method, batch)
     right = answers.right(model, batch, kept)
     said = answers.answers(model, batch, kept)
@@ -192,7 +192,7 @@ def test_questions_do_not_see_one_another(model, batch):
     assert torch.equal(answers.right(model, shuffled, None), want)
 
 
-def test_fastv_with_every_token_is_the_model(model, batch):
+def test_fastv_with_all_tokens_equals_the_unpruned_model(model, batch):
     want = answers.right(model, batch, None)
     found = answers.fastv(model, batch, [576, 2])
     assert torch.equal(found[576], want)

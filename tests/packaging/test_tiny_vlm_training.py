@@ -37,7 +37,7 @@ def test_training_runs_and_is_reproducible(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "score", lambda model: "not asked")
     for name in ("one", "two"):
         assert train.main(["--out", str(tmp_path / name), "--device", "cpu", "--workers", "0"]) == 0
-    # And from the second stage on.
+    # Once more from the file of the first stage.
     state = str(tmp_path / "one" / "stage-1.pt")
     rest = ["--out", str(tmp_path / "three"), "--device", "cpu", "--workers", "0", "--from", state]
     assert train.main(rest) == 0
@@ -56,7 +56,7 @@ def test_training_runs_and_is_reproducible(tmp_path, monkeypatch):
         assert weights.dtype == torch.float16
 
 
-def test_heads_start_out_looking_at_a_neighbour_each():
+def test_each_head_starts_by_attending_to_one_neighbour():
     torch.manual_seed(0)
     tower = tiny.make().model.vision_tower
     attention.attend_to_neighbours(tower)
@@ -66,7 +66,7 @@ def test_heads_start_out_looking_at_a_neighbour_each():
         block = layer.self_attn
         x = torch.nn.functional.layer_norm(positions, positions.shape[-1:])
         q, k = (f(x).unflatten(-1, (-1, block.head_dim)) for f in (block.q_proj, block.k_proj))
-        # Of a patch in the middle, row 10 and column 12.
+        # For a patch in the middle: row 10, column 12.
         here = 10 * scenes.SIDE + 12
         seen = torch.einsum("hd,nhd->hn", q[1 + here], k[1:]).argmax(-1)
         found += [divmod(place, scenes.SIDE) for place in seen.tolist()]
@@ -77,8 +77,8 @@ def test_heads_start_out_looking_at_a_neighbour_each():
     assert set(steps[8:]) == {(-2, 0), (2, 0), (0, -2), (0, 2)}
 
 
-def test_watched_attention_is_that_of_the_model(model, batch):
-    """Of the first head, to START and the picture; the question's own words are left out."""
+def test_recorded_attention_equals_that_of_the_model(model, batch):
+    """The weights of the first head to START and the picture, without the question's own words."""
     llama = model.model.language_model
     embeddings, mask, positions = tiny.packed(model, answers.project(model, batch), batch.ids)
     rows = 577 + torch.tensor([3, 40, 75]).expand(len(batch.ids), -1)
@@ -107,27 +107,27 @@ def test_watched_attention_is_that_of_the_model(model, batch):
 
 
 class Table:
-    """In place of a Watch: what layers 1 and 2 see, `[1, S, 1 + visual]` each."""
+    """A stand-in for a Recorder: attention weights `[1, S, 1 + visual]` that a test sets."""
 
     def __init__(self, visual):
-        self.seen = torch.zeros(3, 1, 1 + visual + supervision.SLOTS * tiny.SLOT, 1 + visual)
-        self.seen[..., 0] = 1
+        self.weights = torch.zeros(3, 1, 1 + visual + supervision.SLOTS * tiny.SLOT, 1 + visual)
+        self.weights[..., 0] = 1
 
-    def look(self, layer, row, where):
-        self.seen[layer, 0, row] = where / where.sum()
+    def attend(self, layer, row, where):
+        self.weights[layer, 0, row] = where / where.sum()
 
     def log_weights(self, layer, rows, visual):
-        logs = self.seen[layer].clamp_min(1e-9).log()
+        logs = self.weights[layer].clamp_min(1e-9).log()
         return logs.gather(1, rows[..., None].expand(-1, -1, 1 + visual))
 
 
-def test_pointing_wants_looks_at_what_is_asked_about():
+def test_attention_loss_is_small_only_if_heads_attend_to_the_things_asked_about():
     scene = scenes.scene("train", 5)
     sample = supervision.Sample(*(x[None] for x in supervision.sample_of(scene)))
     things, middle = sample.things, sample.patches[..., -1] > 0
     visual = things.shape[1]
     table = Table(visual)
-    looks = []
+    targets = []
     for slot, question in enumerate(scene.questions):
         row = 1 + visual + slot * tiny.SLOT + len(question.text.split()) - 1
         on = torch.zeros(1 + visual)
@@ -137,33 +137,33 @@ def test_pointing_wants_looks_at_what_is_asked_about():
             on[1:] *= middle[0]
             on[0] = 1
             assert on.sum() == 1 + int(question.answer)
-        looks.append((question.type, 1, row, on))
+        targets.append((question.type, 1, row, on))
         if question.type == "number":
-            looks.append(("second digit", 1, row + 1, on))
+            targets.append(("second digit", 1, row + 1, on))
         if question.type == "relation":
             there = torch.zeros(1 + visual)
             there[1:] = things[0] == question.target
-            looks.append(("what is there", 2, row, there))
-    assert {name for name, *_ in looks} == {*scenes.TYPES, "second digit", "what is there"}
-    for _, layer, row, where in looks:
-        table.look(layer, row, where)
+            targets.append(("target", 2, row, there))
+    assert {name for name, *_ in targets} == {*scenes.TYPES, "second digit", "target"}
+    for _, layer, row, where in targets:
+        table.attend(layer, row, where)
     assert attention.attention_loss(table, sample, things, middle) < 1e-4
-    for name, layer, row, where in looks:
-        table.look(layer, row, 1.0 * (where == 0))
+    for name, layer, row, where in targets:
+        table.attend(layer, row, 1.0 * (where == 0))
         assert attention.attention_loss(table, sample, things, middle) > 0.2, name
-        # Where things may be missing, nothing is said of counts.
+        # Where things may be missing, there is no loss on counts.
         assert (attention.attention_loss(table, sample, things, None) < 1e-4) == (
             name == "count"
         ), name
-        table.look(layer, row, where)
-    # START has its share in a count.
-    _, layer, row, where = next(x for x in looks if x[0] == "count" and x[-1].sum() > 1)
+        table.attend(layer, row, where)
+    # A count needs attention to START too.
+    _, layer, row, where = next(x for x in targets if x[0] == "count" and x[-1].sum() > 1)
     where[0] = 0
-    table.look(layer, row, where)
+    table.attend(layer, row, where)
     assert attention.attention_loss(table, sample, things, middle) > 0.2
 
 
-def test_parts_of_the_tokens():
+def test_parts_contain_the_preferred_tokens():
     torch.manual_seed(0)
     features = torch.randn(3, 576, 8)
     first = (torch.rand(3, 576) < 0.2).float()
@@ -175,7 +175,7 @@ def test_parts_of_the_tokens():
     assert not torch.equal(kept, train.part(features, 200, first))
 
 
-def test_attention_of_the_training_is_that_of_torch():
+def test_explicit_attention_equals_that_of_pytorch():
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 4, 37, 32, dtype=torch.float64)
     mask = torch.rand(2, 1, 37, 37) < 0.5
@@ -186,7 +186,7 @@ def test_attention_of_the_training_is_that_of_torch():
         torch.testing.assert_close(y, right.transpose(1, 2))
 
 
-def test_sheets_are_training_material():
+def test_sheets_have_training_layouts_and_many_digits():
     first, again = (scenes.sheet(3) for _ in range(2))
     assert (first.pixels == again.pixels).all()
     assert first.things == again.things
@@ -205,7 +205,7 @@ def test_sheets_are_training_material():
 
 
 @pytest.mark.parametrize("kind", ["scene", "sheet"])
-def test_supervision_says_what_is_in_the_picture(kind):
+def test_labels_describe_the_things_in_the_picture(kind):
     scene = scenes.sheet(5) if kind == "sheet" else scenes.scene("train", 5)
     sample = supervision.sample_of(scene)
     grid = sample.things.view(scenes.SIDE, scenes.SIDE)

@@ -35,7 +35,7 @@ class FakeEvent:
 
 
 class FakeCuda:
-    """torch.cuda as `limits` knows it."""
+    """The part of torch.cuda that `limits` uses."""
 
     def __init__(self):
         self.now, self.mode, self.stream_now, self.capturing = 0.0, 0, "default", None
@@ -44,14 +44,14 @@ class FakeCuda:
         self.Stream = self.current_stream = lambda: SimpleNamespace(wait_stream=lambda other: None)
 
     def launch(self, seconds):
-        """A kernel that takes so long."""
+        """Run a kernel that takes `seconds`."""
         if self.capturing:
             self.capturing.seconds += seconds
         else:
             self.now += seconds
 
     def wait(self):
-        """What a copy from the host does."""
+        """Wait for the device, as a copy from the host does."""
         if self.mode == "error":
             raise RuntimeError("called a synchronizing CUDA operation")
 
@@ -87,7 +87,7 @@ class FakeCuda:
 
     @contextlib.contextmanager
     def graph(self, graph, stream):
-        # As torch.cuda.graph: what raises inside leaves the stream current.
+        # As with torch.cuda.graph, an error inside leaves the stream current.
         self.capturing, self.stream_now = graph, stream
         try:
             yield
