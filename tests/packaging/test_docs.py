@@ -14,21 +14,33 @@ from pages import ROOT, blocks, page
 import vispruner_kernels
 from vispruner_kernels import _backends, _native, _schemas, ops
 
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("**/*.md")])
+PAGES = sorted(
+    path
+    for pattern in ("*.md", "docs/*.md", "vispruner_kernels/**/*.md")
+    for path in ROOT.glob(pattern)
+)
 SECTIONS = ["Args", "Returns", "Raises", "Contract", "Cost", "Source", "Example"]
 
 
-def test_there_are_pages():
+def test_the_main_pages_exist():
     assert {"README.md", "CONTRIBUTING.md", "CHANGELOG.md", "contract.md"} <= {
         path.name for path in PAGES
     }
 
 
+def anchors(path) -> set[str]:
+    """The anchors that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", page(path), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", text).lower().replace(" ", "-") for text in headings}
+
+
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
-def test_links_lead_somewhere(path):
-    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page(path)):
+def test_links_lead_to_files_and_headings(path):
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)#?([^)\s]*)[^)]*\)", page(path)):
         if "://" not in target:
-            assert (path.parent / target).exists(), target
+            file = path.parent / target if target else path
+            assert file.exists(), target
+            assert not anchor or anchor in anchors(file), anchor
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
