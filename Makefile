@@ -97,8 +97,8 @@ test-kernels-changed: dev ## run test-kernels unless it has passed with these ke
 test-oldest: .venv/stamp-oldest ## test the integration with the oldest transformers that it supports
 	PYTHONPATH=.venv/oldest $(PY) -m pytest $(XDIST) $(PYTEST_ARGS) tests/integrations/test_transformers*.py
 
-# Deprecation warnings are errors in other targets; here pytest only lists them. If this Triton is not
-# the one that test-kernels has passed with, its interpreter and its compiler are tested too.
+# Deprecation warnings are errors in other targets; here pytest only lists them. If test-kernels has
+# not passed with this Triton and these kernels, Triton's interpreter and compiler are tested too.
 test-newest: dev ## test the integration and the operators with the newest version of every dependency
 	[ -x $(NEWEST) ] || $(PY) -m venv .venv/newest
 	@# A package of .venv that is already the newest is used from there.
@@ -115,7 +115,7 @@ test-newest: dev ## test the integration and the operators with the newest versi
 	@$(NEWEST) -c '$(TORCH_HERE)' > .venv/newest/torch.txt
 	VISPRUNER_KERNELS_NATIVE=0 VISPRUNER_KERNELS_CUDA=0 $(NEWEST_PIP) $(INSTALL) --upgrade \
 	  --upgrade-strategy eager -c .venv/newest/torch.txt -e ".[test]"
-	@echo "make: the index has newer:"; $(NEWEST_PIP) list --outdated 2>/dev/null
+	@echo "make: newer versions on the index:"; $(NEWEST_PIP) list --outdated 2>/dev/null
 	$(NEWEST_PIP) freeze --exclude-editable
 	@tests="$(NEWEST_TESTS)"; \
 	$(NEWEST) tests/support/kernels.py || { $(NEWEST) tests/support/aot.py --quick && tests="$$tests tests/kernels/test_triton.py"; } && \
@@ -195,7 +195,7 @@ dist-test: dev ## build the sdist and the wheel; install and test each in a new 
 	  installed=$$($$1/bin/python -c "$$package"); \
 	  case $$installed in */$$1/lib/*) ;; *) echo "make: imported $$installed" >&2; exit 1;; esac; \
 	  [ "$$(find "$$installed" -name '_C*.so' | wc -l)" -eq $$3 ] || \
-	    { echo "make: $$installed has not $$3 native core" >&2; exit 1; }; \
+	    { echo "make: expected $$3 native core(s) in $$installed" >&2; exit 1; }; \
 	  rm -rf sources; mkdir sources; \
 	  tar -xzf "$$repo"/dist/*.tar.gz -C sources --strip-components 1; \
 	  rm -r sources/vispruner_kernels; ln -s "$$installed" sources/vispruner_kernels; \
