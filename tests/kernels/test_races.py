@@ -75,7 +75,7 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setattr(select, name, value)
     for module in (select, bipartite, pairwise):
         monkeypatch.setattr(module, "SWEEP", tl.constexpr(SWEEP))
-    for name, value in {"LOOK": SWEEP, "LOOK_AGAIN": 8, "FIRST": 4, "CHUNK": 32}.items():
+    for name, value in {"BLOCK_SHORT": SWEEP, "BLOCK_LIST": 8, "SHORT": 4, "CHUNK": 32}.items():
         monkeypatch.setattr(neighbours, name, tl.constexpr(value))
     for name, value in {"CHUNK": 32, "BLOCK_H": 2, "BLOCK_S": 16}.items():
         monkeypatch.setattr(cls_row, name, value)

@@ -238,7 +238,7 @@ def test_every_way_is_taken(monkeypatch, sizes):
 
     watch(neighbours, "_nearest_listed")
     watch(neighbours, "_nearest_in_row")
-    watch(pairwise, "_lower_bounds")
+    watch(pairwise, "_bound_pairs")
     watch(pairwise, "count_larger")
     for seed in range(4):
         for matching in ("bipartite", "pairwise"):
@@ -248,7 +248,7 @@ def test_every_way_is_taken(monkeypatch, sizes):
             features = sample_features("clustered", 1, 90, 16, generator)
             args = (features, sample_scores("ties", 1, 90, generator), 12, *case[3:])
             assert_same_bits(operators.select(*args), reference.select(*args))
-    names = ["_nearest_listed", "_nearest_in_row", "_lower_bounds", "count_larger"]
+    names = ["_nearest_listed", "_nearest_in_row", "_bound_pairs", "count_larger"]
     assert taken == {("_nearest_listed", True), *((name, False) for name in names)}
 
 

@@ -1,1 +1,4 @@
-"""The Triton kernels, one file an operator; `operators` has the operators by name."""
+"""The Triton kernels, one file per operator and a few that they share.
+
+`operators` has the operators by name.
+"""

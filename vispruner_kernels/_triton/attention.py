@@ -1,4 +1,4 @@
-"""What the attention kernels share: the scale, products and maxima, strides and arrivals."""
+"""Shared by the attention kernels: scale, products, maxima, strides and the limit of programs."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from vispruner_kernels._triton.rules import COUNT_MASK
 
 LOG2E = tl.constexpr(1.4426950408889634)
 INTERPRETED = tl.constexpr(launch.INTERPRETED)
-# What the interpreter's products are computed in; tl.dot takes float64 from Triton 3.5 on.
+# The interpreter computes products in this type; tl.dot takes float64 from Triton 3.5 on.
 WIDE = tl.constexpr(tl.float32 if triton.__version__.startswith("3.4.") else tl.float64)
 
 
 @triton.jit
 def split_scale(scale):
-    """(sign, c): softmax(scale * x) is the softmax to base 2 of c * (sign * x), c > 0.
+    """(sign, c): softmax(scale * x) is the softmax to base 2 of c * (sign * x), with c > 0.
 
-    So the largest logit is the largest sign * x. What is not finite stays so at scale 0; at the
-    ends of the range c neither overflows nor vanishes. sign is 1 unless `is_signed`.
+    So the largest logit is the largest sign * x. At scale 0 non-finite x stay non-finite. At the
+    ends of the range of scale, c neither overflows nor vanishes. sign is 1 unless `is_signed`.
     """
-    # The interpreter takes a subnormal number for a float64.
+    # The interpreter would treat a subnormal number as a float64.
     scale = tl.cast(scale, tl.float32)
     size = tl.abs(scale)
     unit = tl.where(size > 1e38, 2.0, 1.0)
@@ -30,21 +30,22 @@ def split_scale(scale):
 
 
 def is_signed(scale: float) -> bool:
+    """Whether the sign of `split_scale` may differ from 1."""
     return not 0.0 < scale <= 1e38
 
 
 @triton.jit
 def largest(x, axis: tl.constexpr):
-    """tl.max."""
+    """tl.max without NaN; the exponentials of NaN are NaN anyway."""
     if INTERPRETED:
-        # numpy warns of a row of NaN.
+        # numpy warns about rows of only NaN.
         x = tl.where(x == x, x, -float("inf"))
     return tl.max(x, axis=axis)
 
 
 @triton.jit
 def dot(a, b, acc=None):
-    """a @ b (+ acc) in float32: half types on tensor cores, float32 as float32."""
+    """a @ b (+ acc) in float32. Half types use tensor cores, float32 does not use tf32."""
     if INTERPRETED:
         # numpy has no bfloat16, and the order of its sums depends on the shape of the tile.
         x = tl.dot(a.to(WIDE), b.to(WIDE), out_dtype=WIDE).to(tl.float32)
@@ -63,10 +64,13 @@ def check_arrivals(arrivals: int) -> None:
 def stride_unit(
     itemsize: int, aligned: bool, shape: tuple[int, ...], *strides: tuple[int, ...]
 ) -> int:
-    """16 bytes in elements if every row begins at a multiple of them, else 1. Triton sees it only
-    of strides that are multiples of 16 elements."""
+    """The number of elements in 16 bytes if every row begins at a multiple of 16 bytes, else 1.
+
+    Kernels get strides in this unit. Triton itself detects only strides that are multiples of 16
+    elements.
+    """
     unit = 16 // itemsize
-    # Of a dimension of size 1 the stride is of no account.
+    # The stride of a dimension of size 1 does not matter.
     sizes = shape[:-1]
     odd = any(x % unit for row in strides for x, n in zip(row, sizes, strict=False) if n > 1)
     return 1 if odd or not aligned else unit

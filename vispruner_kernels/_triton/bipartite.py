@@ -1,7 +1,6 @@
-"""The published rule of duplicate removal, by one program.
+"""The published rule of duplicate removal, run by one program per image.
 
-Everything it reads lies in the cache of one multiprocessor: a step costs a load or two and a
-barrier.
+Its data fits the cache of one multiprocessor: a step costs a load or two and a barrier.
 """
 
 from __future__ import annotations
@@ -19,7 +18,8 @@ from vispruner_kernels._triton.rules import (
     ranked_offsets,
 )
 
-# States of a token; that of a living one is the parity of its position, and b are the odd ones.
+# States of a token. The state of a living residual token is the parity of its position: a are the
+# even positions, b the odd ones.
 DROPPED = tl.constexpr(-2)
 IMPORTANT = tl.constexpr(-4)
 # Tokens per step of a sweep.
@@ -43,12 +43,15 @@ def bipartite(
     NEIGHBOURS: tl.constexpr,
     SMALL: tl.constexpr,
 ):
-    """The published rule: `state` is 0 or 1, the parity of its position, for each of the `n` tokens
-    of `residual` and for those that are left when they are `keep`, and DROPPED for the others."""
+    """Drop tokens of a until `keep` of the `n` tokens of `residual` are left.
+
+    Before and after, `state` is the parity of the position of each token that is left; it is
+    DROPPED for the others.
+    """
     while n > tl.maximum(keep, SMALL):
         size_a = (n + 1) // 2
         drop = tl.minimum(tl.minimum(step, n - keep), size_a)
-        # Phase 1: the nearest of b, the odd positions, to each of a.
+        # Phase 1: find the nearest of b to each of a.
         find_nearest(
             sim_ptr,
             ld,
@@ -63,7 +66,7 @@ def bipartite(
             False,
             NEIGHBOURS,
         )
-        # Phase 2: a in sorted order less its first `drop`, then b as it was.
+        # Phase 2: the next residual is sorted a without its first `drop`, then b in its order.
         for first in range(0, size_a, RANKED):
             offs_a = first + ranked_offsets()
             mask_a = offs_a < size_a
@@ -83,7 +86,7 @@ def bipartite(
         residual_ptr, next_ptr = next_ptr, residual_ptr
         n -= drop
     if n > keep:
-        # The same in registers.
+        # The same steps on similarities in registers.
         offs = tl.arange(0, SMALL)
         mask = offs < n
         token = tl.load(residual_ptr + offs, mask=mask, other=0)
@@ -91,7 +94,7 @@ def bipartite(
             sim_ptr + token.to(tl.int64)[:, None] * ld + token[None, :],
             mask=mask[:, None] & mask[None, :],
             other=INT32_MIN,
-        )  # symmetric: columns are a, rows are b
+        )  # [SMALL, SMALL], symmetric: columns are a, rows are b
         position = tl.where(mask, offs, DROPPED)
         while n > keep:
             size_a = (n + 1) // 2

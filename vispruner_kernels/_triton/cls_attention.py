@@ -1,4 +1,4 @@
-"""`cls_attention`: FlashAttention's forward, with the programs of `cls_scores` among its own."""
+"""`cls_attention`: the forward pass of FlashAttention and the CLS row, in one launch."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from vispruner_kernels._triton.attention import (
     split_scale,
     stride_unit,
 )
-from vispruner_kernels._triton.cls_row import INTEGERS, cls_plan, cls_row
+from vispruner_kernels._triton.cls_row import INTEGERS, LINE, cls_plan, cls_row
 
-# (bytes of an element, padded head dimension): BLOCK_M, BLOCK_N and num_stages where rows begin at
-# multiples of 16 bytes, and where every element takes the registers of a pointer; by registers and
-# shared memory. The warps are those of cls_scores, for they order its sums.
+# (bytes of an element, padded head dimension): BLOCK_M, BLOCK_N and num_stages, as registers and
+# shared memory allow. The first triple is for rows that begin at multiples of 16 bytes, the second
+# for other rows, in which every element takes the registers of a pointer. The number of warps is
+# that of cls_scores, because it fixes the order of its sums.
 BLOCKS = {
     (2, 16): ((64, 64, 3), (64, 16, 2)),
     (2, 32): ((128, 64, 3), (64, 16, 2)),
@@ -57,13 +58,14 @@ def _attention(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Rows first to first + BLOCK_M of out, of one head: softmax(scale * q k^T) v."""
+    """out[first : first + BLOCK_M] = softmax(scale * q k^T) v, for one head."""
     sign, c = split_scale(scale)
     offs_m = first + tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     mask_q = (offs_m < S)[:, None] & (offs_d < D)[None, :]
-    # As it is: a tile that is computed goes through registers to every product, which waits for it.
+    # q is not scaled here: a computed tile would reach every product through registers, and the
+    # product would wait for it.
     q = tl.load(
         q_ptr + offs_m.to(tl.int64)[:, None] * stride_qs * UNIT + offs_d[None, :],
         mask=mask_q,
@@ -73,8 +75,8 @@ def _attention(
     v_ptrs = v_ptr + offs_n.to(tl.int64)[:, None] * stride_vs * UNIT + offs_d[None, :]
     step = tl.full([], BLOCK_N * UNIT, tl.int64)
 
-    peak = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    norm = tl.zeros([BLOCK_M], tl.float32)
+    m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for start in range(0, S, BLOCK_N):
         mask_n = offs_n < S - start
@@ -83,25 +85,25 @@ def _attention(
         if SIGNED:
             x *= sign
         x = tl.where(mask_n[None, :], x, -float("inf"))
-        new_peak = tl.maximum(peak, largest(x, 1))
-        # Nothing but -inf so far: any finite shift will do.
-        shift = tl.where(new_peak == -float("inf"), 0.0, new_peak)
-        # The largest is 1 exactly, which x * c - shift * c in one instruction is not.
+        m_new = tl.maximum(m_i, largest(x, 1))
+        # While all logits are -inf, any finite shift will do.
+        shift = tl.where(m_new == -float("inf"), 0.0, m_new)
+        # The largest weight is exactly 1; a fused x * c - shift * c would not give that.
         weight = tl.exp2((x - shift[:, None]) * c)
-        decay = tl.exp2((peak - shift) * c)
-        norm = norm * decay + tl.sum(weight, axis=1)
+        alpha = tl.exp2((m_i - shift) * c)
+        l_i = l_i * alpha + tl.sum(weight, axis=1)
         v = tl.load(v_ptrs, mask=mask_n[:, None] & (offs_d < D)[None, :], other=0.0)
-        acc = dot(weight.to(v.dtype), v, acc * decay[:, None])
-        peak = new_peak
+        acc = dot(weight.to(v.dtype), v, acc * alpha[:, None])
+        m_i = m_new
         k_ptrs += step * stride_ks
         v_ptrs += step * stride_vs
 
     out_ptrs = out_ptr + offs_m.to(tl.int64)[:, None] * stride_os + offs_d[None, :]
     if q.dtype == tl.float32:
-        out = tl.div_rn(acc, norm[:, None])
+        out = tl.div_rn(acc, l_i[:, None])
     else:
-        # Rounded twice, which half types do not show.
-        out = acc * tl.div_rn(1.0, norm)[:, None]
+        # Two roundings in float32 do not show in half types.
+        out = acc * tl.div_rn(1.0, l_i)[:, None]
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask_q)
 
 
@@ -116,7 +118,7 @@ def _cls_attention_kernel(
     S,
     H,
     num_prefix,
-    record,
+    lines,
     stride_qb,
     stride_qs,
     stride_qh,
@@ -140,13 +142,13 @@ def _cls_attention_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """out = attention; scores[image] = what its query row 0 pays, mean over heads.
+    """out = attention; scores[image] = attention of query row 0 to each key, mean over heads.
 
-    Grid: (images * heads * (1 + blocks of BLOCK_M queries)). An image's first programs, one a head,
-      are those of cls_scores: their tail, the last one's mean over heads, is over before the blocks
-      are, and the keys are in L2 for them.
+    Grid: (images * heads * (1 + blocks of BLOCK_M queries)). The first programs of an image, one
+      per head, run cls_row. They come first so that the mean over heads ends before the blocks do,
+      and they bring the keys into L2.
     Scratch: 4 bytes per head and token, see cls_row.
-    Moves: q, k, v and out once; k and v again per block, and k per head, from L2.
+    Moves: q, k, v and out once; k and v again per block, and k once more by cls_row, from L2.
     Deterministic: the order of every sum depends on the shape only; no float atomics.
     """
     blocks = tl.cdiv(S, BLOCK_M)
@@ -161,7 +163,7 @@ def _cls_attention_kernel(
             q_ptr + head * stride_qh * UNIT,
             k_ptr + head * stride_kh * UNIT,
             scores_ptr + image * (S - num_prefix),
-            scratch_ptr + image * record * 16,
+            scratch_ptr + image * lines * LINE,
             stride_ks,
             S,
             H,
@@ -220,7 +222,7 @@ def _plan(
     meta = {**meta, "BLOCK_M": block_m, "KEYS": keys, "num_stages": stages}
     grid = batch * heads * (1 + triton.cdiv(tokens, block_m))
     sizes = [*sizes, *(x // unit for stride in strides for x in stride[:3])]
-    return grid, batch * sizes[3] * 16, sizes, meta
+    return grid, batch * sizes[3] * LINE.value, sizes, meta
 
 
 def cls_attention(

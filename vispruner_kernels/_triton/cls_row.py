@@ -14,17 +14,19 @@ import triton.language as tl
 from vispruner_kernels._triton.attention import check_arrivals, largest, split_scale
 from vispruner_kernels._triton.rules import arrive, close_counter, read_counter
 
-# Keys whose exponentials are added by one program; heads and keys of a tile of the mean.
+# Keys whose exponentials one program adds; heads and keys of a tile of the mean.
 CHUNK, BLOCK_H, BLOCK_S = 256, 16, 256
 # Bytes of k that a program reads at once.
 TILE = 16384
-# Arguments of which no kernel is compiled anew.
-INTEGERS = ("S", "H", "num_prefix", "record", "tag")
+# int64 words in a line of 128 bytes of scratch.
+LINE = tl.constexpr(16)
+# Integers that may change without another compilation.
+INTEGERS = ("S", "H", "num_prefix", "lines", "tag")
 
 
 @triton.jit
 def _sum_pairwise(x):
-    """Sums of the rows of x [N, D], neighbours first: no layout changes the order."""
+    """Sums of the rows of x [N, D], adjacent elements first: layouts do not change the order."""
     for _ in tl.static_range(8):
         if x.shape[1] > 1:
             even, odd = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
@@ -50,7 +52,7 @@ def _logits(
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
     q = tl.load(q_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
-    # Scattered elements are not worth the registers of two loads.
+    # Without vectors, a second stage of loads takes more registers than it is worth.
     for start in tl.range(begin, end, BLOCK_N, num_stages=3 if UNIT > 1 else 1):
         offs_n = start + tl.arange(0, BLOCK_N)
         mask_n = offs_n < end
@@ -77,7 +79,7 @@ def _mean_of_heads(
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """scores = the softmax of every head's logits, added in float64, without the prefix."""
+    """scores = the mean over heads of the softmax of the logits, in float64, without the prefix."""
     # The largest logit of every head, and 1 / the sum of its exponentials.
     heads_ptr = sums_ptr + H * chunks * 2
     offs_c = tl.arange(0, BLOCK_C)
@@ -85,12 +87,12 @@ def _mean_of_heads(
         head = first + tl.arange(0, BLOCK_H)
         mask_c = (head < H)[:, None] & (offs_c < chunks)[None, :]
         part_ptr = sums_ptr + (head.to(tl.int64)[:, None] * chunks + offs_c[None, :]) * 2
-        peaks = tl.load(part_ptr, mask=mask_c, other=-float("inf"))
-        sums = tl.load(part_ptr + 1, mask=mask_c, other=0.0)
-        peak = largest(peaks, 1)
-        norm = tl.sum(sums * tl.exp2((peaks - peak[:, None]) * c), axis=1)
-        tl.store(heads_ptr + 2 * head, peak, mask=head < H)
-        tl.store(heads_ptr + 2 * head + 1, tl.div_rn(1.0, norm), mask=head < H)
+        m_chunk = tl.load(part_ptr, mask=mask_c, other=-float("inf"))
+        l_chunk = tl.load(part_ptr + 1, mask=mask_c, other=0.0)
+        m_i = largest(m_chunk, 1)
+        l_i = tl.sum(l_chunk * tl.exp2((m_chunk - m_i[:, None]) * c), axis=1)
+        tl.store(heads_ptr + 2 * head, m_i, mask=head < H)
+        tl.store(heads_ptr + 2 * head + 1, tl.div_rn(1.0, l_i), mask=head < H)
     tl.debug_barrier()
     for start in range(0, S, BLOCK_S):
         offs_n = start + tl.arange(0, BLOCK_S)
@@ -99,11 +101,11 @@ def _mean_of_heads(
         for first in range(0, H, BLOCK_H):
             head = (first + tl.arange(0, BLOCK_H)).to(tl.int64)[:, None]  # [BLOCK_H, 1]
             mask_h = head < H
-            peak = tl.load(heads_ptr + 2 * head, mask=mask_h, other=0.0)
+            m_i = tl.load(heads_ptr + 2 * head, mask=mask_h, other=0.0)
             factor = tl.load(heads_ptr + 2 * head + 1, mask=mask_h, other=0.0)
             row_ptr = logits_ptr + head * ld + offs_n[None, :]
             x = tl.load(row_ptr, mask=mask_h & (offs_n < ld)[None, :], other=0.0)
-            weight = tl.exp2((x - peak) * c) * factor  # [BLOCK_H, BLOCK_S]
+            weight = tl.exp2((x - m_i) * c) * factor  # [BLOCK_H, BLOCK_S]
             total += tl.sum(tl.where(mask_h, weight, 0.0).to(tl.float64), axis=0)
         tl.store(
             scores_ptr + offs_n - num_prefix,
@@ -137,15 +139,17 @@ def cls_row(
     BLOCK_H: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """The logits of some chunks of a head's keys with query row 0; the last of an image's
-    `arrivals` programs writes its scores. q, k, scores and scratch are those of the image and head.
+    """Compute the logits of query row 0 with the keys of chunks [chunk, end_chunk) of a head.
 
-    Scratch: a counter, logits [H, ld], the maximum and the sum of exponentials of every chunk and
-      then of every head.
+    The last of an image's `arrivals` programs writes the scores. Pointers are those of the image
+    and, for q and k, of the head.
+
+    Scratch: a counter in LINE words, logits [H, ld], the maximum and the sum of exponentials of
+      every chunk [H, chunks, 2], and its maximum and 1 / its sum for every head [H, 2].
     """
     ld = tl.cdiv(S, 16) * 16
     chunks = tl.cdiv(S, CHUNK)
-    logits_ptr = (scratch_ptr + 16).to(tl.pointer_type(tl.float32))
+    logits_ptr = (scratch_ptr + LINE).to(tl.pointer_type(tl.float32))
     sums_ptr = logits_ptr + H * ld.to(tl.int64)
     word = read_counter(scratch_ptr)
     sign, c = split_scale(scale)
@@ -153,16 +157,16 @@ def cls_row(
     row_ptr = logits_ptr + head * ld
     end = tl.minimum(end_chunk * CHUNK, S)
     _logits(q_ptr, k_ptr, row_ptr, stride_ks, sign, chunk * CHUNK, end, D, UNIT, BLOCK_N, BLOCK_D)
-    # Read back: the layout of these sums does not depend on that of the keys.
+    # Load the logits again, so that the layout of these sums does not depend on that of the keys.
     tl.debug_barrier()
     for i in range(chunk, end_chunk):
         offs_n = i * CHUNK + tl.arange(0, CHUNK)
         x = tl.load(row_ptr + offs_n, mask=offs_n < ld, other=0.0)
         x = tl.where(offs_n < S, x, -float("inf"))
-        peak = largest(x, 0)
-        weight = tl.exp2((x - tl.where(peak == -float("inf"), 0.0, peak)) * c)
+        m_i = largest(x, 0)
+        weight = tl.exp2((x - tl.where(m_i == -float("inf"), 0.0, m_i)) * c)
         part_ptr = sums_ptr + (head * chunks + i) * 2
-        tl.store(part_ptr, peak)
+        tl.store(part_ptr, m_i)
         tl.store(part_ptr + 1, tl.sum(weight, axis=0))
 
     if arrive(scratch_ptr, word, tag, arrivals):
@@ -186,16 +190,16 @@ def cls_row(
 def cls_plan(
     shape: torch.Size, num_prefix: int, itemsize: int, unit: int
 ) -> tuple[int, list[int], dict[str, Any]]:
-    """Chunks of a head, (S, H, num_prefix, 128 bytes of scratch per image), cls_row's constants."""
+    """Chunks of a head, [S, H, num_prefix, lines of scratch per image], cls_row's constants."""
     _, tokens, heads, head_dim = shape
     chunks = triton.cdiv(tokens, CHUNK)
     check_arrivals(heads * chunks)
-    record = 1 + triton.cdiv(heads * (triton.cdiv(tokens, 16) * 16 + 2 * chunks + 2), 32)
+    lines = 1 + triton.cdiv(heads * (triton.cdiv(tokens, 16) * 16 + 2 * chunks + 2), 32)
     block_d = max(16, triton.next_power_of_2(head_dim))
     meta = {
         "D": head_dim,
         "UNIT": unit,
-        # Scattered elements take the registers of their pointers.
+        # Without vectors, every element takes the registers of a pointer.
         "BLOCK_N": min(CHUNK, TILE // (4 if unit == 1 else itemsize) // block_d),
         "BLOCK_D": block_d,
         "CHUNK": CHUNK,
@@ -203,7 +207,7 @@ def cls_plan(
         "BLOCK_H": BLOCK_H,
         "BLOCK_S": BLOCK_S,
         "num_warps": 4 if itemsize == 2 and block_d <= 64 else 8,
-        # Fused or not, and in which product, would be the compiler's choice.
+        # Otherwise the compiler would choose which products to fuse.
         "enable_fp_fusion": False,
     }
-    return chunks, [tokens, heads, num_prefix, record], meta
+    return chunks, [tokens, heads, num_prefix, lines], meta

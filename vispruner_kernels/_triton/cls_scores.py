@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vispruner_kernels._triton import launch
 from vispruner_kernels._triton.attention import stride_unit
-from vispruner_kernels._triton.cls_row import INTEGERS, cls_plan, cls_row
+from vispruner_kernels._triton.cls_row import INTEGERS, LINE, cls_plan, cls_row
 
 
 @triton.jit(
@@ -26,7 +26,7 @@ def _cls_scores_kernel(
     S,
     H,
     num_prefix,
-    record,
+    lines,
     stride_qb,
     stride_qh,
     stride_kb,
@@ -43,11 +43,11 @@ def _cls_scores_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """scores[image] = attention that query row 0 pays, mean over heads.
+    """scores[image] = the attention of query row 0 to each key, mean over heads.
 
-    Grid: (images * heads * chunks of keys); the last program of an image adds its heads.
+    Grid: (images * heads * chunks of keys); the last program of an image averages its heads.
     Scratch: 4 bytes per head and token, see cls_row.
-    Moves: k once, row 0 of q, logits out and in, scores once.
+    Moves: k once, row 0 of q, logits written and read, scores once.
     Deterministic: the split and the order of every sum depend on the shape only; no float atomics.
     """
     chunks = tl.cdiv(S, CHUNK)
@@ -59,7 +59,7 @@ def _cls_scores_kernel(
         q_ptr + (image * stride_qb + head * stride_qh) * UNIT,
         k_ptr + (image * stride_kb + head * stride_kh) * UNIT,
         scores_ptr + image * (S - num_prefix),
-        scratch_ptr + image * record * 16,
+        scratch_ptr + image * lines * LINE,
         stride_ks,
         S,
         H,
@@ -90,11 +90,14 @@ def _plan(
     num_prefix: int,
     itemsize: int,
 ) -> tuple[int, int, list[int], dict[str, Any]]:
-    """Programs, int64 words of scratch, the kernel's integers and constants. q, k: strides."""
+    """Programs, int64 words of scratch, the kernel's integers and constants.
+
+    `q` and `k` are the strides of the tensors.
+    """
     unit = stride_unit(itemsize, aligned, shape, q, k)
     chunks, sizes, meta = cls_plan(shape, num_prefix, itemsize, unit)
     strides = [x // unit for x in (q[0], q[2], *k[:3])]
-    return shape[0] * shape[2] * chunks, shape[0] * sizes[-1] * 16, [*sizes, *strides], meta
+    return shape[0] * shape[2] * chunks, shape[0] * sizes[-1] * LINE.value, [*sizes, *strides], meta
 
 
 def cls_scores(q: Tensor, k: Tensor, scale: float | None = None, num_prefix: int = 1) -> Tensor:

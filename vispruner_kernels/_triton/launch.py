@@ -1,4 +1,4 @@
-"""Launching: the only place that starts a kernel."""
+"""Launches: the only place that starts a kernel."""
 
 from __future__ import annotations
 
@@ -12,24 +12,27 @@ import torch
 import triton
 from torch import Tensor
 
-# Kernels run on CPU tensors, one program after another.
+# Whether Triton interprets kernels: they run on CPU tensors, one program after another.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 MIN_CAPABILITY = (7, 5)
-# Programs of a launch, on one axis.
+# The most programs of a launch; all grids have one axis.
 MAX_GRID = 2**31 - 1
 
-# Triton's interpreter keeps its state in globals, and one thread at a time is to compile.
+# Triton's interpreter keeps its state in globals, and only one thread at a time may compile.
 _LOCK = threading.Lock()
-# Seeded by the system: the caller's generators are left alone, and no two calls share a tag.
+# Seeded by the system, so that the caller's generators stay unchanged and calls share no tag.
 _RANDOM = random.Random()
 _TAG_BITS = 42
-# Compiled kernels and the values of their constants, by shape class. Triton has a cache too, but
-# looking things up there takes three times as long as the rest of a launch.
+# Compiled kernels and the values of their constants, by shape class. Triton has a cache too, but a
+# lookup there takes three times as long as the rest of a launch.
 _COMPILED: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
 
 def new_tag() -> int:
-    """The tag of a call's counters: always an int64 to Triton, never 0; tag << 20 is positive."""
+    """A random tag for the counters of a call.
+
+    It is never 0, Triton always takes it for an int64, and tag << 20 is positive.
+    """
     return 2**_TAG_BITS + _RANDOM.getrandbits(_TAG_BITS)
 
 
@@ -50,8 +53,11 @@ def _specialized(kernel: Any) -> tuple[bool, ...]:
 
 
 def _describe(kernel: Any, args: Any) -> tuple[list[Any], list[Any]]:
-    """All that Triton compiles a kernel anew for, and the arguments with addresses for tensors:
-    given a tensor, every launch asks the driver whose memory it is."""
+    """(classes, values): the properties of arguments for which Triton compiles another variant, and
+    the arguments with addresses instead of tensors.
+
+    For a tensor, every launch would ask the driver which device owns its memory.
+    """
     classes: list[Any] = []
     values: list[Any] = []
     for arg, specialized in zip(args, _specialized(kernel), strict=False):
@@ -70,9 +76,9 @@ def _describe(kernel: Any, args: Any) -> tuple[list[Any], list[Any]]:
 
 
 def run(kernel: Any, grid: int, like: Tensor, *args: Any, **meta: Any) -> None:
-    """Launches `grid` programs on the device and current stream of `like`.
+    """Launch `grid` programs on the device and current stream of `like`.
 
-    `meta`: the kernel's constants, and options of the compiler.
+    `meta` has the kernel's constants and options of the compiler.
     """
     if grid > MAX_GRID:
         raise ValueError(
@@ -80,7 +86,7 @@ def run(kernel: Any, grid: int, like: Tensor, *args: Any, **meta: Any) -> None:
             f"{MAX_GRID}; call it with fewer images at a time"
         )
     if INTERPRETED:
-        # inf - inf is no accident here.
+        # Kernels compute inf - inf on purpose.
         with _LOCK, np.errstate(all="ignore"):
             kernel[(grid,)](*args, **meta)
         return
@@ -103,5 +109,5 @@ def _run_on(device: int, kernel: Any, grid: int, args: Any, meta: dict[str, Any]
     _check_device(device)
     with _LOCK:
         compiled = kernel[(grid,)](*args, **meta)
-    # A launch takes the constants too, in the order of the signature.
+    # A compiled kernel takes the constants after the arguments, in the order of the signature.
     _COMPILED[key] = compiled, tuple(meta[name] for name in kernel.arg_names[len(args) :])

@@ -1,8 +1,8 @@
-"""Who is nearest to a token: its list of neighbours, and the whole row of similarities behind it.
+"""Nearest-neighbour search: the short list first, then the full row of similarities.
 
-`sim` [N, ld] are ordered similarity keys, INT32_MIN on the diagonal and behind a row. `lists`
-[N, NEIGHBOURS] hold each token's nearest neighbours as `index_key`s. A token is a candidate while
-its `state` is odd.
+`sim` [N, ld] holds ordered similarity keys, INT32_MIN on the diagonal and in the padding of a row.
+`lists` [N, NEIGHBOURS] holds the nearest neighbours of each token as `index_key`s. A token is a
+candidate while its `state` is odd.
 """
 
 from __future__ import annotations
@@ -20,25 +20,26 @@ from vispruner_kernels._triton.rules import (
     pair_key,
 )
 
-# Tokens per step of looks at the beginnings of lists, at whole lists and at whole rows.
-LOOK = tl.constexpr(256)
-LOOK_AGAIN = tl.constexpr(32)
+# Tokens per step of a search in short lists, in whole lists and in full rows.
+BLOCK_SHORT = tl.constexpr(256)
+BLOCK_LIST = tl.constexpr(32)
 ROWS = tl.constexpr(8)
-# The beginning of a list, which has one of b in most looks (docs/measured.md).
-FIRST = tl.constexpr(8)
+# Neighbours in a short list, the beginning of a list. Most searches of the bipartite rule end there
+# (docs/measured.md).
+SHORT = tl.constexpr(8)
 # Columns of a row per step.
 CHUNK = tl.constexpr(256)
-# Halvings of the interval of similarities when a list is made.
+# The most bisections of the similarity threshold of a list.
 HALVINGS = tl.constexpr(12)
 
 
 @triton.jit
 def list_neighbours(sim_ptr, ld, lists_ptr, N, token, NEIGHBOURS: tl.constexpr):
-    """Lists for tokens [ROWS]: who is at least as similar as some threshold, most similar first,
-    then INT64_MIN.
+    """List the tokens that reach a similarity threshold, most similar first, then INT64_MIN.
 
-    The threshold is one that between half of NEIGHBOURS and all reach, if halving finds it. Results
-    do not depend on it: who is not in a list is less similar than who is.
+    `token` [ROWS]. Bisection searches a threshold that NEIGHBOURS / 2 to NEIGHBOURS tokens reach.
+    Results do not depend on the threshold: a token outside a list is less similar than each token
+    in it.
     """
     mask = token < N
     row_ptr = sim_ptr + token.to(tl.int64) * ld
@@ -85,7 +86,7 @@ def list_neighbours(sim_ptr, ld, lists_ptr, N, token, NEIGHBOURS: tl.constexpr):
 @triton.jit
 def _row_chunk(row_ptr, mask, first, N):
     offs_n = first + tl.arange(0, CHUNK)
-    # To the end of a vector: there is INT32_MIN behind the row.
+    # To the end of a vector: INT32_MIN pads the row.
     valid = mask[:, None] & (offs_n < tl.cdiv(N, 16) * 16)[None, :]
     return tl.load(row_ptr[:, None] + offs_n[None, :], mask=valid, other=INT32_MIN)
 
@@ -94,11 +95,11 @@ def _row_chunk(row_ptr, mask, first, N):
 def _nearest_listed(
     lists_ptr, state_ptr, token, mask, NEIGHBOURS: tl.constexpr, LENGTH: tl.constexpr
 ):
-    """The nearest candidate among the first LENGTH of a token's list as `index_key`, or INT64_MIN
-    if there is none.
+    """The `index_key` of the nearest candidate among the first LENGTH of a token's list, or
+    INT64_MIN.
 
-    `token` and `mask` have every token LENGTH times: in one dimension a list's keys and their
-    states are loaded in one layout.
+    `token` and `mask` are one-dimensional and repeat every token LENGTH times, so that the keys of
+    a list and their states are loaded in one layout.
     """
     offs_k = tl.arange(0, token.shape[0]) % LENGTH
     list_ptr = lists_ptr + token.to(tl.int64) * NEIGHBOURS
@@ -110,7 +111,7 @@ def _nearest_listed(
 
 @triton.jit
 def _nearest_in_row(sim_ptr, ld, state_ptr, token, mask, N):
-    """The same from the whole row."""
+    """The same among all tokens of the row."""
     row_ptr = sim_ptr + token.to(tl.int64) * ld
     best = tl.full([ROWS, CHUNK], INT64_MIN, tl.int64)
     for first in range(0, N, CHUNK):
@@ -137,41 +138,43 @@ def find_nearest(
     PAIRWISE: tl.constexpr,
     NEIGHBOURS: tl.constexpr,
 ):
-    """The nearest candidate to each of `count` tokens: to every second of `tokens` for the
-    bipartite rule, which wants keys by place, to all for the pairwise rule, which wants pairs by
-    token. In the beginning of a token's list, else in the list, else in its row.
+    """Find the nearest candidate to each of `count` tokens.
+
+    The pairwise rule searches for tokens[i] and stores partner and pair by token. The bipartite
+    rule searches for tokens[2 * i] and stores the sort key of i. The search covers the short list,
+    then the whole list, then the full row. `missed` holds the i without a candidate so far.
     """
     stride = 1 if PAIRWISE else 2
     missed = 0
-    for first in range(0, count, LOOK):
-        place = first + tl.arange(0, LOOK * FIRST) // FIRST
+    for first in range(0, count, BLOCK_SHORT):
+        place = first + tl.arange(0, BLOCK_SHORT * SHORT) // SHORT
         token = tl.load(tokens_ptr + place * stride, mask=place < count, other=0)
-        nearest = _nearest_listed(lists_ptr, state_ptr, token, place < count, NEIGHBOURS, FIRST)
-        place = first + tl.arange(0, LOOK)
+        nearest = _nearest_listed(lists_ptr, state_ptr, token, place < count, NEIGHBOURS, SHORT)
+        place = first + tl.arange(0, BLOCK_SHORT)
         mask = place < count
         _store_nearest(partner_ptr, keys_ptr, tokens_ptr, place, nearest, mask, PAIRWISE)
         missed = append(missed_ptr, missed, place, mask & (nearest == INT64_MIN))
     tl.debug_barrier()
     if missed > 0:
-        again = 0
-        for first in range(0, missed, LOOK_AGAIN):
-            offs = first + tl.arange(0, LOOK_AGAIN * NEIGHBOURS) // NEIGHBOURS
+        unlisted = 0
+        for first in range(0, missed, BLOCK_LIST):
+            offs = first + tl.arange(0, BLOCK_LIST * NEIGHBOURS) // NEIGHBOURS
             mask = offs < missed
             place = tl.load(missed_ptr + offs, mask=mask, other=0)
             token = tl.load(tokens_ptr + place * stride, mask=mask, other=0)
             nearest = _nearest_listed(lists_ptr, state_ptr, token, mask, NEIGHBOURS, NEIGHBOURS)
-            offs = first + tl.arange(0, LOOK_AGAIN)
+            offs = first + tl.arange(0, BLOCK_LIST)
             mask = offs < missed
             place = tl.load(missed_ptr + offs, mask=mask, other=0)
             _store_nearest(partner_ptr, keys_ptr, tokens_ptr, place, nearest, mask, PAIRWISE)
-            # In place: behind what has been read.
+            # Overwrites only entries that have been read.
             tl.debug_barrier()
-            again = append(missed_ptr, again, place, mask & (nearest == INT64_MIN))
+            unlisted = append(missed_ptr, unlisted, place, mask & (nearest == INT64_MIN))
         tl.debug_barrier()
-        if again > 0:
-            for first in range(0, again, ROWS):
+        if unlisted > 0:
+            for first in range(0, unlisted, ROWS):
                 offs = first + tl.arange(0, ROWS)
-                mask = offs < again
+                mask = offs < unlisted
                 place = tl.load(missed_ptr + offs, mask=mask, other=0)
                 token = tl.load(tokens_ptr + place * stride, mask=mask, other=0)
                 nearest = _nearest_in_row(sim_ptr, ld, state_ptr, token, mask, N)
@@ -183,7 +186,7 @@ def find_nearest(
 def _store_nearest(partner_ptr, keys_ptr, tokens_ptr, place, nearest, mask, PAIRWISE: tl.constexpr):
     if PAIRWISE:
         token = tl.load(tokens_ptr + place, mask=mask, other=0)
-        # The last living token has itself as partner, and no pair.
+        # The last living token is its own partner and has no pair.
         alone = nearest == INT64_MIN
         partner = tl.where(alone, token, key_index(nearest))
         pair = pair_key(key_value(nearest), token, partner)
@@ -195,6 +198,7 @@ def _store_nearest(partner_ptr, keys_ptr, tokens_ptr, place, nearest, mask, PAIR
 
 @triton.jit
 def append(list_ptr, count, item, mask):
+    """Append the items of `mask` to the list of `count` items; return its new length."""
     more = tl.sum(mask.to(tl.int32), axis=0)
     if more > 0:
         place = count + tl.cumsum(mask.to(tl.int32), axis=0) - 1

@@ -1,4 +1,7 @@
-"""Our rule of duplicate removal, by one program. csrc/passes.h has the same rounds."""
+"""Our rule of duplicate removal, run by one program per image.
+
+csrc/passes.h has the same rounds.
+"""
 
 from __future__ import annotations
 
@@ -30,9 +33,9 @@ def pairwise(
     ld,
     lists_ptr,
     state_ptr,
-    place_ptr,
+    rank_ptr,
     partner_ptr,
-    todo_ptr,
+    search_ptr,
     missed_ptr,
     living_ptr,
     pair_ptr,
@@ -41,56 +44,57 @@ def pairwise(
     NEIGHBOURS: tl.constexpr,
     EAGER: tl.constexpr,
 ):
-    """Our rule, in rounds: pairs that are the best of both their tokens are resolved at once.
+    """Remove `drop` tokens in rounds: a round resolves all pairs that are best for both tokens.
 
-    At first partner[t] is -1 and pair[t] INT64_MAX. In the first EAGER rounds who lost the partner
-    looks for another; after them only who may be in the best pair, because by then a token may be
-    the partner of most others (csrc/passes.h does the same). pair[t] of a dead token is the pair
-    that removed it.
+    Initially partner[t] is -1 and pair[t] is INT64_MAX. A token without a living partner is
+    orphaned. In the first EAGER rounds every orphaned token searches again. Later only those that
+    could form the best pair do, because a single token may then be the partner of most others.
+    pair[t] of a dead token is the pair that removed it.
     """
     dead = 0
     searches = 0
     done = drop <= 0
     while done == 0:
-        # Phase 1: who lost the partner looks for another, if its pair may be as good as `bound`.
+        # Phase 1: orphaned tokens whose pair could reach `bound` search again.
         late = searches >= EAGER
         highest = tl.full([], INT64_MIN, tl.int64)
         if late:
-            highest = _lower_bounds(
-                state_ptr, partner_ptr, pair_ptr, todo_ptr, living_ptr, N, highest
+            highest = _bound_pairs(
+                state_ptr, partner_ptr, pair_ptr, search_ptr, living_ptr, N, highest
             )
             tl.debug_barrier()
         for attempt in range(0, tl.where(late, 2, 1)):
             bound = highest
             if attempt == 1:
-                # A pair of two living tokens: who cannot be in a better one need not look.
+                # Tokens that cannot form a better pair than the best known one need no search.
                 bound = _best_known(state_ptr, partner_ptr, pair_ptr, N)
-            todo = 0
+            count = 0
             for first in range(0, N, SWEEP):
                 offs_n = first + tl.arange(0, SWEEP)
-                _, lost, _ = _lost(state_ptr, partner_ptr, offs_n, N)
-                pair = tl.load(pair_ptr + offs_n, mask=lost, other=INT64_MIN)
-                todo = append(todo_ptr, todo, offs_n, lost & (pair >= bound))
+                _, orphaned, _ = _orphaned(state_ptr, partner_ptr, offs_n, N)
+                pair = tl.load(pair_ptr + offs_n, mask=orphaned, other=INT64_MIN)
+                count = append(search_ptr, count, offs_n, orphaned & (pair >= bound))
             tl.debug_barrier()
             find_nearest(
                 sim_ptr,
                 ld,
                 lists_ptr,
                 state_ptr,
-                todo_ptr,
+                search_ptr,
                 missed_ptr,
                 partner_ptr,
                 pair_ptr,
                 N,
-                todo,
+                count,
                 True,
                 NEIGHBOURS,
             )
         searches += 1
-        # Phase 2: later removals have a pair that lives now, so those above all of these are final.
+        # Phase 2: no later removal has a better pair than the best one of living tokens, so the
+        # removals by better pairs are final.
         if dead >= drop:
             done = _count_final(state_ptr, pair_ptr, N) >= drop
-        # Phase 3: the less important token of every mutual best pair dies.
+        # Phase 3: remove the less important token of every mutual best pair.
         if done == 0:
             before = dead
             for first in range(0, N, SWEEP):
@@ -99,33 +103,33 @@ def pairwise(
                 alive = tl.load(state_ptr + offs_n, mask=mask_n, other=DEAD) == ALIVE
                 partner = tl.load(partner_ptr + offs_n, mask=alive, other=0)
                 mutual = tl.load(partner_ptr + partner, mask=alive, other=-1) == offs_n
-                place = tl.load(place_ptr + offs_n, mask=mutual, other=0)
-                falls = mutual & (place > tl.load(place_ptr + partner, mask=mutual, other=0))
-                tl.store(state_ptr + offs_n, DEAD, mask=falls)
-                dead += tl.sum(falls.to(tl.int32), axis=0)
+                rank = tl.load(rank_ptr + offs_n, mask=mutual, other=0)
+                removed = mutual & (rank > tl.load(rank_ptr + partner, mask=mutual, other=0))
+                tl.store(state_ptr + offs_n, DEAD, mask=removed)
+                dead += tl.sum(removed.to(tl.int32), axis=0)
             tl.debug_barrier()
-            # Every round has a victim, unless somebody writes to the scores meanwhile.
+            # Every round removes a token, unless the scores are overwritten during the call.
             done = dead == before
     if dead > drop:
-        # The last removals did not come to pass.
+        # The last round removed too many tokens: undo the removals beyond the best `drop`.
         for first in range(0, N, SWEEP):
             offs_n = first + tl.arange(0, SWEEP)
             mask_n = offs_n < N
-            lives = tl.load(state_ptr + offs_n, mask=mask_n, other=DEAD) != DEAD
-            tl.store(pair_ptr + offs_n, INT64_MIN, mask=lives)
+            kept = tl.load(state_ptr + offs_n, mask=mask_n, other=DEAD) != DEAD
+            tl.store(pair_ptr + offs_n, INT64_MIN, mask=kept)
         tl.debug_barrier()
         for first in range(0, N, RANKED):
             offs_n = first + ranked_offsets()
             mask_n = offs_n < N
-            fell = tl.load(state_ptr + offs_n, mask=mask_n, other=ALIVE) == DEAD
-            pair = tl.load(pair_ptr + offs_n, mask=fell, other=INT64_MIN)
-            rank = count_larger(pair_ptr, N, pair)
-            tl.store(state_ptr + offs_n, ALIVE, mask=fell & (rank >= drop))
+            removed = tl.load(state_ptr + offs_n, mask=mask_n, other=ALIVE) == DEAD
+            pair = tl.load(pair_ptr + offs_n, mask=removed, other=INT64_MIN)
+            order = count_larger(pair_ptr, N, pair)
+            tl.store(state_ptr + offs_n, ALIVE, mask=removed & (order >= drop))
 
 
 @triton.jit
-def _lost(state_ptr, partner_ptr, offs_n, N):
-    """Which tokens live, and which of them have no living partner; their partner."""
+def _orphaned(state_ptr, partner_ptr, offs_n, N):
+    """(alive, orphaned, partner): whether tokens live, and live without a living partner."""
     alive = tl.load(state_ptr + offs_n, mask=offs_n < N, other=DEAD) == ALIVE
     partner = tl.load(partner_ptr + offs_n, mask=alive, other=0)
     state = tl.load(state_ptr + partner, mask=alive & (partner >= 0), other=DEAD)
@@ -133,48 +137,52 @@ def _lost(state_ptr, partner_ptr, offs_n, N):
 
 
 @triton.jit
-def _lower_bounds(state_ptr, partner_ptr, pair_ptr, todo_ptr, living_ptr, N, highest):
-    """Makes pair[t] of who lost the partner a bound of what it can find, and returns the highest.
+def _bound_pairs(state_ptr, partner_ptr, pair_ptr, search_ptr, living_ptr, N, highest):
+    """Set pair[t] of orphaned tokens to the best pair that they can find; return the best of all.
 
-    It finds nothing more similar, and nothing as similar before the first living token behind the
-    lost partner, the first that was so similar.
+    The lost partner was the nearest token, and the first one with its similarity. So no living
+    token is nearer, and only those after the lost partner can be as near: the bound is a pair with
+    the first of them.
     """
     living = 0
     for first in range(0, N, SWEEP):
         offs_n = first + tl.arange(0, SWEEP)
         mask_n = offs_n < N
         alive = tl.load(state_ptr + offs_n, mask=mask_n, other=DEAD) == ALIVE
-        # todo[t]: living tokens before t, if t is dead.
-        tl.store(todo_ptr + offs_n, living + tl.cumsum(alive.to(tl.int32), axis=0), mask=mask_n)
+        # search[t] counts the living tokens up to t.
+        tl.store(search_ptr + offs_n, living + tl.cumsum(alive.to(tl.int32), axis=0), mask=mask_n)
         living = append(living_ptr, living, offs_n, alive)
     tl.debug_barrier()
     for first in range(0, N, SWEEP):
         offs_n = first + tl.arange(0, SWEEP)
-        _, lost, partner = _lost(state_ptr, partner_ptr, offs_n, N)
-        behind = tl.load(todo_ptr + partner, mask=lost, other=0)
-        following = tl.load(living_ptr + behind, mask=lost & (behind < living), other=0)
-        value = pair_value(tl.load(pair_ptr + offs_n, mask=lost, other=INT64_MIN))
-        following = tl.where(behind < living, following, LAST_INDEX)
-        first_of_pair = tl.where(behind < living, offs_n, LAST_INDEX)
+        _, orphaned, partner = _orphaned(state_ptr, partner_ptr, offs_n, N)
+        before = tl.load(search_ptr + partner, mask=orphaned, other=0)
+        following = tl.load(living_ptr + before, mask=orphaned & (before < living), other=0)
+        value = pair_value(tl.load(pair_ptr + offs_n, mask=orphaned, other=INT64_MIN))
+        # If no living token follows, the bound is the last pair of its similarity.
+        following = tl.where(before < living, following, LAST_INDEX)
+        first_of_pair = tl.where(before < living, offs_n, LAST_INDEX)
         pair = pair_key(value, first_of_pair, following)
-        tl.store(pair_ptr + offs_n, pair, mask=lost)
-        highest = tl.maximum(highest, tl.max(tl.where(lost, pair, INT64_MIN), axis=0))
+        tl.store(pair_ptr + offs_n, pair, mask=orphaned)
+        highest = tl.maximum(highest, tl.max(tl.where(orphaned, pair, INT64_MIN), axis=0))
     return highest
 
 
 @triton.jit
 def _best_known(state_ptr, partner_ptr, pair_ptr, N):
+    """The best pair of two living tokens."""
     best = tl.full([], INT64_MIN, tl.int64)
     for first in range(0, N, SWEEP):
         offs_n = first + tl.arange(0, SWEEP)
-        alive, lost, _ = _lost(state_ptr, partner_ptr, offs_n, N)
-        pair = tl.load(pair_ptr + offs_n, mask=alive & (lost == 0), other=INT64_MIN)
+        alive, orphaned, _ = _orphaned(state_ptr, partner_ptr, offs_n, N)
+        pair = tl.load(pair_ptr + offs_n, mask=alive & (orphaned == 0), other=INT64_MIN)
         best = tl.maximum(best, tl.max(pair, axis=0))
     return best
 
 
 @triton.jit
 def _count_final(state_ptr, pair_ptr, N):
+    """The number of removals by pairs that are better than every living pair."""
     best = tl.full([], INT64_MIN, tl.int64)
     for first in range(0, N, SWEEP):
         offs_n = first + tl.arange(0, SWEEP)

@@ -1,4 +1,4 @@
-"""What the kernels share: the integer keys of docs/contract.md and arrival at a counter."""
+"""Shared by the kernels: the integer keys of docs/contract.md and arrival at a counter."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ INT64_MAX = tl.constexpr(2**63 - 1)
 # Bits of a token index; N <= 16384.
 INDEX_BITS = tl.constexpr(14)
 LAST_INDEX = tl.constexpr(2**14 - 1)
-# Keys that are ranked at once, and those they are compared with in a step.
+# Keys that are ranked at once, and the keys that a step compares them with.
 RANKED = tl.constexpr(256)
 COUNT = tl.constexpr(32)
-# Bits of a counter below its tag: more programs than ever arrive at one.
+# Bits of a counter below its tag, enough for all programs that arrive at one.
 COUNT_BITS = tl.constexpr(20)
 COUNT_MASK = tl.constexpr(2**20 - 1)
 
@@ -27,14 +27,14 @@ def float_bits(x):
 
 @triton.jit
 def ordered(x):
-    """int32 with the order of floats that are neither NaN nor -0.0."""
+    """Map floats other than NaN and -0.0 to int32 of the same order."""
     bits = float_bits(x)
     return tl.where(bits >= 0, bits, bits ^ INT32_MAX)
 
 
 @triton.jit
 def score_key(x):
-    """The same for any float: -0.0 equals 0.0, NaN is below everything."""
+    """Map any floats to int32 of the same order: -0.0 equals 0.0, NaN is below all others."""
     bits = float_bits(x)
     key = tl.where(bits == INT32_MIN, 0, ordered(x))
     return tl.where((bits & INT32_MAX) > 0x7F800000, INT32_MIN, key)
@@ -42,7 +42,7 @@ def score_key(x):
 
 @triton.jit
 def index_key(value, index):
-    """Unique int64 keys of int32 values: larger first, equal values by the smaller index."""
+    """Unique int64 keys of int32 values: a larger value has a larger key, then a smaller index."""
     return (value.to(tl.int64) << 32) + (index ^ INT32_MAX).to(tl.int64)
 
 
@@ -58,8 +58,8 @@ def key_index(key):
 
 @triton.jit
 def pair_key(value, a, b):
-    """The key of a pair of tokens: similarity descending, then the smaller and the larger index
-    ascending."""
+    """The key of a pair of tokens. A larger similarity has a larger key; among equal ones a smaller
+    lower index, then a smaller higher index."""
     key = (value.to(tl.int64) << INDEX_BITS) + (tl.minimum(a, b) ^ LAST_INDEX)
     return (key << INDEX_BITS) + (tl.maximum(a, b) ^ LAST_INDEX)
 
@@ -71,15 +71,18 @@ def pair_value(key):
 
 @triton.jit
 def ranked_offsets():
-    """[RANKED / 32, 32]: Triton gives each column to a lane, so that a thread has many keys, and a
-    warp its share of those they are compared with. Else loads take the time."""
+    """Offsets [RANKED / 32, 32], in the shape that makes ranking fast.
+
+    Triton assigns each column to a lane: a thread has many keys, and a warp its share of the keys
+    that they are compared with. In one dimension, loads would dominate the time.
+    """
     return tl.arange(0, RANKED // 32)[:, None] * 32 + tl.arange(0, 32)[None, :]
 
 
 @triton.jit
 def count_larger(keys_ptr, n, key):
-    """How many of keys[0:n] are larger than each key of `ranked_offsets`: its rank among unique
-    keys."""
+    """Count the keys[0:n] that are larger than each `key` [RANKED / 32, 32]: its rank if keys are
+    unique."""
     larger = tl.zeros([RANKED // 32, COUNT, 32], tl.int32)
     for first in range(0, n, COUNT):
         offs = first + tl.arange(0, COUNT)
@@ -103,27 +106,27 @@ def rank_by_score(scores_ptr, stride_sn, N, offs_n, mask_n, BLOCK_N: tl.constexp
     return tl.sum(larger, axis=0)
 
 
-# A counter is an int64 in the call's own, uninitialised scratch: the call's random tag, then
-# COUNT_BITS bits of count. No launch has to zero it, and no two calls or streams share one.
+# A counter is an int64 in the uninitialised scratch of one call: the random tag of the call, then
+# COUNT_BITS bits of count. So no launch has to zero counters, and calls and streams share none.
 
 
 @triton.jit
 def read_counter(counter_ptr):
-    """What `arrive` wants to know, read some time before, so that nobody waits for it."""
+    """The `word` for `arrive`, loaded early to hide the latency."""
     return tl.load(counter_ptr, volatile=True)
 
 
 @triton.jit
 def arrive(counter_ptr, word, tag, expected):
-    """Whether this program is the last of `expected` to arrive. The last one sees what the others
-    stored before they arrived, and must close the counter, so that a CUDA graph can be replayed.
+    """Whether this program is the last of `expected` programs to arrive; none of them waits.
 
-    Nobody waits for anybody. `word`: from read_counter.
+    The last one sees all stores of the others from before their arrival. It must close the counter,
+    so that a CUDA graph can be replayed. `word` comes from read_counter.
     """
-    # The first one opens it. One attempt: it fails only where another program's succeeded.
+    # The first program opens the counter. If this attempt fails, another program has opened it.
     if (word >> COUNT_BITS) != tag:
         tl.atomic_cas(counter_ptr, word, tag.to(tl.int64) << COUNT_BITS, sem="relaxed")
-    # All threads' stores come before the one thread's release.
+    # The stores of all threads come before the release by one thread.
     tl.debug_barrier()
     word = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
     return (word & COUNT_MASK) == expected - 1
@@ -131,5 +134,5 @@ def arrive(counter_ptr, word, tag, expected):
 
 @triton.jit
 def close_counter(counter_ptr):
-    """Tag 0 belongs to no call."""
+    """Reset the counter: no call has tag 0."""
     tl.store(counter_ptr, 0)

@@ -88,10 +88,10 @@ def _select_kernel(
     Deterministic: all sums and comparisons are on integers; the order of arrival decides only which
       program continues.
 
-    VARLEN: `total` tokens and `total_keep` outputs, an image keeps
-    min(its length, its difference in cu_keep), and ratio_bits are the bits of the float64 ratio of
-    important tokens. Otherwise every image has max_tokens tokens and keeps dense_keep, of which
-    dense_important by score.
+    VARLEN: an image has at most max_tokens tokens and keeps at most as many as it has. There are
+    `total` tokens and `total_keep` outputs. ratio_bits are the bits of the float64 ratio of
+    important tokens. Otherwise every image has max_tokens tokens and keeps dense_keep of them,
+    dense_important by their scores.
     """
     # A row of similarities is read to the end of a vector, so some tile must write all of it.
     tl.static_assert(BLOCK_N % 16 == 0)

@@ -7,7 +7,8 @@ import triton.language as tl
 
 from vispruner_kernels._triton.rules import INT32_MAX, INT32_MIN, float_bits, ordered
 
-# The bits of 1e-30 and of infinity: magnitudes compare as integers, and NaN is above infinity.
+# The bits of 1e-30 and of infinity. As integers, magnitudes keep their order and NaN is above
+# infinity.
 MIN_MAGNITUDE_BITS = tl.constexpr(0x0DA24260)
 INFINITY_BITS = tl.constexpr(0x7F800000)
 FIXED_POINT_MAX = tl.constexpr(16256.0)
@@ -15,9 +16,9 @@ FIXED_POINT_MAX = tl.constexpr(16256.0)
 
 @triton.jit
 def _fixed_point_scale(row_ptr, mask_n, C, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
-    """What a token's features are multiplied with; 0 if the token has no usable magnitude."""
+    """The factor of each token's features; 0 if the token has no usable magnitude."""
     magnitude = tl.zeros([BLOCK_N, BLOCK_C], tl.int32)
-    # Without products, Triton loads ahead only where it is told to.
+    # In a loop without tl.dot, Triton prefetches only if num_stages is given here.
     for channel in tl.range(0, C, BLOCK_C, num_stages=4):
         offs_c = channel + tl.arange(0, BLOCK_C)
         mask = mask_n[:, None] & (offs_c < C)[None, :]
@@ -37,13 +38,13 @@ def _fixed_point(row_ptr, mask_n, scale, channel, C, BLOCK_C: tl.constexpr):
     mask = mask_n[:, None] & (offs_c < C)[None, :]
     x = tl.load(row_ptr[:, None] + offs_c[None, :], mask=mask, other=0.0).to(tl.float32)
     usable = scale > 0.0
-    # Not by the product: infinity times 0 is NaN.
+    # Multiplying by scale 0 does not suffice: infinity times 0 is NaN.
     return (tl.where(usable[:, None], x, 0.0) * scale[:, None]).to(tl.int32)
 
 
 @triton.jit
 def _reciprocal_norm(square):
-    """1 / sqrt of int64 sums of squares, both correctly rounded in float32; 0 of 0."""
+    """1 / sqrt of int64 sums of squares, both steps correctly rounded in float32; 0 for 0."""
     root = tl.sqrt_rn(tl.maximum(square, 1).to(tl.float32))
     return tl.where(square > 0, tl.div_rn(tl.full(root.shape, 1.0, tl.float32), root), 0.0)
 
@@ -58,14 +59,15 @@ def similarity(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """float32 [BLOCK_N, BLOCK_N], from pointers to the tokens' features [BLOCK_N].
+    """Similarities, float32 [BLOCK_N, BLOCK_N], from pointers to the tokens' features [BLOCK_N].
 
-    With q = 128 hi + lo both halves are int8: int32 sums on tensor cores are exact.
+    With q = 128 * hi + lo both halves are int8, so int32 sums on tensor cores are exact.
     """
     scale_a = _fixed_point_scale(row_a_ptr, mask_a, C, BLOCK_N, BLOCK_C)
     scale_b = _fixed_point_scale(row_b_ptr, mask_b, C, BLOCK_N, BLOCK_C)
     high = tl.zeros([BLOCK_N, BLOCK_N], tl.int32)
-    # Not one sum: Triton gives two products in a row layouts of their own, and converts the sums.
+    # One sum of both mixed products would be slower: Triton gives two tl.dot in a row different
+    # layouts, and converts the sum between them.
     high_low = tl.zeros([BLOCK_N, BLOCK_N], tl.int32)
     low_high = tl.zeros([BLOCK_N, BLOCK_N], tl.int32)
     low = tl.zeros([BLOCK_N, BLOCK_N], tl.int32)

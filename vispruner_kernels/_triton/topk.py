@@ -1,4 +1,4 @@
-"""`select_topk` and `select_rows`; `select` and `prune` where the score alone decides."""
+"""`select_topk` and `select_rows`; also `select` and `prune` if the scores alone decide."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def _keys(score, valid):
 
 @triton.jit
 def _threshold(key, keep):
-    """The `keep`-th largest of the int32 keys [BLOCK], and how many equal to it are kept."""
-    # Bit by bit from the top: at least `keep` keys reach it. Nothing is below INT32_MIN, so what is
-    # not valid reaches no candidate.
+    """The `keep`-th largest of the int32 keys [BLOCK], and how many keys equal to it are kept."""
+    # Bit by bit from the top, so that at least `keep` keys reach the threshold. Invalid elements
+    # have the key INT32_MIN, which reaches no candidate.
     threshold = tl.full([], INT32_MIN, tl.int32)
     for step in range(32):
-        # INT32_MIN plus 2**31, in two's complement, is 0.
+        # In two's complement, INT32_MIN + 2**31 is 0.
         candidate = threshold ^ (tl.full([], 1, tl.int32) << (31 - step))
         reach = tl.sum((key >= candidate).to(tl.int32), axis=0)
         threshold = tl.where(reach >= keep, candidate, threshold)
@@ -32,10 +32,11 @@ def _threshold(key, keep):
 
 @triton.jit
 def _kept(key, valid, threshold, room, before):
-    """Which keys are kept, equal ones in their order; how many up to each; `before` of the next."""
+    """(kept, count, before): whether a key is kept, the lower index first among equal keys; how
+    many keys are kept up to it; `before` for the next block."""
     above = key > threshold
     equal = (key == threshold) & valid
-    # Two counts of at most 2**14 in one scan.
+    # Both counts in one scan; each is at most 2**14.
     both = (above.to(tl.int32) << 16) + equal.to(tl.int32)
     count = before + tl.cumsum(both, axis=0)
     equals = count & 0xFFFF
@@ -75,7 +76,7 @@ def _topk_kernel(
     offs_n = tl.arange(0, BLOCK_N)
     score = tl.load(scores_ptr + offs_n.to(tl.int64) * stride_sn, mask=offs_n < N, other=0.0)
     threshold, room = _threshold(_keys(score, offs_n < N), keep)
-    # Once more from the cache, for a scan of all keys would not fit the registers.
+    # Load the scores again, from the cache: a scan of all keys would not fit the registers.
     before = 0
     for first in range(0, N, BLOCK_S):
         offs_s = first + tl.arange(0, BLOCK_S)
@@ -170,7 +171,7 @@ def select_topk(scores: Tensor, keep: int) -> Tensor:
 
 
 def launch_topk(scores: Tensor, features: Tensor, out: Tensor, kept: Tensor | None) -> None:
-    """`features` [B, N, C] are read only to be gathered into `kept`."""
+    """Launch the kernel; `features` [B, N, C] are read only if `kept` is given."""
     batch, n = scores.shape
     block = triton.next_power_of_2(n)
     launch.run(
