@@ -275,9 +275,9 @@ def test_bench_gpu_goes_on_after_a_failed_benchmark(tmp_path):
 
 
 def test_stability_agrees_with_the_committed_figures(tmp_path):
-    """docs/performance.md states the range of the committed figures. Clustered features give the same
-    figures everywhere. The features of the picture have other last bits on another processor, so
-    there the bipartite rule keeps other tokens: its figure may differ as that of another sample."""
+    """docs/performance.md states the range of the committed figures. Clustered features give the
+    same figures everywhere. The features of the picture have other last bits on another processor,
+    so there the bipartite rule keeps other tokens, and its figure may differ as if by chance."""
     file = tmp_path / "stability.json"
     assert stability.main(["--json", str(file)]) == 0
     results = ROOT / "benchmarks" / "results" / "cpu-amd-epyc-avx512" / "stability.json"
