@@ -1,4 +1,4 @@
-"""The transformers integration on a GPU: it chooses as the CPU does, and does not wait."""
+"""The transformers integration on a GPU: same tokens as the CPU reference, no waits of the host."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_keeping_all_changes_nothing(family, model):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_indices_are_those_of_the_cpu(family, dtype):
+def test_indices_equal_those_of_the_reference_on_the_cpu(family, dtype):
     model = vlms.make(family).to(DEVICE, dtype)
     method = recording(5, scores=scores_of(family))
     prune_inputs(model, inputs_of(family, dtype), method)
@@ -58,7 +58,7 @@ def test_indices_are_those_of_the_cpu(family, dtype):
         assert torch.equal(kept.cpu(), expected)
 
 
-def test_generation(family, model):
+def test_generates_the_same_tokens_twice(family, model):
     inputs = inputs_of(family)
     length = inputs["input_ids"].shape[1]
     with attach(model, VisPruner(4, scores=scores_of(family))):
@@ -70,9 +70,9 @@ def test_generation(family, model):
 
 
 @needs_cuda
-def test_nothing_waits_once_the_tower_runs(family, model):
-    """The host goes on, so that the selection is queued behind the tower. Interpolated images are
-    packed by the model, which copies a list to the device."""
+def test_the_host_does_not_wait_after_the_tower_has_started(family, model):
+    """So the selection is queued behind the tower. Interpolated images are left out, because the
+    model's own packing copies a list to the device."""
     size = (50, 100) if family == "llava-onevision" else None
     parts = [3, vlms.picture(family, 1, size), 5], [6]
     inputs = {name: x.to(DEVICE) for name, x in vlms.prompts(family, *parts).items()}

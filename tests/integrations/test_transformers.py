@@ -1,5 +1,4 @@
-"""Pruning of five model families of transformers: what is kept, and that the logits are those of
-the model without the dropped tokens."""
+"""Pruning of five model families: the kept tokens, and the logits without the other tokens."""
 
 from __future__ import annotations
 
@@ -32,14 +31,14 @@ CASES = {
 
 
 def inputs_of(case: str) -> tuple[str, dict[str, Tensor]]:
-    family, what = CASES[case]
-    if what == "one":
+    family, prompt = CASES[case]
+    if prompt == "one":
         return family, prompts(family, [4, picture(family, 5), 6])
-    if what == "several":
+    if prompt == "several":
         return family, several(family)
-    if what == "right":
+    if prompt == "right":
         return family, several(family, "right", extra=3)
-    if what == "videos":
+    if prompt == "videos":
         video, other = picture(family, 6, frames=3), picture(family, 7, frames=3)
         image = picture(family, 8)
         return family, prompts(family, [2, video, 3], [1, image, 2, other, 7])
@@ -48,7 +47,7 @@ def inputs_of(case: str) -> tuple[str, dict[str, Tensor]]:
         "square": [(112, 112)],
         "small": [(50, 100), (100, 50)],
         "sizes": [(4, 4), (6, 10), (10, 8)],
-    }[what]
+    }[prompt]
     rows = [[2 + i, picture(family, 9 + i, size), 3] for i, size in enumerate(sizes)]
     return family, prompts(family, *rows)
 
@@ -72,7 +71,7 @@ def kinds_of(inputs: dict[str, Tensor]) -> list[str]:
 @pytest.mark.parametrize("budget", ["image", "tile"])
 @pytest.mark.parametrize("newlines", ["keep", "drop"])
 @pytest.mark.parametrize("case", CASES)
-def test_logits_are_those_of_dropping_by_hand(case, budget, newlines):
+def test_logits_equal_those_of_dropping_tokens_by_hand(case, budget, newlines):
     family, inputs = inputs_of(case)
     model, method = vlms.shared(family), VisPruner(4, scores=scores_of(family))
     if budget == "tile" and family == "llava-onevision" and CASES[case][1] != "small":
@@ -85,13 +84,14 @@ def test_logits_are_those_of_dropping_by_hand(case, budget, newlines):
 
 
 def _all(model, inputs: dict[str, Tensor]) -> list[Tensor]:
+    """Indices of all visual tokens, for each image and video."""
     found = vlm_oracle.embeddings(model, inputs)
     return [torch.arange(len(x)) for kind in ("image", "video") for x in found.get(kind, [])]
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_end_to_end_with_output_attentions(case):
-    """Against the maps of eager attention, wherever a little noise does not change the choice."""
+def test_keeps_the_tokens_that_full_attention_maps_select(case):
+    """Compare with the maps of eager attention, if a little noise does not change the choice."""
     family, inputs = inputs_of(case)
     model = vlms.shared(family)
     twin = vlm_oracle.eager(model)
@@ -104,7 +104,7 @@ def test_end_to_end_with_output_attentions(case):
         kept = iter(prune_inputs(model, inputs, method).kept)
         tokens = iter(lengths)
         for kind in kinds_of(inputs):
-            for grids in vlm_oracle.seen(twin, inputs, kind, method.needs):
+            for grids in vlm_oracle.grids_of(twin, inputs, kind, method.needs):
                 n, mine = next(tokens), next(kept)
                 expected = vlm_oracle.select(grids, n, method, kind == "video")
                 steady = all(
@@ -121,7 +121,7 @@ def test_end_to_end_with_output_attentions(case):
 
 
 def _noisy(grids, generator):
-    """Noise as large as the largest differences between eager attention and SDPA."""
+    """Add noise as large as the largest differences between eager attention and SDPA."""
 
     def noisy(x: Tensor) -> Tensor:
         return x + x.abs().mean() * 3e-6 * torch.randn(x.shape, generator=generator)
@@ -131,8 +131,8 @@ def _noisy(grids, generator):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("side", [4, 24])
-def test_indices_are_those_of_select_on_what_was_captured(side, dtype):
-    """576 tokens too, where no comparison of two stacks would hold."""
+def test_indices_equal_select_on_the_captured_features_and_scores(side, dtype):
+    """With 576 tokens too: there, two implementations of the tower may select different tokens."""
     model = vlms.make("llava", side).to(dtype)
     a, b = picture("llava", 1, side=side), picture("llava", 2, side=side)
     inputs = prompts("llava", [3, a], [b, 2])
@@ -163,7 +163,7 @@ def test_indices_are_those_of_select_on_what_was_captured(side, dtype):
         )
 
 
-# Of LLaVA-OneVision the second is interpolated and the others are not.
+# LLaVA-OneVision interpolates the second image only.
 SIZES = {
     "llava-next": [(40, 56), (100, 80), (30, 150)],
     "llava-onevision": [(50, 100), (100, 80), (30, 40)],
@@ -172,7 +172,7 @@ SIZES = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_batch_is_its_prompts(family):
+def test_a_batch_gives_the_results_of_its_prompts_alone(family):
     model, sizes = vlms.shared(family), SIZES.get(family, [None] * 3)
     pictures = [picture(family, seed, size) for seed, size in enumerate(sizes)]
     parts = [[3, pictures[0], 5], [2, pictures[1], 9], [pictures[2], 1]]
@@ -180,7 +180,7 @@ def test_a_batch_is_its_prompts(family):
     alone = []
     for i, part in enumerate(parts):
         single = prompts(family, part)
-        # Its words are those of the batch.
+        # Take the words of the batch.
         single["input_ids"] = batch["input_ids"][i][batch["attention_mask"][i].bool()][None]
         alone.append(single)
     for method in methods(family, 4):
@@ -209,14 +209,14 @@ def test_fopru_rows_are_rows_of_a_tile(family, size, budget, strategy):
     inputs = prompts(family, [picture(family, 4, size), 3])
     method = FoPru(0.5, strategy)
     kept = prune_inputs(model, inputs, method, budget=budget).kept
-    (grids,) = vlm_oracle.seen(vlm_oracle.eager(model), inputs, "image", "received")
+    (grids,) = vlm_oracle.grids_of(vlm_oracle.eager(model), inputs, "image", "received")
     n = len(_all(model, inputs)[0])
     expected = vlm_oracle.select(grids, n, method, budget == "tile")
     assert torch.equal(kept[0], expected)
 
 
-def test_counts_of_llava_next():
-    """A budget is met exactly; newlines are beside it."""
+def test_llava_next_meets_a_budget_exactly_beside_newlines():
+    """Newlines are kept or dropped without changing the count of patches."""
     model = vlms.shared("llava-next")
     rows, side = 8, vlms.SIDE
     inputs = prompts("llava-next", [picture("llava-next", 1, (112, 112)), 3])
@@ -228,7 +228,7 @@ def test_counts_of_llava_next():
             assert pruned["inputs_embeds"].shape[1] == 1 + 3 + count + extra
 
 
-def test_the_cls_token_of_a_video_stays():
+def test_keeps_the_cls_token_of_each_video_frame():
     model = vlms.shared("video-llava")
     inputs = prompts("video-llava", [picture("video-llava", 1, frames=3), 3])
     (kept,) = prune_inputs(model, inputs, FasterVLM(2)).kept
@@ -237,7 +237,7 @@ def test_the_cls_token_of_a_video_stays():
     assert all(17 * i < int(x) < 17 * (i + 1) for i, f in enumerate(frames) for x in f[1:])
 
 
-def test_cls_in_the_features_of_an_image():
+def test_keeps_the_cls_token_in_the_features_of_an_image():
     model = vlms.make("llava", vision_feature_select_strategy="full")
     image = picture("llava", 1)
     image.tokens += 1
@@ -248,8 +248,8 @@ def test_cls_in_the_features_of_an_image():
     assert_same(real_logits(model, pruned), vlm_oracle.logits(model, inputs, pruned.kept))
 
 
-def test_the_first_patch_is_left_out_where_the_model_does():
-    """The "default" strategy of a tower that has no [CLS] token."""
+def test_drops_the_first_patch_if_the_model_does():
+    """The "default" strategy drops the first token, even of a tower without a [CLS] token."""
     model = vlms.make("llava-siglip", vision_feature_select_strategy="default")
     image = picture("llava-siglip", 1)
     image.tokens -= 1
@@ -259,7 +259,7 @@ def test_the_first_patch_is_left_out_where_the_model_does():
     ((features, scores, kept),) = method.calls
     assert scores.shape == (1, 15)
     model.config.vision_feature_select_strategy = "full"
-    ((grid,),) = vlm_oracle.seen(vlm_oracle.eager(model), inputs, "image", "received")
+    ((grid,),) = vlm_oracle.grids_of(vlm_oracle.eager(model), inputs, "image", "received")
     torch.testing.assert_close(features[0], grid[1][1:], rtol=0, atol=1e-4)
     torch.testing.assert_close(scores[0], grid[2][1:], rtol=0, atol=1e-6)
     assert torch.equal(pruned.kept[0], kept[0])

@@ -1,4 +1,4 @@
-"""`attach` and `remove`: what they change on a model, and that it is undone."""
+"""`attach` and `remove`: the changes on a model, and that they are undone."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def family(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def test_a_copy_without_a_handle_is_refused(tmp_path):
+def test_refuses_to_copy_or_pickle_a_model_that_prunes(tmp_path):
     model = vlms.make("llava")
     with attach(model, VisPruner(4)):
         with pytest.raises(RuntimeError, match=r"call remove\(\) .* before copying"):
@@ -43,10 +43,12 @@ def test_a_copy_without_a_handle_is_refused(tmp_path):
 
 
 def state(model: Any) -> dict[str, Any]:
+    """Public attributes of a model."""
     return {name: value for name, value in vars(model).items() if not name.startswith("_")}
 
 
 def hooks(model: Any) -> int:
+    """Number of hooks and of replaced forwards in a model."""
     return sum(
         len(m._forward_hooks) + len(m._forward_pre_hooks) + ("forward" in vars(m))
         for m in model.modules()
@@ -54,7 +56,7 @@ def hooks(model: Any) -> int:
 
 
 @pytest.mark.parametrize("broken", ["tower", "projector", "language_model", "keep"])
-def test_the_model_is_as_it_was_after_an_exception(family, broken):
+def test_an_exception_leaves_the_model_unchanged(family, broken):
     model = vlms.make(family)
     inputs = prompts(family, [3, picture(family, 1), 5])
     expected = real_logits(model, inputs)
@@ -91,7 +93,7 @@ def test_the_model_is_as_it_was_after_an_exception(family, broken):
     assert_same(real_logits(model, inputs), expected)
 
 
-def test_remove():
+def test_remove_restores_a_forward_that_was_stored_before():
     model = vlms.make("llava")
     inputs = prompts("llava", [3, picture("llava", 1), 5])
     calls = []

@@ -28,7 +28,7 @@ from vispruner_kernels.integrations._cache import held
 from vispruner_kernels.integrations.transformers import attach, prune_inputs
 from vispruner_kernels.methods import VisPruner
 
-# The old name of the argument for a cache is tested too, for as long as there is one.
+# The tests also use the old name of the cache argument, while transformers accepts it.
 pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
 
 
@@ -42,7 +42,7 @@ def cache_name(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def test_forward_prunes(family):
+def test_forward_returns_logits_and_loss_of_the_pruned_prompt(family):
     model, method, inputs = vlms.shared(family), method_of(family), several(family)
     pruned = prune_inputs(model, inputs, method)
     labels = _labels(inputs["input_ids"], inputs["attention_mask"])
@@ -50,23 +50,23 @@ def test_forward_prunes(family):
         expected = model(**pruned, labels=_labels(pruned.input_ids, pruned["attention_mask"]))
         with attach(model, method):
             out = model(**inputs, labels=labels)
-            # Positions of padded prompts begin elsewhere, so rounding differs.
+            # Padded prompts start at other positions, so rounding differs.
             real = pruned["attention_mask"].bool()
             assert_same([out.logits[real]], [expected.logits[real]])
             assert_same([out.loss], [expected.loss])
-            # By position, as a tuple, and without images.
+            # Also with a positional argument, with a tuple as output, and without images.
             rest = {name: x for name, x in inputs.items() if name != "input_ids"}
             assert torch.equal(model(inputs["input_ids"], **rest).logits, out.logits)
             assert torch.equal(model(**inputs, return_dict=False)[0], out.logits)
             text = prompts(family, [7])
             if family == "qwen2.5-vl":
-                # transformers 5.3 takes them for those of any next prompt, also without us.
+                # transformers 5.3 applies them to the next prompt, even without pruning.
                 model.model.rope_deltas = None
             assert torch.equal(model(**text).logits, _unattached(model, text))
 
 
 def _labels(ids: Tensor, mask: Tensor) -> Tensor:
-    """Of all tokens that others come before."""
+    """Labels of all tokens except the first of each prompt."""
     return ids.masked_fill(mask.cumsum(-1) * mask < 2, -100)
 
 
@@ -77,7 +77,7 @@ def _unattached(model: Any, inputs: dict[str, Tensor]) -> Tensor:
 def _decoded(
     model: Any, inputs: dict[str, Tensor], masks: bool, prefill: bool, steps: bool, cache_name: str
 ) -> Tensor:
-    """Greedy tokens, by hand, with the caller's mask and positions or without."""
+    """Decode greedily by calling `forward`, with or without the caller's mask and positions."""
     mask, tokens = inputs["attention_mask"], []
     inputs = dict(inputs)
     if not masks:
@@ -98,8 +98,8 @@ def _decoded(
     return torch.stack(tokens, 1)
 
 
-# What is right without pruning: a padded batch needs a mask, and positions at both ends or at
-# none; those of Qwen2.5-VL have three dimensions, which its callers do not make.
+# The combinations that are right without pruning. A padded batch needs a mask, and positions in
+# prefill and steps or in neither. Callers do not make the three rows of positions of Qwen2.5-VL.
 HOW = [
     (name, batch, masks, positions)
     for name in FAMILIES
@@ -113,7 +113,7 @@ HOW = [
 
 @pytest.mark.parametrize(("name", "batch", "masks", "positions"), HOW)
 def test_decoding_by_hand_as_if_nothing_were_removed(name, batch, masks, positions, cache_name):
-    """The caller knows nothing of what was: whatever is right unpruned is right."""
+    """Every call that is right without pruning is right with it."""
     model, method, inputs = vlms.shared(name), method_of(name), BATCHES[batch](name)
     ends = positions in ("both", "prefill"), positions in ("both", "steps")
     with attach(model, method):
@@ -121,8 +121,8 @@ def test_decoding_by_hand_as_if_nothing_were_removed(name, batch, masks, positio
     assert torch.equal(tokens, expected_tokens(model, inputs, method))
 
 
-def test_a_turn_that_is_padded(cache_name):
-    """Padding between turns is in no later turn."""
+def test_padding_between_turns_stays_masked(cache_name):
+    """Later turns do not attend to padding between turns."""
     model, method = vlms.shared("llava"), VisPruner(4)
     inputs = BATCHES["made unequal"]("llava")
     words = torch.tensor([[vlms.PAD, vlms.PAD, 7], [9, 11, 12]])
@@ -150,8 +150,8 @@ def test_a_turn_that_is_padded(cache_name):
     assert_same(list(out.logits[:, -1]), [x[-1] for x in expected])
 
 
-def test_a_cache_carries_what_it_holds(cache_name):
-    """In copies of it, under another handle, and not after it is emptied."""
+def test_copies_of_a_cache_keep_the_record_and_a_reset_drops_it(cache_name):
+    """The record is also valid under another handle."""
     from transformers import StaticCache
 
     model, method = vlms.shared("llava"), VisPruner(4)
@@ -183,7 +183,7 @@ def test_a_cache_carries_what_it_holds(cache_name):
 
 
 @pytest.mark.parametrize("settings", [dict(num_return_sequences=2, num_beams=2), dict()], ids=str)
-def test_forward_goes_on_after_generate(settings, cache_name):
+def test_forward_continues_from_the_cache_of_generate(settings, cache_name):
     model, method = vlms.shared("llava"), VisPruner(4)
     inputs = BATCHES["made unequal"]("llava")
     with attach(model, method), torch.no_grad():
@@ -201,8 +201,8 @@ def test_forward_goes_on_after_generate(settings, cache_name):
         assert torch.equal(logits[:, -1].argmax(-1), torch.stack(more)[:, -1])
 
 
-def test_images_after_a_cached_prompt(cache_name):
-    """A turn of a conversation: the mask covers what is cached."""
+def test_prunes_images_after_a_cached_prompt(cache_name):
+    """In a turn of a conversation, the mask covers the cached tokens too."""
     model, method = vlms.shared("llava"), method_of("llava")
     first, second = prompts("llava", [9]), prompts("llava", [3, picture("llava", 1), 5])
     whole = dict(second)
@@ -215,7 +215,7 @@ def test_images_after_a_cached_prompt(cache_name):
     assert_same([out.logits[0]], [expected[0, first["input_ids"].shape[1] :]])
 
 
-def test_forward_as_a_tuple_and_positions_without_a_mask(cache_name):
+def test_decodes_from_a_tuple_with_positions_and_no_mask(cache_name):
     model, method = vlms.shared("llava"), VisPruner(4)
     inputs = prompts("llava", [3, picture("llava", 1), 5])
     length = inputs["input_ids"].shape[1]
@@ -234,15 +234,15 @@ def test_forward_as_a_tuple_and_positions_without_a_mask(cache_name):
     assert torch.equal(torch.stack(tokens, 1), expected)
 
 
-def test_a_conversation_goes_on_by_forward(cache_name):
-    """Two turns with images, padded, and the mask of the caller; the same as at once."""
+def test_forward_continues_a_conversation_with_more_images(cache_name):
+    """Two padded turns with images and the caller's mask equal one call with both."""
     model, method = vlms.shared("llava"), VisPruner(4)
     first = prompts("llava", [3, picture("llava", 1), 5], [4, picture("llava", 2), 9])
     second = prompts("llava", [2, picture("llava", 3), 6], [1, picture("llava", 4), 7])
     whole = dict(first)
     for name in ("input_ids", "attention_mask"):
         whole[name] = torch.cat([first[name], second[name]], 1)
-    # By prompt, not by turn.
+    # Order the images by prompt, not by turn.
     pixels = first["pixel_values"], second["pixel_values"]
     whole["pixel_values"] = torch.stack(pixels, 1).flatten(0, 1)
     for inputs in (first, whole):
@@ -256,7 +256,7 @@ def test_a_conversation_goes_on_by_forward(cache_name):
         expected = model(**whole).logits
         cache = vlms.cache_of(model(**first, use_cache=True))
         out = model(**turn, **{cache_name: cache}).logits
-        # And once more, a word.
+        # A third turn of one word.
         mask = torch.cat([whole["attention_mask"], torch.ones(2, 1).long()], 1)
         ids = torch.tensor([[7], [8]])
         positions = (mask.cumsum(-1) - 1)[:, -1:]
@@ -275,7 +275,7 @@ def test_a_conversation_goes_on_by_forward(cache_name):
     assert_same(list(last[:, -1]), list(once[:, -1]))
 
 
-def test_a_conversation_does_not_go_on_by_generate(cache_name):
+def test_generate_refuses_a_cache_with_a_pruned_prompt(cache_name):
     model, method = vlms.shared("llava"), VisPruner(4)
     inputs = prompts("llava", [3, picture("llava", 1), 5])
     with attach(model, method):

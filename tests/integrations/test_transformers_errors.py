@@ -1,4 +1,4 @@
-"""Bad calls of the transformers integration: each error names what and what to do."""
+"""Bad calls of the transformers integration. Each error names the argument and the remedy."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def one(family: str, size: tuple[int, int] | None = None, frames: int = 0) -> di
 
 
 def fails(model, inputs, method, error, *words, **options) -> None:
-    """Both ways; and the model works afterwards."""
+    """Check the error of `prune_inputs` and of a model with `attach`."""
     for call in (
         lambda: prune_inputs(model, inputs, method, **options),
         lambda: _generate(model, inputs, method, **options),
@@ -42,7 +42,7 @@ def _generate(model, inputs, method, **options):
         model.generate(**inputs, max_new_tokens=1)
 
 
-def test_a_model_that_is_not_supported():
+def test_refuses_an_unsupported_model():
     import transformers
 
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**vlms.TEXT))
@@ -51,7 +51,7 @@ def test_a_model_that_is_not_supported():
             call(model, prompts("llava", [3]), VisPruner(5))
 
 
-def test_a_vision_tower_that_is_not_supported():
+def test_refuses_an_unsupported_vision_tower():
     model = vlms.make("llava")
 
     class Other(torch.nn.Module):
@@ -62,13 +62,13 @@ def test_a_vision_tower_that_is_not_supported():
 
 
 @pytest.mark.parametrize("index", [0, 4, -4, 17, [-2, -1], "last"])
-def test_a_tower_without_the_layer_asked_for(index):
+def test_refuses_a_layer_that_the_tower_does_not_have(index):
     inputs = one("llava") | {"vision_feature_layer": index}
     words = re.escape(f"vision_feature_layer is {index}, expected one layer"), "1 to 3, or -3 to -1"
     fails(vlms.shared("llava"), inputs, VisPruner(4), ValueError, *words)
 
 
-def test_a_strategy_that_is_not_known():
+def test_refuses_an_unknown_strategy():
     inputs = one("llava") | {"vision_feature_select_strategy": "half"}
     words = "vision_feature_select_strategy is 'half', expected 'default' or 'full'"
     fails(vlms.shared("llava"), inputs, VisPruner(4), ValueError, words)
@@ -76,12 +76,12 @@ def test_a_strategy_that_is_not_known():
 
 @pytest.mark.parametrize("family", ["llava-siglip", "llava-onevision", "qwen2.5-vl"])
 @pytest.mark.parametrize("method", [VisPruner(4), FasterVLM(4)])
-def test_a_method_that_needs_cls(family, method):
+def test_refuses_a_method_that_needs_cls_for_a_tower_without_one(family, method):
     words = f"{type(method).__name__} needs .*CLS", "scores='received'"
     fails(vlms.shared(family), one(family), method, ValueError, *words)
 
 
-def test_placeholders_that_do_not_match():
+def test_refuses_placeholders_that_do_not_match_the_images():
     model = vlms.shared("llava")
     good = one("llava")
     fewer = {k: v[:, 1:-1] if v.dim() == 2 else v for k, v in good.items()}
@@ -93,7 +93,7 @@ def test_placeholders_that_do_not_match():
         "16",
     )
     fails(model, fewer, VisPruner(4), ValueError, *words)
-    # One image too few, and images across prompts.
+    # One image is missing; then the placeholders of an image are in two prompts.
     two = prompts("llava", [3, picture("llava", 1)], [2, picture("llava", 2), 1])
     missing = two | {"pixel_values": two["pixel_values"][:1]}
     fails(model, missing, VisPruner(4), ValueError, r"\[16, 16\] image placeholders", "1 images")
@@ -115,7 +115,8 @@ def test_placeholders_that_do_not_match():
 @pytest.mark.parametrize("how", ["cut", "one", "more", "none"])
 @pytest.mark.parametrize("frames", [0, 3])
 def test_placeholders_that_a_prompt_lost(family, how, frames):
-    """Cut at the left, as harnesses do; one for an image, as old processors make; one too many."""
+    """Prompts cut at the left, as harnesses do; one placeholder per image, as from old processors;
+    one too many; none."""
     if frames and family not in ("video-llava", "llava-onevision", "qwen2.5-vl"):
         pytest.skip("it has no videos")
     part = picture(family, 1, frames=frames)
@@ -139,21 +140,21 @@ def test_placeholders_that_a_prompt_lost(family, how, frames):
         vlms.shared(family)(**inputs)
 
 
-def test_pixels_that_do_not_match_their_grid():
+def test_refuses_pixels_that_do_not_match_their_grid():
     inputs = one("qwen2.5-vl")
     bad = inputs | {"pixel_values": inputs["pixel_values"][:-4]}
     words = "pixels of the images have 92 patches, expected the 96 that image_grid_thw"
     fails(vlms.shared("qwen2.5-vl"), bad, Random(4), ValueError, words)
 
 
-def test_a_keep_above_the_tokens_of_the_smallest_image():
+def test_refuses_a_count_above_the_tokens_of_an_image():
     words = "image 0 of the batch", "keep is 17, expected 1 <= keep <= 16"
     fails(vlms.shared("llava"), one("llava"), VisPruner(17), ValueError, *words)
     small = [[picture("qwen2.5-vl", i, size), 3] for i, size in enumerate([(8, 8), (4, 4)])]
     words = "image 1 of the batch", "keep is 9, expected 1 <= keep <= 4"
     model = vlms.shared("qwen2.5-vl")
     fails(model, prompts("qwen2.5-vl", *small), FoPru(9), ValueError, *words)
-    # Unpadding leaves a tile 8 of its 16 patches.
+    # Unpadding leaves 8 of the 16 patches of a tile.
     wide = one("llava-next", (30, 150))
     words = "image 0, grid 1 of the batch", "keep is 9, expected 1 <= keep <= 8"
     model = vlms.shared("llava-next")
@@ -163,7 +164,7 @@ def test_a_keep_above_the_tokens_of_the_smallest_image():
     fails(model, one("video-llava", frames=2), VisPruner(17), ValueError, *words)
 
 
-def test_rows_that_are_not_rows_of_a_tile():
+def test_refuses_fopru_rows_of_different_lengths():
     model = vlms.shared("llava-next")
     words = "image 0 of the batch", "no common width", "strategy='rank'"
     fails(model, one("llava-next", (100, 80)), FoPru(0.5, "row"), ValueError, *words)
@@ -173,13 +174,13 @@ def test_rows_that_are_not_rows_of_a_tile():
     fails(model, one("llava"), FoPru(6, "row"), ValueError, "keep is 6, expected a multiple")
 
 
-def test_interpolated_tiles_have_no_budget():
+def test_refuses_a_budget_for_interpolated_tiles():
     model, method = vlms.shared("llava-onevision"), FoPru(2)
     words = "budget is 'tile', expected 'image'"
     fails(model, one("llava-onevision"), method, ValueError, words, budget="tile")
 
 
-def test_options():
+def test_refuses_unknown_options():
     model, inputs = vlms.shared("llava"), one("llava")
     fails(model, inputs, VisPruner(4), ValueError, "budget is 'crop', expected", budget="crop")
     fails(model, inputs, VisPruner(4), ValueError, "newlines is True, expected", newlines=True)
@@ -187,7 +188,7 @@ def test_options():
     assert "generate" not in vars(model)
 
 
-def test_tiles_that_do_not_match():
+def test_refuses_tiles_that_do_not_match_image_sizes():
     model = vlms.shared("llava-next")
     inputs = one("llava-next")
     bad = inputs | {"pixel_values": inputs["pixel_values"][:, :3]}
@@ -195,7 +196,7 @@ def test_tiles_that_do_not_match():
     fails(model, bad, VisPruner(4), ValueError, words)
 
 
-def test_what_cannot_be_pruned():
+def test_refuses_arguments_that_cannot_be_pruned():
     model, inputs = vlms.shared("llava"), one("llava")
     text = {name: x for name, x in inputs.items() if name != "pixel_values"}
     for given in (inputs, text):
@@ -216,7 +217,7 @@ def test_what_cannot_be_pruned():
                 model.generate(**inputs, **{name: cache}, max_new_tokens=1)
 
 
-def test_shapes():
+def test_refuses_shapes_that_do_not_match_the_prompt():
     model, inputs = vlms.shared("llava"), prompts("llava", [3, picture("llava", 1), 5], [9])
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     for name, x, words in (
@@ -238,7 +239,7 @@ def test_shapes():
     assert torch.equal(one["position_ids"], expanded["position_ids"])
 
 
-def test_what_is_no_tensor_or_has_other_dimensions():
+def test_refuses_arguments_that_are_no_tensors_or_have_other_dimensions():
     model, inputs = vlms.shared("llava"), one("llava")
     ids, pixels = inputs["input_ids"], inputs["pixel_values"]
     for name, x, error, words in (
@@ -277,7 +278,7 @@ def test_what_is_no_tensor_or_has_other_dimensions():
         ("qwen2.5-vl", "image_grid_thw"),
     ],
 )
-def test_what_the_processor_returned_is_missing(family, name):
+def test_names_a_missing_output_of_the_processor(family, name):
     inputs = {k: v for k, v in one(family).items() if k != name}
     fails(vlms.shared(family), inputs, FoPru(4), ValueError, f"{name} is missing: pass on")
 
@@ -294,7 +295,7 @@ def test_more_patches_than_an_operator_takes(monkeypatch):
     "name",
     ["assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens", "prefill_chunk_size"],
 )
-def test_decoding_that_is_not_supported(name):
+def test_refuses_unsupported_decoding(name):
     model, inputs = vlms.shared("llava"), one("llava")
     with attach(model, VisPruner(4)):
         with pytest.raises(ValueError, match=f"{name} is given: not supported"):
@@ -304,7 +305,7 @@ def test_decoding_that_is_not_supported(name):
             model.generate(inputs["input_ids"], **text, max_new_tokens=1)
 
 
-def test_images_after_a_cached_prompt_in_space():
+def test_qwen_needs_positions_for_images_after_a_cached_prompt():
     model = vlms.shared("qwen2.5-vl")
     with torch.no_grad():
         cache = vlms.cache_of(model(**prompts("qwen2.5-vl", [9]), use_cache=True))
@@ -339,7 +340,7 @@ def test_a_cache_under_a_name_that_would_be_ignored(monkeypatch):
         refused(lambda: model, ("cache",), words)
 
 
-def test_a_version_that_is_too_old(monkeypatch):
+def test_refuses_a_version_that_is_too_old(monkeypatch):
     import importlib
 
     import transformers

@@ -30,8 +30,8 @@ def family(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def test_generation_with_a_cache_is_that_without(family):
-    """One image, several, none; padded at the left. The prompt returned is the caller's."""
+def test_generate_equals_greedy_decoding_without_a_cache(family):
+    """Prompts with one image, several and none, padded at the left. The output begins with them."""
     model, method, inputs = vlms.shared(family), method_of(family), several(family)
     expected = expected_tokens(model, inputs, method)
     length = inputs["input_ids"].shape[1]
@@ -47,12 +47,12 @@ def test_generation_with_a_cache_is_that_without(family):
         rest = {name: x for name, x in inputs.items() if name != "input_ids"}
         assert torch.equal(model.generate(ids, **rest, **GREEDY), out)
     assert torch.equal(model.generate(**inputs, **GREEDY), before)
-    # And without attach, where there are no ids, only the new tokens come back.
+    # Without attach the call has no ids, so generate returns only the new tokens.
     pruned = prune_inputs(model, inputs, method)
     assert torch.equal(model.generate(**pruned, **GREEDY), expected)
 
 
-def test_generation_of_prompts_with_videos():
+def test_generates_from_prompts_with_videos():
     for name in ("video-llava", "llava-onevision", "qwen2.5-vl"):
         model, method = vlms.shared(name), method_of(name, 2)
         video, image = picture(name, 6, frames=3), picture(name, 8)
@@ -62,8 +62,8 @@ def test_generation_of_prompts_with_videos():
         assert torch.equal(out[:, -NEW:], expected_tokens(model, inputs, method))
 
 
-def test_beams(family):
-    """The likelihood that beam search claims for its sequences is that by hand."""
+def test_beam_scores_equal_the_likelihood_by_hand(family):
+    """The oracle computes the log-likelihood of each returned sequence."""
     model, method, inputs = vlms.shared(family), method_of(family), several(family)
     settings = GREEDY | dict(num_beams=3, num_return_sequences=2, length_penalty=0.0)
     settings |= dict(return_dict_in_generate=True, output_scores=True)
@@ -80,6 +80,7 @@ def test_beams(family):
 
 
 def _likelihood(model: Any, inputs: dict, kept: list[Tensor], new: Tensor) -> Tensor:
+    """Log-likelihood of the new tokens of each prompt."""
     longer = inputs | {
         "input_ids": torch.cat([inputs["input_ids"], new], 1),
         "attention_mask": torch.cat([inputs["attention_mask"], torch.ones_like(new)], 1),
@@ -94,7 +95,7 @@ def _likelihood(model: Any, inputs: dict, kept: list[Tensor], new: Tensor) -> Te
     )
 
 
-def test_generation_from_embeddings(family):
+def test_generates_from_embeddings(family):
     model, method, inputs = vlms.shared(family), method_of(family), several(family)
     with torch.no_grad():
         embeds = model.get_input_embeddings()(inputs["input_ids"])
@@ -107,7 +108,7 @@ def test_generation_from_embeddings(family):
     assert torch.equal(both[:, -NEW:], expected)
 
 
-def test_lengths_count_the_prompt_of_the_caller(family):
+def test_max_length_counts_the_prompt_of_the_caller(family):
     from transformers import GenerationConfig
 
     model, method = vlms.shared(family), method_of(family)
@@ -127,7 +128,7 @@ def test_lengths_count_the_prompt_of_the_caller(family):
         assert long.shape[1] >= length + 4
 
 
-def test_lengths_with_embeddings_alone(family):
+def test_max_length_counts_the_embeddings_of_the_caller(family):
     model, method, inputs = vlms.shared(family), method_of(family), several(family)
     with torch.no_grad():
         embeds = model.get_input_embeddings()(inputs["input_ids"])
@@ -139,8 +140,8 @@ def test_lengths_with_embeddings_alone(family):
     assert out.shape == before.shape == (3, 3)
 
 
-def test_padding_that_ends_prompts_is_no_padding():
-    """Where the end of a sequence and padding are one token, generate infers no mask."""
+def test_infers_no_mask_if_the_padding_token_ends_sequences():
+    """If the end of a sequence and padding are the same token, transformers infers no mask."""
     model, method = vlms.shared("llava"), method_of("llava")
     inputs = prompts("llava", [3, picture("llava", 1), 5], [2, picture("llava", 2), 9])
     ends = GREEDY | dict(eos_token_id=[vlms.PAD, 95], pad_token_id=vlms.PAD)
@@ -151,7 +152,7 @@ def test_padding_that_ends_prompts_is_no_padding():
         assert torch.equal(out, model.generate(**inputs, attention_mask=ones, **ends))
 
 
-def test_a_mask_that_generate_infers():
+def test_infers_the_mask_from_padding_tokens():
     model, method = vlms.shared("llava"), method_of("llava")
     inputs = prompts("llava", [3, picture("llava", 1), 5], [2, picture("llava", 2), 9])
     with attach(model, method):
@@ -160,8 +161,8 @@ def test_a_mask_that_generate_infers():
         assert torch.equal(model.generate(**inputs, **GREEDY), expected)
 
 
-def test_everyone_sees_the_prompt_of_the_caller(family):
-    """Harnesses count what comes after the prompt that they passed."""
+def test_callbacks_of_generate_get_the_prompt_of_the_caller(family):
+    """Harnesses count the tokens after the prompt that they passed."""
     from transformers import (
         LogitsProcessor,
         LogitsProcessorList,
@@ -213,14 +214,14 @@ def test_everyone_sees_the_prompt_of_the_caller(family):
     [dict(use_cache=False), dict(cache_implementation="static"), dict(min_new_tokens=NEW)],
     ids=str,
 )
-def test_other_ways_to_generate(family, settings):
+def test_other_settings_of_generate_give_the_same_tokens(family, settings):
     model, method, inputs = vlms.shared(family), method_of(family), several(family)
     with attach(model, method):
         out = model.generate(**inputs, **GREEDY, **settings)
     assert torch.equal(out[:, -NEW:], expected_tokens(model, inputs, method))
 
 
-def test_generate_needs_no_gradient():
+def test_generate_runs_the_tower_without_gradients():
     model = vlms.shared("llava")
     modes = []
     tower = model.model.vision_tower
@@ -231,8 +232,8 @@ def test_generate_needs_no_gradient():
     assert modes == [False]
 
 
-def test_settings_of_the_model_count():
-    """transformers takes from there what the caller's config leaves open."""
+def test_settings_of_the_model_apply_if_the_config_has_none():
+    """transformers reads a setting from the model if the caller's config does not have it."""
     from transformers import GenerationConfig
 
     model = vlms.make("llava")

@@ -1,4 +1,4 @@
-"""Caches that hold a pruned prompt: whose they are, what is done to them, and what comes after."""
+"""Caches that hold a pruned prompt: changes of their rows, copies, cuts, and later turns."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def positions(mask: Tensor, last: int) -> Tensor:
 
 
 @pytest.mark.parametrize("beams", [1, 2])
-def test_a_cache_that_generate_is_given(beams):
-    """It holds the prompt as one that generate made itself."""
+def test_a_cache_passed_to_generate_gets_the_record(beams):
+    """It has the same record as a cache that `generate` makes."""
     model, inputs = vlms.shared("llava"), two()
     settings = GREEDY | dict(num_beams=beams)
     with attach(model, METHOD), torch.no_grad():
@@ -75,14 +75,14 @@ def test_answers_that_ended_early_are_masked_in_the_next_turn(name):
         cache = {NAME: filled(model, first)}
         model(input_ids=answer, attention_mask=ones(first["attention_mask"], 2), **cache)
         out = model(input_ids=turn, attention_mask=mask, **cache).logits
-        # The second prompt alone, without the token that is padding.
+        # The second prompt alone, without the padding token.
         alone = {k: v[1:] for k, v in first.items() if k in ("input_ids", "attention_mask")}
         alone = {k: v[:, first["attention_mask"][1] == 1] for k, v in alone.items()}
         rest = {k: v for k, v in prompts(name, [2, picture(name, 2), 9]).items() if k not in alone}
         rest.pop("mm_token_type_ids", None)
         cache = {NAME: filled(model, alone | rest)}
         both = torch.cat([answer[1:, :1], turn[1:]], 1)
-        # Its positions are those of the batch, where the padding has one.
+        # Use the positions of the batch, where the padding token has a position.
         n = alone["input_ids"].shape[1]
         place = None
         if name == "llava":
@@ -106,7 +106,7 @@ def test_answers_that_ended_early_are_masked_in_the_next_turn(name):
 )
 @pytest.mark.parametrize("masks", [True, False])
 @pytest.mark.parametrize("copied", [False, True])
-def test_rows_of_a_cache(change, rows, masks, copied):
+def test_the_record_follows_changes_of_the_rows_of_a_cache(change, rows, masks, copied):
     model, inputs = vlms.shared("llava"), two()
     mask = ones(inputs["attention_mask"], 1)
     step: dict[str, Any] = dict(input_ids=MORE)
@@ -123,7 +123,7 @@ def test_rows_of_a_cache(change, rows, masks, copied):
     assert_same([out], [expected])
 
 
-def test_a_cache_is_of_the_class_that_it_was():
+def test_a_cache_keeps_the_name_of_its_class_and_pickles():
     model = vlms.shared("llava")
     with attach(model, METHOD), torch.no_grad():
         cache = filled(model, two())
@@ -137,8 +137,8 @@ def test_a_cache_is_of_the_class_that_it_was():
         assert torch.equal(model(input_ids=MORE, **{NAME: twin}).logits, expected)
 
 
-def test_a_cache_that_is_cut():
-    """Within the answer, to the text before an image, and, refused, within the prompt."""
+def test_continues_from_a_cut_outside_the_pruned_prompt():
+    """A cut within the answer, and one before the image. A cut within the prompt is an error."""
     model = vlms.shared("llava")
     inputs = prompts("llava", [6, picture("llava", 1), 5])
     other = prompts("llava", [picture("llava", 2), 4])

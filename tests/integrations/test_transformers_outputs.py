@@ -1,4 +1,4 @@
-"""What `forward` promises beside logits, and what users watch or call in a model that prunes."""
+"""Outputs of `forward` beside logits, hooks of users, the core model, and options of the tower."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def method_of(family: str) -> Method:
 
 
 def features_in(out: Any, kind: str) -> Any:
-    """By image, or, before transformers 5.24, one after another."""
+    """Projected features for each image or, before transformers 5.24, concatenated."""
     if hasattr(out, f"{kind}_outputs"):
         return getattr(out, f"{kind}_outputs").pooler_output
     return getattr(out, f"{kind}_hidden_states", None)
@@ -63,8 +63,8 @@ def test_projected_features_are_those_of_kept_tokens(family, kind):
     assert torch.equal(as_tuple[0], out.logits)
 
 
-def test_labels_of_the_pruned_length(family):
-    """They go with the logits, as a loss of the caller's own wants them."""
+def test_out_labels_have_the_pruned_length(family):
+    """They match the logits, so a caller can compute a loss from both."""
     model, method, inputs = vlms.shared(family), method_of(family), several(family)
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
     with attach(model, method), torch.no_grad():
@@ -79,7 +79,7 @@ def test_labels_of_the_pruned_length(family):
 
 
 def test_a_first_token_that_gets_padding_before_it_has_no_label(family):
-    """Nothing came before it, so its label did not count."""
+    """Without pruning nothing predicts this token, so its label must not count."""
     model, method = vlms.shared(family), method_of(family)
     image = picture(family, 1)
     inputs = prompts(family, [image, 3], [image.tokens + 3])
@@ -96,10 +96,10 @@ def test_a_first_token_that_gets_padding_before_it_has_no_label(family):
 
 
 def test_a_default_device(family):
-    """Host tensors are made on the host."""
+    """Host tensors are made on the host even if the default device is another."""
     model, method, inputs = vlms.shared(family), method_of(family), several(family)
     expected = prune_inputs(model, inputs, method)
-    # As torch.set_default_device, which PyTorch 2.8 cannot set back.
+    # It acts like torch.set_default_device, which PyTorch 2.8 cannot reset.
     with torch.device("meta"):
         pruned = prune_inputs(model, inputs, method)
         with attach(model, method), torch.no_grad():
@@ -108,8 +108,8 @@ def test_a_default_device(family):
     assert not logits.is_meta
 
 
-def test_the_core_alone(family):
-    """`model.model(...)` prunes as `model(...)` does, and decoding by it goes on."""
+def test_the_core_model_prunes_and_decodes_alone(family):
+    """`model.model(...)` prunes like `model(...)`, and can decode from its cache."""
     model, method, inputs = vlms.shared(family), method_of(family), several(family)
     name = vlms.CACHE_NAMES[0]
     with attach(model, method), torch.no_grad():
@@ -139,8 +139,8 @@ def layers_of(tower: Any) -> Any:
     return getattr(tower, "vision_model", tower).encoder.layers
 
 
-def test_hooks_in_an_eager_tower_see_what_they_see_without_us(family):
-    """Every layer's attention map and output, also of layers that are not needed."""
+def test_hooks_in_an_eager_tower_get_the_unpruned_values(family):
+    """The hooks get every layer's attention map and output, including those of later layers."""
     model = vlm_oracle.eager(vlms.shared(family))
     inputs = prompts(family, [3, picture(family, 1), 5])
     layers = layers_of(tower_of(model))
@@ -164,12 +164,12 @@ def test_hooks_in_an_eager_tower_see_what_they_see_without_us(family):
     assert sorted(seen) == sorted(expected) == [*range(len(watched))]
     for number, tensors in expected.items():
         assert_same(seen[number], tensors)
-    # And it makes no difference to what is kept.
+    # The hooks do not change the kept tokens.
     again = prune_inputs(model, inputs, method_of(family))
     assert torch.equal(again.kept[0], pruned.kept[0])
 
 
-def test_a_hook_on_the_tower_sees_its_output():
+def test_a_hook_on_the_tower_gets_its_output():
     model, inputs = vlms.make("llava"), prompts("llava", [3, picture("llava", 1), 5])
     seen: list[Tensor] = []
     hook = tower_of(model).register_forward_hook(
@@ -184,8 +184,8 @@ def test_a_hook_on_the_tower_sees_its_output():
 
 @pytest.mark.parametrize("how", ["hook", "layer", "forward"])
 @pytest.mark.parametrize("name", ["llava", "llava-onevision", "video-llava"])
-def test_what_users_change_in_the_tower_counts(name, how):
-    """By a hook on the tower or on its last layer, or by a forward of their own."""
+def test_changes_by_users_in_the_tower_take_effect(name, how):
+    """With a hook on the tower, a hook on its last layer, or a replaced forward."""
     model, inputs = vlms.make(name), prompts(name, [3, picture(name, 1), 5])
     tower = tower_of(model)
 
@@ -209,7 +209,7 @@ def test_what_users_change_in_the_tower_counts(name, how):
     assert len(seen) == (2 if how == "layer" else 0)
 
 
-def test_hooks_on_all_modules_see_all_of_them():
+def test_global_hooks_run_on_all_modules_of_the_tower():
     model, inputs = vlms.make("llava"), prompts("llava", [3, picture("llava", 1), 5])
     tower, seen = tower_of(model), []
     hook = torch.nn.modules.module.register_module_forward_hook(
@@ -221,7 +221,7 @@ def test_hooks_on_all_modules_see_all_of_them():
 
 
 @pytest.mark.parametrize("which", ["tower", "merger"])
-def test_hooks_that_would_see_something_else_are_refused(which):
+def test_refuses_hooks_on_the_tower_or_merger_of_qwen(which):
     model = vlms.make("qwen2.5-vl")
     inputs = prompts("qwen2.5-vl", [3, picture("qwen2.5-vl", 1), 5])
     tower = tower_of(model)
@@ -234,8 +234,8 @@ def test_hooks_that_would_see_something_else_are_refused(which):
 
 @pytest.mark.parametrize("how", ["here", "in a thread"])
 @pytest.mark.parametrize("same", [True, False])
-def test_pruning_from_a_hook_of_a_tower(how, same):
-    """Neither waits for the other, nor takes its scores or features."""
+def test_a_hook_in_the_tower_may_prune(how, same):
+    """The two calls do not wait for each other, and do not mix scores or features."""
     model = vlms.make("llava")
     other = model if same else vlms.make("llava", seed=1)
     inputs, inner = (prompts("llava", [3, picture("llava", seed), 5]) for seed in (1, 2))
@@ -253,7 +253,7 @@ def test_pruning_from_a_hook_of_a_tower(how, same):
             thread.join(60)
         return None
 
-    # Within the layer that is read, before its attention.
+    # In the captured layer, before its attention.
     attention = layers_of(tower_of(model))[-2].self_attn
     handle = attention.register_forward_pre_hook(hook)
     kept = prune_inputs(model, inputs, VisPruner(4)).kept
@@ -263,8 +263,8 @@ def test_pruning_from_a_hook_of_a_tower(how, same):
     assert torch.equal(kept[0], expected[0][0])
 
 
-def test_a_model_that_runs_within_readings_of_it_and_another():
-    """Its attention is switched, but the scores that are wanted are the other's."""
+def test_a_hook_may_run_the_model_during_captures_of_two_models():
+    """The model's attention is replaced, but the active capture is that of the other model."""
     models = [vlms.make("llava", seed=seed) for seed in (0, 1)]
     inputs = [prompts("llava", [3, picture("llava", seed), 5]) for seed in (1, 2)]
     expected = [
@@ -298,7 +298,7 @@ def test_a_model_that_runs_within_readings_of_it_and_another():
 
 
 def test_an_image_larger_than_the_tower_was_made_for():
-    """LLaVA hands `interpolate_pos_encoding` on to its tower."""
+    """LLaVA passes `interpolate_pos_encoding` on to its tower."""
     model = vlms.shared("llava")
     large = vlms.Picture("image", 36, dict(pixel_values=torch.randn(1, 3, 84, 84)))
     inputs = prompts("llava", [3, large, 5])
@@ -315,7 +315,7 @@ def test_an_image_larger_than_the_tower_was_made_for():
         assert model.generate(**inputs, **option, **GREEDY).shape[1] == 45 + 4
 
 
-def test_an_option_that_the_model_does_not_hand_on(family):
+def test_refuses_an_option_that_the_model_does_not_pass_on(family):
     if family in ("llava", "llava-siglip"):
         pytest.skip("it does")
     model, inputs = vlms.shared(family), prompts(family, [3, picture(family, 1), 5])
@@ -326,7 +326,7 @@ def test_an_option_that_the_model_does_not_hand_on(family):
 
 
 def test_generation_of_prompts_padded_at_the_right(family):
-    """Their padding moves to the left, so the answers are those of each prompt alone."""
+    """Padding moves to the left, so each answer is that of the prompt alone."""
     model, method = vlms.shared(family), method_of(family)
     a, b = picture(family, 1), picture(family, 2)
     batch = prompts(family, [3, a, 1], [2, b, 9], padding="right", extra=2)
@@ -346,7 +346,7 @@ def test_generation_of_prompts_padded_at_the_right(family):
     pruned = prune_inputs(model, batch, method)
     assert bool(pruned["attention_mask"][:, -1].all())
     assert torch.equal(model.generate(**pruned, **GREEDY), expected)
-    # Logits of forward stay where the caller has the padding.
+    # `forward` leaves padding on the caller's side.
     with attach(model, method), torch.no_grad():
         logits = model(**batch).logits
         for i, single in enumerate(alone):

@@ -17,8 +17,8 @@ from vispruner_kernels.methods import FoPru, VisPruner
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
-def test_what_the_model_remembers_of_positions(padding):
-    """The next position is that of the unpruned prompt; tests of decoding by hand use it."""
+def test_rope_deltas_continue_the_unpruned_positions(padding):
+    """The next position is that of the unpruned prompt."""
     model = vlms.make("qwen2.5-vl")
     inputs = several("qwen2.5-vl", padding, extra=2)
     positions = vlm_oracle._space(model, inputs)
@@ -29,8 +29,8 @@ def test_what_the_model_remembers_of_positions(padding):
         assert int(model.model.rope_deltas[b]) == following - tokens
 
 
-def test_positions_of_the_caller_in_space():
-    """Three rows in space stay; a fourth, first, counts the text."""
+def test_accepts_positions_in_space_from_the_caller():
+    """Three rows in space do not change. A fourth, in front of them, has text positions."""
     model = vlms.shared("qwen2.5-vl")
     inputs = several("qwen2.5-vl")
     mask = inputs["attention_mask"]
@@ -47,7 +47,7 @@ def test_positions_of_the_caller_in_space():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_embeddings_instead_of_ids(family):
+def test_accepts_embeddings_instead_of_ids(family):
     model, method = vlms.shared(family), VisPruner(5, scores=scores_of(family))
     inputs = several(family)
     expected = prune_inputs(model, inputs, method)
@@ -68,7 +68,7 @@ def test_without_images_nothing_changes():
     assert pruned.kept is None
 
 
-def test_positions_and_labels_follow():
+def test_positions_and_labels_match_the_pruned_prompt():
     model = vlms.shared("llava")
     inputs = several("llava")
     mask = inputs["attention_mask"]
@@ -82,7 +82,7 @@ def test_positions_and_labels_follow():
         assert (pruned["labels"][b, ~real] == -100).all()
 
 
-def test_sizes_as_lists_and_no_images():
+def test_accepts_image_sizes_as_lists_and_empty_pixels():
     model, method = vlms.shared("llava-next"), VisPruner(4)
     inputs = prompts("llava-next", [3, picture("llava-next", 1), 5])
     expected = prune_inputs(model, inputs, method)

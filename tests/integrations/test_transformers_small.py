@@ -1,4 +1,4 @@
-"""small="keep": what has no more tokens than the count keeps all; nothing else changes."""
+"""small="keep": images with no more tokens than the count keep all; others do not change."""
 
 from __future__ import annotations
 
@@ -17,26 +17,27 @@ from vispruner_kernels.integrations import _visual
 from vispruner_kernels.integrations.transformers import attach, prune_inputs
 from vispruner_kernels.methods import FasterVLM, FoPru, Method, Random, VisPruner
 
-# By family: images (sizes) and videos (frames), the budget, the count, and by image, then by video
-# the tokens kept without newlines. At least one is small, and where sizes differ one is not.
+# Family, images (sizes), videos (frames), budget, count, and the expected number of kept tokens
+# without newlines, for each image, then for each video. At least one is small. If sizes differ, one
+# is not small.
 CASES = {
     "llava": ("llava", [None, None], [], "image", 17, [16, 16]),
     "llava, as many": ("llava", [None], [], "image", 16, [16]),
     "llava-siglip": ("llava-siglip", [None], [], "tile", 100, [16]),
     "llava-next": ("llava-next", [(112, 112), (56, 56), (300, 1)], [], "image", 40, [40, 32, 16]),
     "llava-next, all": ("llava-next", [(112, 112), (56, 56)], [], "image", 1000, [80, 32]),
-    # Tiles of 16 and, where unpadding cuts, of 8 and of no patches.
+    # Tiles have 16 patches or, after unpadding, 8 or none.
     "llava-next, tiles": (
         "llava-next", [(112, 112), (30, 150), (300, 1)], [], "tile", 12, [60, 12 + 8 + 8, 12],
     ),
-    # The first, of 41 tokens, is interpolated.
+    # The first image is interpolated to 41 tokens.
     "llava-onevision": ("llava-onevision", [(112, 112), (56, 56)], [], "image", 40, [40, 32]),
     "llava-onevision, all": ("llava-onevision", [(112, 112), (56, 56)], [], "image", 41, [41, 32]),
     "llava-onevision, tiles": (
         "llava-onevision", [(50, 100), (40, 56)], [], "tile", 13, [3 * 13, 13 + 12 + 12],
     ),
     "llava-onevision, frames": ("llava-onevision", [], [3], "image", 5, [12]),
-    # The [CLS] tokens of frames are in no budget.
+    # No budget includes the [CLS] tokens of frames.
     "video-llava": ("video-llava", [None], [2], "image", 17, [16, 34]),
     "qwen2.5-vl": ("qwen2.5-vl", [(4, 4), (6, 10), (10, 8)], [], "image", 15, [4, 15, 15]),
     "qwen2.5-vl, frames": ("qwen2.5-vl", [(6, 10)], [2], "image", 20, [15, 40]),
@@ -59,14 +60,14 @@ def test_every_family_has_a_case():
 
 @pytest.mark.parametrize("newlines", ["keep", "drop"])
 @pytest.mark.parametrize("case", CASES)
-def test_counts_and_logits(case, newlines):
-    """Of every method; logits are those of the model without the dropped tokens."""
+def test_small_images_keep_all_tokens_and_others_the_count(case, newlines):
+    """With every method. Logits are those of the model without the dropped tokens."""
     family, _, _, budget, count, expected = CASES[case]
     model, inputs = vlms.shared(family), inputs_of(case)
     options = dict(budget=budget, newlines=newlines, small="keep")
     for method in methods(family, count):
         pruned = prune_inputs(model, inputs, method, **options)
-        # Newlines have no feature, and are found where none of the others are kept.
+        # With and without newlines, the same patches are kept.
         dropped = prune_inputs(model, inputs, method, **options | dict(newlines="drop"))
         assert [len(kept) for kept in dropped.kept] == expected
         for kept, others in zip(pruned.kept, dropped.kept, strict=True):
@@ -76,8 +77,8 @@ def test_counts_and_logits(case, newlines):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_an_image_keeps_what_it_keeps_alone(case):
-    """Small ones all of their tokens; others what they keep without the option."""
+def test_an_image_keeps_the_same_tokens_in_a_batch_and_alone(case):
+    """A small image keeps all its tokens; another keeps the same tokens without the option."""
     family, _, _, budget, count, expected = CASES[case]
     model = vlms.shared(family)
     everything = prune_inputs(model, inputs_of(case), Random(1.0), newlines="drop").kept
@@ -105,10 +106,10 @@ METHODS: list[Method] = [
     FoPru(12, "row"),
     Random(12, seed=3),
 ]
-# By image: rows and columns of its grid.
+# For each image, the rows and columns of its grid.
 GRIDS = {
     "mixed": [(3, 3), (4, 6), (1, 5), (6, 4), (3, 4), (4, 6)],
-    # Those that are left have one size.
+    # The larger images have one size.
     "one size left": [(2, 5), (4, 6), (3, 3), (4, 6)],
     "one left": [(2, 5), (4, 6)],
     "all small": [(3, 3), (1, 7), (3, 4)],
@@ -146,8 +147,8 @@ def visual_of(grids: list[tuple[int, int]], first: int = 0) -> _visual.Visual:
 @pytest.mark.parametrize("first", [0, 1])
 @pytest.mark.parametrize("method", METHODS, ids=str)
 @pytest.mark.parametrize("grids", GRIDS.values(), ids=GRIDS)
-def test_the_method_sees_the_others_only(grids, method, first):
-    """Bit for bit what it selects of each alone, in one launch as in several."""
+def test_the_method_selects_only_in_larger_images(grids, method, first):
+    """Its choice is bit for bit that for each image alone, in one launch or in several."""
     visual = visual_of(grids, first)
     rows, counts = _visual.select(visual, method, False, keep_small=True)
     scores = torch.zeros(visual.source.shape[:2])
@@ -164,8 +165,8 @@ def test_the_method_sees_the_others_only(grids, method, first):
     assert torch.equal(rows.sort().values, torch.cat(expected))
 
 
-def test_small_ones_are_not_handed_to_the_method():
-    """It may know no grid of that size, and selects once of those that are left."""
+def test_the_method_is_not_called_for_small_images():
+    """The method may not support grids of that size. One call selects in all larger images."""
     seen = []
 
     class Own(Method):
@@ -183,7 +184,7 @@ def test_small_ones_are_not_handed_to_the_method():
 
 
 def test_a_fraction_is_not_a_count():
-    """1.0 is no count of 1; a small image keeps its fraction."""
+    """The fraction 1.0 is not a count of 1, and a small image keeps its fraction."""
     visual = visual_of([(1, 1), (4, 6), (2, 2)])
     for keep, counts in ((1.0, [1, 24, 4]), (0.5, [1, 12, 2])):
         for small in (False, True):
@@ -191,12 +192,9 @@ def test_a_fraction_is_not_a_count():
     assert _visual.select(visual, FasterVLM(1), False, True)[1] == [1, 1, 1]
 
 
-# ---- what stays an error ----
-
-
 @pytest.mark.parametrize("method", [FasterVLM(12), FasterVLM(0.5), FoPru(12)], ids=str)
-def test_an_image_without_patches(method):
-    """There is nothing to select; the error says so."""
+def test_an_image_without_patches_is_an_error_unless_small_ones_are_kept(method):
+    """There is nothing to select, and the error names the image."""
     with pytest.raises(ValueError, match=r"^image 1 of the batch: keep is .*, expected 1 <= keep"):
         _visual.select(visual_of(GRIDS["no patches"]), method, False)
     assert _visual.select(visual_of(GRIDS["no patches"]), method, False, True)[1][1] == 0
@@ -213,12 +211,12 @@ def test_the_error_names_the_remedies():
         with pytest.raises(ValueError, match=words):
             prune_inputs(model, inputs, method, **options)
     assert len(prune_inputs(model, inputs, method, small="keep").kept[0]) == 12
-    # The remedies help.
+    # The suggested remedies work.
     assert len(prune_inputs(model, inputs, VisPruner(0.25, scores="received")).kept[0]) == 3
 
 
-def test_rows_of_a_large_image():
-    """A count that is no multiple of its width is an error, beside whatever small image."""
+def test_refuses_a_count_that_is_no_multiple_of_the_row_length():
+    """It is an error even if small images in the batch keep all their tokens."""
     model = vlms.shared("qwen2.5-vl")
 
     def kept(count: int, *sizes: tuple[int, int]) -> list[int]:
@@ -232,7 +230,7 @@ def test_rows_of_a_large_image():
     assert kept(10, (4, 4), (6, 10)) == [4, 10]
     with pytest.raises(ValueError, match="image 1 of the batch: keep is 10, expected a multiple"):
         kept(10, (4, 4), (10, 8))
-    # Rows that unpadding cuts differently are no rows of one width, unless all of them are kept.
+    # After unpadding, rows may differ in length. That is an error unless all tokens are kept.
     model, inputs = vlms.shared("llava-next"), prompts("llava-next", [picture("llava-next", 1), 3])
     with pytest.raises(ValueError, match="its rows have no common width"):
         prune_inputs(model, inputs, FoPru(8, "row"), small="keep")
@@ -241,7 +239,7 @@ def test_rows_of_a_large_image():
 
 
 @pytest.mark.parametrize("small", ["drop", True, None, ["keep"]])
-def test_a_value_that_is_not_known(small):
+def test_refuses_an_unknown_value_of_small(small):
     model, inputs = vlms.shared("llava"), prompts("llava", [picture("llava", 1), 3])
     for call in (
         lambda: prune_inputs(model, inputs, VisPruner(4), small=small),
@@ -251,11 +249,8 @@ def test_a_value_that_is_not_known(small):
             call()
 
 
-# ---- attach ----
-
-
-def test_a_harness_with_images_of_mixed_sizes():
-    """Each has an answer, and a small one that of the model itself."""
+def test_a_harness_gets_an_answer_for_images_of_mixed_sizes():
+    """A small image gets the answer of the unpruned model."""
     model = vlms.make("qwen2.5-vl")
     parts = [picture("qwen2.5-vl", i, size) for i, size in enumerate([(16, 16), (6, 8), (20, 12)])]
     calls = [prompts("qwen2.5-vl", [4, part, 6]) for part in parts]
@@ -264,7 +259,7 @@ def test_a_harness_with_images_of_mixed_sizes():
     settings["return_dict_in_generate"] = True
 
     def logits() -> list[Tensor]:
-        """By prompt, of four tokens."""
+        """Logits of four new tokens for each prompt."""
         steps = [torch.stack(model.generate(**call, **settings).logits, 1) for call in calls]
         return [*torch.cat(steps)]
 

@@ -1,4 +1,4 @@
-"""How the vision tower runs for pruning: its layers, its attention, gradients, threads."""
+"""The run of the vision tower: its layers, its attention, gradients, threads."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def test_only_kept_tokens_are_projected(family):
 
 
 @pytest.mark.parametrize(("index", "runs"), [(-2, 2), (-1, 3), (1, 1)])
-def test_layers_after_the_feature_do_not_run(index, runs, monkeypatch):
+def test_layers_after_the_captured_one_do_not_run(index, runs, monkeypatch):
     model = vlms.make("llava", vision_feature_layer=index)
     tower = model.model.vision_tower
     layers = getattr(tower, "vision_model", tower).encoder.layers
     ran = []
-    # Not by hooks or a forward of its own: layers that users watch run.
+    # Replace the forward of the class: a hook or a forward on a layer would make all layers run.
     mlps = {layer.mlp: i for i, layer in enumerate(layers)}
     cls = type(layers[0].mlp)
     forward = cls.forward
@@ -73,21 +73,21 @@ def test_only_one_layer_changes_its_attention(family, monkeypatch):
         outputs.append(out)
         return out
 
-    # Not by hooks or a forward of its own: layers that users watch run.
+    # Replace the forward of the class: a hook or a forward on a layer would make all layers run.
     monkeypatch.setattr(cls, "forward", note)
     prune_inputs(model, inputs, methods(family)[0])
     target = {"llava-onevision": -1, "llava-siglip": -1, "qwen2.5-vl": -1}.get(family, -2)
     count = len(modules) if target == -1 else len(modules) - 1
     assert used == ["sdpa"] * (count - 1) + ["vispruner_sdpa"]
-    # No maps.
+    # No layer makes an attention map.
     assert all(out[1] is None for out in outputs if isinstance(out, tuple))
     for module, (config, name, content) in zip(modules, before, strict=True):
         assert module.config is config
         assert (config._attn_implementation, vars(config)) == (name, content)
 
 
-def test_dropout_of_the_tower_stays():
-    """Then the layer keeps its own attention, and scores come beside it."""
+def test_the_tower_keeps_its_attention_dropout():
+    """With dropout the layer runs its own attention, and scores are computed beside it."""
     model = vlms.make("llava", vision_config__attention_dropout=0.5).train()
     inputs = prompts("llava", [3, picture("llava", 1), 5])
     features = []
@@ -104,38 +104,38 @@ def test_dropout_of_the_tower_stays():
 
 
 @pytest.mark.parametrize("index", [1, 2, 3, -1, -3])
-def test_the_layer_asked_for(index):
+def test_captures_the_requested_layer(index):
     model = vlms.make("llava", vision_feature_layer=index)
     inputs = prompts("llava", [3, picture("llava", 1), 2])
     for method in (VisPruner(5), FasterVLM(5, scores="received")):
         pruned = prune_inputs(model, inputs, method)
-        (grids,) = vlm_oracle.seen(vlm_oracle.eager(model), inputs, "image", method.needs)
+        (grids,) = vlm_oracle.grids_of(vlm_oracle.eager(model), inputs, "image", method.needs)
         assert torch.equal(pruned.kept[0], vlm_oracle.select(grids, 16, method, False))
-    # A call may say so too.
+    # An argument of the call selects the layer too.
     other = vlms.make("llava")
     called = prune_inputs(other, inputs | {"vision_feature_layer": index}, method)
     assert torch.equal(called.kept[0], pruned.kept[0])
 
 
-def test_windowed_attention_of_the_last_layer():
-    """Where patches attend within windows of different sizes, received sums compare."""
+def test_scores_of_windowed_attention_are_sums():
+    """Windows differ in size: sums of received attention are comparable there, means are not."""
     model = vlms.make("qwen2.5-vl", vision_config__fullatt_block_indexes=[1])
     inputs = prompts("qwen2.5-vl", [picture("qwen2.5-vl", 1, (6, 10)), 3])
     for method in (FoPru(7), VisPruner(7, scores="received")):
         (kept,) = prune_inputs(model, inputs, method).kept
-        (grids,) = vlm_oracle.seen(vlm_oracle.eager(model), inputs, "image", "received")
+        (grids,) = vlm_oracle.grids_of(vlm_oracle.eager(model), inputs, "image", "received")
         assert torch.equal(kept, vlm_oracle.select(grids, 15, method, False))
 
 
 @pytest.mark.parametrize("full", [[2], [0]])
 def test_packed_images_stay_packed_for_flash_attention(full):
-    """An implementation named "flash" gets all images in one call in every layer."""
+    """An implementation with "flash" in its name gets all images in one call, in every layer."""
     from transformers import AttentionInterface
 
     shapes = []
 
     def flash(module, q, k, v, attention_mask=None, scaling=None, cu_seq_lens_q=None, **_):
-        # As flash_attention_forward does, to find its kernel.
+        # flash_attention_forward reads the config to find its kernel.
         assert module.config._attn_implementation == "tests_flash"
         shapes.append(tuple(q.shape))
         mask = torch.zeros(q.shape[2], q.shape[2], dtype=torch.bool)
@@ -157,7 +157,7 @@ def test_packed_images_stay_packed_for_flash_attention(full):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_training_goes_through_the_kept_tokens(family):
+def test_gradients_reach_the_tower_through_kept_tokens(family):
     model = vlms.make(family)
     inputs = prompts(family, [3, picture(family, 1), 5])
     inputs["labels"] = inputs["input_ids"].clone()
@@ -172,14 +172,14 @@ def test_training_goes_through_the_kept_tokens(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_an_eager_tower_stays_eager(family, checkpointing):
-    """Gradients of what is kept are those of dropping by hand, also where layers run again."""
+def test_gradients_of_an_eager_tower_equal_those_of_dropping_by_hand(family, checkpointing):
+    """The same holds with gradient checkpointing, which runs layers again."""
     model = vlms.make(family)
     core = model.model
     tower = next(getattr(core, n) for n in TOWERS if hasattr(core, n))
     tower.set_attn_implementation("eager")
     if checkpointing:
-        # Renamed in transformers 5.
+        # transformers 5 renamed the method.
         names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
         next(getattr(model, name) for name in names if hasattr(model, name))()
         model.train()
@@ -190,7 +190,7 @@ def test_an_eager_tower_stays_eager(family, checkpointing):
     grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.eval()
     model.zero_grad()
-    # The same tokens, from the model's own features.
+    # Drop the same tokens from the model's own features.
     kept = pruned.kept[0]
     names = ("image_sizes", "image_grid_thw", "batch_num_images")
     rest = {name: inputs[name] for name in names if name in inputs}
@@ -211,7 +211,7 @@ def test_an_eager_tower_stays_eager(family, checkpointing):
 
 @pytest.mark.parametrize(("family", "side"), [("llava", 24), ("qwen2.5-vl", 4)])
 def test_threads_do_not_notice_each_other(family, side):
-    """Nor does the unpruned model."""
+    """Four threads prune, and one runs the model without pruning."""
     model = vlms.make(family, side)
     inputs = [prompts(family, [3, picture(family, seed, side=side), 5]) for seed in range(4)]
     chosen = [VisPruner(5, scores=scores_of(family)), FoPru(5), Random(5), FoPru(4)]
@@ -243,8 +243,8 @@ def test_threads_do_not_notice_each_other(family, side):
     assert not failures
 
 
-def test_a_thread_in_the_middle_of_a_reading():
-    """Its features are not taken for ours, nor are its scores, and its layers all run."""
+def test_another_thread_may_run_the_model_during_a_capture():
+    """Its features and scores are not captured, and all its layers run."""
     model = vlms.make("llava")
     ours, other = (prompts("llava", [3, picture("llava", seed), 5]) for seed in (1, 2))
     expected = prune_inputs(model, ours, VisPruner(5))

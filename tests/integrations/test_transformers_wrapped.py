@@ -1,4 +1,4 @@
-"""Models whose `forward` others wrap, copy or compile, before `attach` or after it: they prune."""
+"""Pruning of models that other libraries wrap, copy or compile, before or after `attach`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vispruner_kernels.integrations.transformers import attach, prune_inputs
 from vispruner_kernels.methods import VisPruner
 
 METHOD = VisPruner(4)
-# Of `one()`: a first token, 3 words, 16 visual tokens of which 4 are kept, 5 words.
+# Lengths of `one()`: a first token, 3 words, 16 visual tokens of which 4 are kept, 5 words.
 LENGTH, PRUNED = 25, 13
 GREEDY = dict(max_new_tokens=3, do_sample=False)
 
@@ -32,13 +32,16 @@ def one() -> dict[str, Any]:
 
 
 def length(model: Any, **changes: Any) -> int:
+    """Number of logits that the model returns for `one()`."""
     with torch.no_grad():
         return model(**one() | changes).logits.shape[1]
 
 
 def as_accelerate_does(model: Any) -> Any:
-    """Mixed precision: around the function of the method, which is bound again; returns the undo,
-    which walks along `__wrapped__`."""
+    """Wrap for mixed precision: wrap the method's function and bind it again.
+
+    Returns the undo, which follows `__wrapped__`.
+    """
     before = model.forward
 
     @functools.wraps(before.__func__)
@@ -60,7 +63,7 @@ def as_accelerate_does(model: Any) -> Any:
 
 
 def as_device_maps_do(model: Any) -> Any:
-    """accelerate's hooks: around the bound method, which is put back."""
+    """Wrap the bound method, like accelerate's hooks. The undo stores the bound method again."""
     before = model.forward
     model.forward = functools.update_wrapper(
         functools.partial(lambda module, *args, **kwargs: before(*args, **kwargs), model), before
@@ -88,7 +91,7 @@ WRAPPERS = [as_accelerate_does, as_device_maps_do, as_a_user_does]
 @pytest.mark.parametrize("wrap", WRAPPERS)
 @pytest.mark.parametrize("first", ["attach", "wrap"])
 @pytest.mark.parametrize("undone", ["wrap", "attach", "neither"])
-def test_somebody_else_wraps_forward(wrap, first, undone):
+def test_pruning_stays_on_when_others_wrap_forward(wrap, first, undone):
     model = vlms.make("llava")
     expected = length(model)
     assert expected == LENGTH
@@ -106,14 +109,14 @@ def test_somebody_else_wraps_forward(wrap, first, undone):
     if undone == "attach":
         undo()
         assert length(model) == LENGTH
-    # And once more, with all that is left of it.
+    # Attach again to the model as the wrapper left it.
     with attach(model, VisPruner(2)):
         assert length(model) == PRUNED - 2
     assert length(model) == LENGTH
 
 
-def test_decoding_by_hand_through_a_wrapper():
-    """Mask and positions are translated once, not once for each time that we are passed."""
+def test_decoding_through_wrappers_translates_masks_once():
+    """Mask and positions are translated once, even if wrappers call our methods several times."""
     model, inputs = vlms.make("llava"), prompts("llava", [3, picture("llava", 1), 5], [9])
     with attach(model, METHOD):
         expected = model.generate(**inputs, **GREEDY)[:, -3:]
@@ -130,8 +133,8 @@ def test_decoding_by_hand_through_a_wrapper():
     assert torch.equal(torch.stack(tokens, 1), expected)
 
 
-def test_what_others_see_of_the_model():
-    """Classes keep their names, which are written into configurations; methods their signatures."""
+def test_classes_keep_their_names_and_methods_their_signatures():
+    """transformers writes names of classes into configurations."""
     model = vlms.make("llava")
     cls, forward = type(model), inspect.signature(model.forward)
     with attach(model, METHOD):
@@ -148,8 +151,8 @@ def test_what_others_see_of_the_model():
 
 
 @pytest.mark.parametrize("stored", [False, True])
-def test_a_replica_has_its_own_weights(stored):
-    """As DataParallel makes them, in one process without a GPU."""
+def test_a_replica_prunes_with_its_own_weights(stored):
+    """Make the replica as DataParallel does, in one process without a GPU."""
     model = vlms.make("llava")
     with attach(model, METHOD):
         if stored:
@@ -164,8 +167,8 @@ def test_a_replica_has_its_own_weights(stored):
             assert model(**one()).logits.any()
 
 
-def test_a_class_derived_from_ours():
-    """As FSDP2's fully_shard: pruning goes on, and ends with remove()."""
+def test_a_class_derived_from_ours_prunes_until_remove():
+    """FSDP2's fully_shard derives such a class."""
     model = vlms.make("llava")
     handle = attach(model, METHOD)
     model.__class__ = type(type(model).__name__, (type(model),), {})
@@ -178,7 +181,7 @@ def test_a_class_derived_from_ours():
     assert length(model) == LENGTH
 
 
-def test_a_model_of_a_subclass():
+def test_prunes_a_model_of_a_user_subclass():
     cls = type(vlms.shared("llava"))
 
     class Mine(cls):
@@ -196,8 +199,8 @@ def test_a_model_of_a_subclass():
     assert type(model) is Mine
 
 
-def test_compiled_models():
-    """Compiled after attach or before, as a whole or in place."""
+def test_compiled_models_prune():
+    """Compiled before or after attach, by `torch.compile` or in place."""
     torch.compiler.reset()
     expected = prune_inputs(vlms.shared("llava"), one(), METHOD)
     with torch.no_grad():
@@ -232,7 +235,7 @@ def wrapped_in() -> dict[str, tuple[Any, str]]:
 
 
 @pytest.mark.parametrize("how", ["compiled", "parallel", "both"])
-def test_a_wrapped_model_is_refused_by_name(how):
+def test_refuses_a_wrapped_model_and_names_the_inner_one(how):
     wrapped, words = wrapped_in()[how]
     for call in (lambda: attach(wrapped, METHOD), lambda: prune_inputs(wrapped, one(), METHOD)):
         with pytest.raises(TypeError, match=words):
@@ -240,7 +243,7 @@ def test_a_wrapped_model_is_refused_by_name(how):
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_peft():
+def test_prunes_inside_a_peft_model():
     peft = pytest.importorskip("peft")
     model = vlms.make("llava")
     wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
@@ -258,7 +261,7 @@ def test_peft():
 
 
 @pytest.mark.parametrize("first", ["attach", "prepare"])
-def test_accelerate(first):
+def test_prunes_a_model_that_accelerate_prepared(first):
     accelerate = pytest.importorskip("accelerate")
     model = vlms.make("llava")
     accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
@@ -272,9 +275,11 @@ def test_accelerate(first):
     assert length(unwrapped) == LENGTH
 
 
-def test_a_trainer(tmp_path):
-    """The class that docs/transformers.md shows, with label smoothing and metrics, does what a
-    Trainer does with inputs that are pruned already."""
+def test_the_trainer_of_the_page_prunes_its_inputs(tmp_path):
+    """The class in docs/transformers.md gives the results of a Trainer with pruned inputs.
+
+    Label smoothing and metrics are on.
+    """
     pytest.importorskip("accelerate")
     from transformers import Trainer, TrainingArguments
 
@@ -324,7 +329,7 @@ def test_a_trainer(tmp_path):
 
 @pytest.mark.parametrize("wrap", WRAPPERS)
 def test_a_copy_after_remove_has_its_own_weights(wrap):
-    """Also where others stored what they got from the model while it pruned."""
+    """Even if others stored methods that they got from the model while it pruned."""
     model = vlms.make("llava")
     with attach(model, METHOD):
         undo = wrap(model)
@@ -341,7 +346,7 @@ def test_a_copy_after_remove_has_its_own_weights(wrap):
 
 
 @pytest.mark.parametrize("how", ["stored", "subclass"])
-def test_positional_arguments_through_a_signature_that_hides_them(how):
+def test_accepts_positional_arguments_if_the_signature_hides_their_names(how):
     model = vlms.make("llava")
     if how == "stored":
         as_a_user_does(model)
@@ -359,7 +364,7 @@ def test_positional_arguments_through_a_signature_that_hides_them(how):
             assert out.logits.shape[1] == PRUNED
 
 
-def test_a_model_that_prunes_is_not_exported():
+def test_refuses_to_export_a_model_that_prunes():
     model = vlms.make("llava")
     with attach(model, METHOD), pytest.raises(Exception, match="cannot be exported: call remove"):
         torch.export.export(model, (), one(), strict=False)

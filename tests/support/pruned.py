@@ -1,4 +1,4 @@
-"""Methods, prompts and comparisons for tests of pruned models of transformers."""
+"""Methods, prompts, expected tokens and comparisons for tests of pruned transformers models."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import vlm_oracle
-import vlms
 from torch import Tensor
 from vlms import CLS_FAMILIES, picture, prompts
 
@@ -18,7 +17,7 @@ GREEDY = dict(max_new_tokens=NEW, do_sample=False)
 
 
 def methods(family: str, keep: float = 5) -> list[Method]:
-    """Every method that makes sense for a family."""
+    """Every method that a family supports."""
     received = [
         VisPruner(keep, scores="received"),
         FasterVLM(keep, scores="received"),
@@ -41,7 +40,7 @@ def several(family: str, padding: str = "left", extra: int = 0) -> dict[str, Ten
 
 
 def real_logits(model, inputs: dict) -> list[Tensor]:
-    """By prompt, without padding."""
+    """Logits of each prompt, without padding."""
     with torch.no_grad():
         logits = model(**inputs).logits
     mask = inputs.get("attention_mask", torch.ones(logits.shape[:2]))
@@ -49,13 +48,13 @@ def real_logits(model, inputs: dict) -> list[Tensor]:
 
 
 def assert_same(actual: list[Tensor], expected: list[Tensor]) -> None:
-    """Equal to float32 accuracy; logits are of the order of 10."""
+    """Check equality within float32 accuracy; logits are of the order of 10."""
     for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
 
 
 class Recording(VisPruner):
-    """Notes what it is given."""
+    """Record the features, scores and kept indices of each call of `select`."""
 
     def select(self, features, scores):
         kept = super().select(features, scores)
@@ -74,27 +73,25 @@ def method_of(family: str, keep: float = 4) -> Method:
 
 
 def expected_tokens(model: Any, inputs: dict[str, Tensor], method: Method) -> Tensor:
-    """Greedy decoding without a cache, prompt by prompt, of tokens dropped by hand."""
+    """New tokens of greedy decoding by the oracle, prompt by prompt and without a cache."""
     kept = prune_inputs(model, inputs, method).kept
     return torch.stack(vlm_oracle.logits(vlm_oracle.eager(model), inputs, kept, NEW))
 
 
-# As the caller sees them: padded, and not padded though pruning makes them so, also where the
-# longest prompt loses nothing.
+# Prompts before pruning. The last two have equal lengths, and pruning makes the lengths unequal; in
+# the last, the longest prompt afterwards is one without an image.
 BATCHES = {
     "padded": lambda f: several(f),
     "one": lambda f: prompts(f, [3, picture(f, 1), 5]),
-    "made unequal": lambda f: _filled(f, [20, picture(f, 1), 5], [2, picture(f, 2), 4, _more(f)]),
+    "made unequal": lambda f: _filled(
+        f, [20, picture(f, 1), 5], [2, picture(f, 2), 4, picture(f, 3)]
+    ),
     "longest without": lambda f: _filled(f, [3, picture(f, 1), 5], []),
 }
 
 
-def _more(family: str) -> vlms.Picture:
-    return picture(family, 3)
-
-
 def _filled(family: str, *rows: list) -> dict[str, Tensor]:
-    """Prompts as long as each other, by words at their end."""
+    """Prompts of equal length: words are appended to the shorter ones."""
     lengths = [int(x.sum()) for x in prompts(family, *rows)["attention_mask"]]
     return prompts(
         family, *([*row, max(lengths) - n] for row, n in zip(rows, lengths, strict=True))

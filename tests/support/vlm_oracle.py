@@ -1,5 +1,8 @@
-"""Pruning the slow way: attention maps from `output_attentions`, everything projected by the model,
-tokens dropped by hand, prompts one by one and without padding."""
+"""An independent, slow implementation of pruning in transformers.
+
+Scores come from the attention maps of `output_attentions`. The model projects all tokens, and this
+module drops tokens from the embeddings. Prompts run one by one, without padding.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ def eager(model: Any) -> Any:
 
 @torch.no_grad()
 def embeddings(model: Any, inputs: dict[str, Tensor]) -> dict[str, list[Tensor]]:
-    """What the model itself puts at the placeholders, by image: [tokens, D]."""
+    """The model's own embeddings at the placeholders, for each image [tokens, D]."""
     found: dict[str, list[Tensor]] = {}
     images = inputs.get("pixel_values", inputs.get("pixel_values_images"))
     if images is not None:
@@ -41,7 +44,7 @@ def embeddings(model: Any, inputs: dict[str, Tensor]) -> dict[str, list[Tensor]]
         if isinstance(out, Tensor) and len(out) != len(videos):
             out = out.reshape(len(videos), -1, out.shape[-1])
         if hasattr(model.model, "apply_pooling") and out.shape[1] % videos.shape[1] == 0:
-            # Before transformers 5.6 forward added the newline.
+            # Before transformers 5.6 the newline was added in forward.
             newline = model.model.image_newline.expand(len(out), 1, -1)
             out = torch.cat([out, newline], 1)
         found["video"] = list(out)
@@ -50,8 +53,10 @@ def embeddings(model: Any, inputs: dict[str, Tensor]) -> dict[str, list[Tensor]]
 
 @torch.no_grad()
 def logits(model: Any, inputs: dict[str, Tensor], kept: list[Tensor], new: int = 0) -> list[Tensor]:
-    """By prompt, logits [L', V] after dropping all visual tokens but `kept`, and, with `new`, the
-    tokens that greedy decoding without a cache adds to it, [new]."""
+    """Logits [L', V] of each prompt without the visual tokens that are not in `kept`.
+
+    With `new`, return instead the tokens [new] that greedy decoding adds without a cache.
+    """
     features = embeddings(model, inputs)
     numbers = {kind: iter(range(len(images))) for kind, images in features.items()}
     kept_of = {"image": iter(kept[: len(features.get("image", []))])}
@@ -87,7 +92,7 @@ def logits(model: Any, inputs: dict[str, Tensor], kept: list[Tensor], new: int =
             tokens.append(token)
             x = torch.cat([x, model.get_input_embeddings()(token)[None, None]], 1)
             if position is not None:
-                # The next token comes after all there was, dropped or not.
+                # The next position follows all earlier tokens, including dropped ones.
                 following = positions[:, b, real].max() + len(tokens)
                 position = torch.cat([position, following.expand(3, 1, 1)], -1)
         results.append(torch.stack(tokens) if new else out)
@@ -104,11 +109,14 @@ def _space(model: Any, inputs: dict[str, Tensor]) -> Tensor | None:
 
 
 @torch.no_grad()
-def seen(
+def grids_of(
     model: Any, inputs: dict[str, Tensor], kind: str, needs: str
 ) -> list[list[tuple[Tensor, Tensor, Tensor, Tensor]]]:
-    """By image its grids (tiles, frames), each as places among the image's tokens [n], features
-    [n, C], scores [n] and columns [n], in patch order."""
+    """For each image its grids (tiles, frames).
+
+    A grid is the places of its patches among the image's tokens [n], features [n, C], scores [n]
+    and columns [n], in patch order.
+    """
     if hasattr(model.model, "visual"):
         return _qwen(model, inputs, kind)
     core, config = model.model, model.config
@@ -178,7 +186,7 @@ def _packed(
     column: Tensor,
     counts: list[int],
 ) -> list[list[tuple[Tensor, Tensor, Tensor, Tensor]]]:
-    """The model's own packing of features with their score, tile and patch beside them."""
+    """Let the model pack the features, with score, tile and patch as further channels."""
     grids, n, _ = features.shape
     numbers = torch.stack(
         [
@@ -203,7 +211,7 @@ def _packed(
         places = (token > 0.5).nonzero()[:, 0]
         tiles = tile[places]
         if not torch.equal(tiles, tiles.round()) or not torch.equal(patch, patch.round()):
-            # Interpolated: one grid, in the order of the prompt.
+            # The image is interpolated: it is one grid, in the order of the prompt.
             images.append([(places, image[places, :-4], score[places], torch.tensor([]))])
             continue
         parts = []
@@ -218,7 +226,7 @@ def _packed(
 def _qwen(
     model: Any, inputs: dict[str, Tensor], kind: str
 ) -> list[list[tuple[Tensor, Tensor, Tensor, Tensor]]]:
-    """By eager attention with a mask of its own, patch by patch, in raster order."""
+    """Grids of Qwen2.5-VL, in raster order, from attention that stores its map."""
     visual = model.model.visual
     grids = inputs[f"{kind}_grid_thw"].tolist()
     pixels = inputs["pixel_values" if kind == "image" else "pixel_values_videos"]
@@ -244,7 +252,7 @@ def _qwen(
         visual.config._attn_implementation = before
         hook.remove()
     scores, hidden = torch.cat(received).float().view(-1, 4).mean(1), entered[0]
-    # Window order, by walking the windows: two merged tokens each way.
+    # List the tokens in window order. A window has two by two merged tokens.
     side = visual.window_size // visual.patch_size // visual.spatial_merge_size
     images, start = [], 0
     for t, h, w in grids:
@@ -277,7 +285,7 @@ def select(
     per_grid: bool,
     newlines: bool = True,
 ) -> Tensor:
-    """Places kept of an image of so many tokens."""
+    """The kept places of an image with `tokens` tokens."""
     units = [[grid] for grid in grids] if per_grid else [grids]
     kept = []
     for unit in units:
@@ -288,7 +296,7 @@ def select(
     patches = torch.cat([grid[0] for grid in grids])
     others = torch.ones(tokens, dtype=torch.bool)
     others[patches] = False
-    # What is no patch is a newline, or a [CLS] token, which stays.
+    # The other tokens are newlines, or the [CLS] token, which is always kept.
     if newlines:
         kept.append(others.nonzero()[:, 0])
     return torch.cat(kept).sort().values

@@ -1,4 +1,4 @@
-"""Tiny randomly initialised models of the real transformers classes, and inputs for them."""
+"""Make tiny models of the real transformers classes with random weights, and inputs for them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 VERSION = tuple(int(x) for x in version("transformers").split(".")[:2])
-# What the argument for a cache may be called, the name of this version first.
+# Names of the cache argument that this version accepts, its own name first.
 CACHE_NAMES = ("cache", "past_key_values") if VERSION >= (5, 24) else ("past_key_values",)
 IMAGE, VIDEO, PAD = 90, 91, 0
 SIDE, PATCH = 4, 14
@@ -73,7 +73,7 @@ def _config(family: str, side: int, text_changes: dict[str, int]) -> Any:
             patch_size=PATCH,
             spatial_merge_size=2,
             temporal_patch_size=2,
-            # Two merged tokens each way.
+            # Two by two merged tokens.
             window_size=4 * PATCH,
             fullatt_block_indexes=[2],
             out_hidden_size=TEXT["hidden_size"],
@@ -102,7 +102,7 @@ CLS_FAMILIES = ["llava", "llava-next", "video-llava"]
 def make(
     family: str, side: int = SIDE, seed: int = 0, text: dict[str, int] | None = None, **changes: Any
 ) -> Any:
-    """A new model in float32. Weights are large enough that scores and cosines differ well."""
+    """A new model in float32. Its weights are large, so that scores and cosines differ clearly."""
     import transformers
 
     config = _config(family, side, text or {})
@@ -120,7 +120,7 @@ def make(
                 parameter.normal_(std=1.5 * parameter[0].numel() ** -0.5)
             elif parameter.numel() == VISION["hidden_size"]:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
-        # It never says a placeholder, and never ends.
+        # The model never generates a placeholder and never ends a sequence.
         model.lm_head.weight[80:] = 0
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = PAD
@@ -129,18 +129,18 @@ def make(
 
 @cache
 def shared(family: str) -> Any:
-    """A model that no test may change."""
+    """A model that several tests use. No test may change it."""
     return make(family)
 
 
 def cache_of(out: Any) -> Any:
-    """The cache that a model returns."""
+    """The cache in the output of a model."""
     return getattr(out, CACHE_NAMES[0])
 
 
 @dataclass
 class Picture:
-    """An image or a video for a prompt: how many placeholders it has, and the model's arguments."""
+    """An image or a video for a prompt: its number of placeholders and the model's arguments."""
 
     kind: str
     tokens: int
@@ -154,8 +154,10 @@ def picture(
     frames: int = 0,
     side: int = SIDE,
 ) -> Picture:
-    """An image of that size, in patches for Qwen2.5-VL and in pixels for models with tiles, or a
-    video of some frames."""
+    """An image, or a video of `frames` frames.
+
+    `size` is in patches for Qwen2.5-VL, in pixels for models with tiles. Others have one size.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def pixels(*shape: int) -> Tensor:
@@ -166,7 +168,7 @@ def picture(
         return Picture("image", side * side, dict(pixel_values=pixels(1, 3, tile, tile)))
     if family == "video-llava":
         if not frames:
-            # Renamed in transformers 5.
+            # transformers 5 renamed the argument.
             names = inspect.signature(shared(family).forward).parameters
             name = "pixel_values" if "pixel_values" in names else "pixel_values_images"
             return Picture("image", side * side, {name: pixels(1, 3, tile, tile)})
@@ -203,7 +205,7 @@ def _features(model: Any, arguments: dict[str, Tensor]) -> list[Tensor]:
 def prompts(
     family: str, *rows: list[int | Picture], padding: str = "left", extra: int = 0
 ) -> dict[str, Tensor]:
-    """What a processor returns for prompts of words (a count) and pictures."""
+    """The output of a processor for prompts. A row lists counts of words, and pictures."""
     generator = torch.Generator().manual_seed(sum(map(len, rows)))
     ids = []
     pictures: dict[str, list[Picture]] = {"image": [], "video": []}
@@ -213,7 +215,7 @@ def prompts(
         for part in row:
             if isinstance(part, Picture):
                 if family == "llava-onevision" and several and part.kind == "image":
-                    # An image that is not alone is one tile, and a newline.
+                    # An image that is not alone in its prompt is one tile and a newline.
                     rest = part.arguments | dict(pixel_values=part.arguments["pixel_values"][:1])
                     part = Picture("image", SIDE * SIDE + 1, rest)
                 placeholder = {"image": IMAGE, "video": VIDEO}[part.kind]
@@ -239,7 +241,7 @@ def prompts(
         for name in kind[0].arguments if kind else ():
             parts = [p.arguments[name] for p in kind]
             if name == "pixel_values" and family in ("llava-next", "llava-onevision"):
-                # As the processors do: all images have the tiles of the one with the most.
+                # As processors do, pad all images to the largest number of tiles.
                 most = max(map(len, parts))
                 padded = [torch.cat([p, p.new_zeros(most - len(p), *p.shape[1:])]) for p in parts]
                 inputs[name] = torch.stack(padded)
