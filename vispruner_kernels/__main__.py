@@ -1,4 +1,4 @@
-"""``python -m vispruner_kernels``: versions, what is built, and who owns which operator."""
+"""``python -m vispruner_kernels``: print versions, built parts and the owner of every operator."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _triton_state() -> str:
 
 
 def report() -> str:
-    """The text that is printed."""
+    """The text to print."""
     facts = {
         "vispruner_kernels": __version__,
         "Python": f"{platform.python_version()}, {platform.system()} {platform.machine()}",

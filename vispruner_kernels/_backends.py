@@ -180,11 +180,14 @@ def _checked(op: str, function: Callable[..., Any], memory: bool = True) -> Call
     `memory`: the tensors have memory to check; those of a fake have none.
     """
     check, check_memory = _schemas.SCHEMAS[op].check, _schemas.check_memory
-    count, tensors = len(_schemas.ARGUMENTS[op]), _schemas.TENSORS[op]
+    defaults, tensors = _schemas.DEFAULTS[op], _schemas.TENSORS[op]
 
     def entry(*args: Any, **kwargs: Any) -> Any:
-        if len(args) != count:
+        if kwargs:
             args = _schemas.complete(op, args, kwargs)
+        elif len(args) < len(defaults):
+            # As `complete` does, without a function call.
+            args += defaults[len(args) :]
         check(*args)
         if memory:
             check_memory(op, args[:tensors])

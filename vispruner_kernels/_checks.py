@@ -9,6 +9,7 @@ While a compiler traces, sizes are symbols. A condition that it cannot decide co
 
 from __future__ import annotations
 
+import functools
 import itertools
 import reprlib
 from numbers import Integral, Real
@@ -223,12 +224,8 @@ def _select(
     check_rule(op, important_ratio, step, matching)
 
 
-def select(*args: Any) -> None:
-    _select("select", *args)
-
-
-def prune(*args: Any) -> None:
-    _select("prune", *args)
+select = functools.partial(_select, "select")
+prune = functools.partial(_select, "prune")
 
 
 def select_varlen(

@@ -1,12 +1,12 @@
-"""The three systems by name, over the operators: scores they need, tokens they keep.
+"""The three published methods by name: the scores that each needs and the tokens that it keeps.
 
     method = VisPruner(keep=64)
     scores = method.attention_scores(q, k)         # q, k of the layer whose output is `features`
     indices = method.select(features, scores)      # int64 [B, 64]
 
 A budget is a count of tokens (an int) or a fraction of N (a float in (0, 1]). VisPruner and
-FasterVLM rank by the row of the [CLS] token; for an encoder that has none, their authors advise
-attention received: `VisPruner(64, scores="received")`.
+FasterVLM rank by the attention of the [CLS] token. For an encoder without one, their authors advise
+the attention that tokens receive: `VisPruner(64, scores="received")`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from vispruner_kernels import ops
 from vispruner_kernels._checks import check_float, check_int, check_rule, shown
 
 Needs = Literal["cls", "received"]
-# Ratio, step and matching of `ops.select`.
+# important_ratio, step and matching of `ops.select`.
 Rule = tuple[float, int, str]
 _TOPK: Rule = (1.0, 8, "bipartite")
 
@@ -42,7 +42,7 @@ def _offsets(counts: Sequence[int], device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class Method:
-    """Base of the methods: the budget and the scores."""
+    """Base of all methods: a budget and the scores."""
 
     keep: int | float
 
@@ -64,7 +64,8 @@ class Method:
         self._set_int("keep", 1, "at least 1 and below 2**63")
 
     def _set(self, **values: Any) -> None:
-        """As Python's own numbers, where NumPy's were given: for comparisons and compilers."""
+        """Set fields of the frozen instance. Callers convert NumPy's numbers to Python's, so that
+        instances compare equal and compilers can trace them."""
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
@@ -78,8 +79,10 @@ class Method:
         self._set(**{name: int(value)})
 
     def retained_tokens(self, n: int) -> int:
-        """Tokens kept of an image of `n`, known without data: a fraction is rounded to the nearest
-        whole number, but never to none (0.1 of 576 is 58)."""
+        """Tokens kept of an image of `n` tokens, known without data.
+
+        A fraction is rounded to the nearest whole number, and to 1 instead of 0 (0.1 of 576 is 58).
+        """
         keep = max(1, int(n * self.keep + 0.5)) if isinstance(self.keep, float) else int(self.keep)
         if not 1 <= keep <= n:
             raise ValueError(
@@ -91,7 +94,7 @@ class Method:
     def attention_scores(
         self, q: Tensor, k: Tensor, scale: float | None = None, num_prefix: int = 1
     ) -> Tensor | None:
-        """Scores [B, N] from q, k [B, S, H, D] of the layer whose output is the feature.
+        """Scores [B, N] from q, k [B, S, H, D] of the encoder layer that outputs the features.
 
         `num_prefix` counts the leading tokens that are not patches: 0 for an encoder without CLS.
         """
@@ -114,8 +117,8 @@ class Method:
     ) -> Tensor:
         """Positions, int64 and ascending, kept of packed features [total, C] and scores [total].
 
-        Image i is the next `lengths[i]` tokens and keeps what `select` would. `widths[i]`, where
-        given, is its `width` for rows, unless the method has one of its own.
+        Image i is the next `lengths[i]` tokens and keeps the tokens that `select` keeps of it.
+        `widths[i]`, if given, is the width of its grid, unless the method has a width itself.
         """
         shapes = [*zip(lengths, widths or [None] * len(lengths), strict=True)]
         rule = self._rule()
@@ -131,7 +134,7 @@ class Method:
                 *rule,
             )
         kept, start = [], 0
-        # Neighbours of one shape are a batch.
+        # Consecutive images of one shape are one batch.
         for (n, width), images in groupby(shapes):
             batch = sum(1 for _ in images)
             stop = start + batch * n
@@ -145,11 +148,11 @@ class Method:
         return torch.cat(kept)
 
     def _rule(self) -> Rule | None:
-        """The rule of `ops.select` that this method is, if it is one."""
+        """The settings of `ops.select` that give this method; None if none do."""
         return None
 
     def on_grid(self, width: int | None) -> Method:
-        """This method for a grid of that width."""
+        """This method for a grid of `width` tokens a row."""
         return self
 
     def _needed(self, features: Tensor, scores: Tensor | None) -> Tensor:
@@ -169,7 +172,10 @@ class Method:
 
 @dataclass(frozen=True)
 class VisPruner(Method):
-    """Important tokens by the CLS row, diverse ones by duplicate removal (arXiv 2412.01818v2)."""
+    """Keep important tokens by score, then diverse ones by removing duplicates.
+
+    arXiv 2412.01818v2.
+    """
 
     important_ratio: float = 0.5
     step: int = 8
@@ -199,7 +205,7 @@ class VisPruner(Method):
 
 @dataclass(frozen=True)
 class FasterVLM(Method):
-    """The tokens of the highest CLS score (arXiv 2412.01818v1)."""
+    """Keep the tokens of the highest scores (arXiv 2412.01818v1)."""
 
     scores: Needs = "cls"
 
@@ -223,11 +229,11 @@ class FasterVLM(Method):
 
 @dataclass(frozen=True)
 class FoPru(Method):
-    """Tokens ("rank") or whole rows of the patch grid ("row") by attention received
-    (arXiv 2411.14164; the aggregation is our reading).
+    """Keep tokens ("rank") or whole rows of the patch grid ("row") by the attention they receive.
 
-    `width` is the tokens of a grid row, by default the side of a square grid. With "row" a count
-    must be a multiple of it; a fraction is rounded to whole rows, but never to none.
+    arXiv 2411.14164; how attention is averaged is our reading of it. `width` is the number of
+    tokens in a grid row, by default the side of a square grid. With "row" a count must be a
+    multiple of it; a fraction is rounded to whole rows, and to 1 row instead of 0.
     """
 
     strategy: str = "rank"
@@ -250,7 +256,7 @@ class FoPru(Method):
         return self if self.width or self.strategy == "rank" else replace(self, width=width)
 
     def grid_width(self, n: int) -> int:
-        """Tokens of a row of the grid of `n` tokens."""
+        """Tokens in a row of the grid of `n` tokens."""
         width = math.isqrt(n) if self.width is None else self.width
         if n % width or (self.width is None and width * width != n):
             raise ValueError(
@@ -260,7 +266,7 @@ class FoPru(Method):
         return width
 
     def retained_tokens(self, n: int) -> int:
-        """As `Method.retained_tokens`, in whole rows for the row strategy."""
+        """As `Method.retained_tokens`; whole rows with the row strategy."""
         if self.strategy == "rank":
             return super().retained_tokens(n)
         width = self.grid_width(n)
@@ -283,7 +289,7 @@ class FoPru(Method):
 
 @dataclass(frozen=True)
 class Random(Method):
-    """A control: tokens drawn by a seed, the same for every image, so no batch changes them."""
+    """A control: keep tokens drawn by a seed, the same ones of every image in any batch."""
 
     seed: int = 0
 
@@ -292,7 +298,7 @@ class Random(Method):
         self._set_int("seed", 0)
 
     def select(self, features: Tensor, scores: Tensor | None = None) -> Tensor:
-        """`seed` and N alone decide; features and scores are not read."""
+        """The same indices for the same `seed` and N; features and scores are not read."""
         batch, n = features.shape[:2]
         generator = torch.Generator("cpu").manual_seed(self.seed)
         order = torch.randperm(n, generator=generator, device="cpu")
@@ -309,7 +315,7 @@ METHODS: dict[str, type[Method]] = {
 
 
 def by_name(method: str, **options: Any) -> Method:
-    """The method of that name, with its fields as options: by_name("vispruner", keep=64)."""
+    """Make a method by its name and its fields: by_name("vispruner", keep=64)."""
     if not isinstance(method, str) or method not in METHODS:
         raise ValueError(f"method is {shown(method)}, expected one of {', '.join(METHODS)}")
     names = [field.name for field in fields(METHODS[method])]

@@ -1,8 +1,9 @@
 """The public operators: a docstring and one call into ``torch.ops.vispruner``.
 
 Axis letters: B images, N patch tokens of an image, C channels, T tokens kept, S sequence length of
-the vision encoder (prefix and patches), H heads, D head dimension. The exact rules are in
-docs/contract.md; sections are cited as "contract 2".
+the vision encoder (prefix and patches), H heads, D head dimension. docs/contract.md has the exact
+rules; "Contract 2." cites its section 2. `IMPLEMENTATIONS` in _backends.py leads from an operator
+to its kernels.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from vispruner_kernels._schemas import ARGUMENTS, check_types
 
 _ops = torch.ops.vispruner
 
-# Whether PyTorch's compiler can trace the checks of types; 2.8 cannot, 2.13 can. Where it cannot, a
-# compiled call gets PyTorch's words for a wrong type, or none for one that PyTorch converts.
+# Whether PyTorch's compiler can trace the checks of types: 2.8 cannot, 2.13 can. If it cannot, a
+# compiled call raises PyTorch's own error for a wrong type, or none if PyTorch converts it.
 TRACES_CHECKS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -30,7 +31,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "Optional[float]": (float, type(None)),
     "Optional[Tensor]": (Tensor, type(None)),
 }
-# The types of the arguments of nearly every call, which need no look at each of them.
+# The argument types of nearly every call. One lookup accepts them without a check of each argument.
 _USUAL = frozenset(
     types
     for arguments in ARGUMENTS.values()
@@ -46,8 +47,7 @@ def _call(operator: Any, *args: Any) -> Any:
     try:
         return operator(*args)
     except (RuntimeError, ValueError):
-        # PyTorch's words for an argument that it does not convert, an int of 65 bits for example,
-        # or Python's for one too long to be printed there.
+        # PyTorch refused an argument, for example an int of 65 bits; raise our error instead.
         check_types(operator._opname, args)
         raise
 
@@ -60,17 +60,19 @@ def select(
     step: int = 8,
     matching: str = "bipartite",
 ) -> Tensor:
-    """Token selection of VisPruner: the most important tokens, and the rest without duplicates.
+    """Select tokens as VisPruner does: the most important ones, then the rest without duplicates.
 
     Args:
         features: [B, N, C] float32, float16 or bfloat16; 1 <= N <= 16384, 1 <= C <= 65536; last
-            stride 1, other strides free (``hidden[:, 1:]`` is read in place).
+            stride 1, any other strides (``hidden[:, 1:]`` is read in place).
         scores: [B, N], any of these dtypes, any strides; higher is more important.
         keep: T, tokens kept per image, 1 <= keep <= N.
-        important_ratio: share of ``keep`` taken by score, in [0, 1]; ``int(keep * ratio)`` tokens.
-            1 is FasterVLM and does not read ``features``; 0 is duplicate removal alone.
+        important_ratio: share of ``keep`` that is taken by score, in [0, 1]:
+            ``int(keep * important_ratio)`` tokens. 1 is FasterVLM and does not read ``features``;
+            0 is duplicate removal alone.
         step: tokens dropped per pass, >= 1; "bipartite" only.
-        matching: "bipartite" (as published) or "pairwise" (changes less under rounding noise).
+        matching: "bipartite" (as published) or "pairwise" (ours; the selection changes less under
+            rounding noise).
 
     Returns:
         int64 [B, T], contiguous, each row ascending.
@@ -81,17 +83,17 @@ def select(
 
     Contract:
         Bit-identical on every backend, device, batch size and thread count. Equal scores: smaller
-        index first; NaN last; -0.0 == 0.0. Similarity is an exact fixed-point cosine; a token that
-        is not finite or smaller than 1e-30 is similar to nothing. No synchronisation, safe in a
-        CUDA graph, no gradient. Contract 2.
+        index first; NaN last; -0.0 == 0.0. Similarity is an exact fixed-point cosine. A token has
+        similarity 0 to all others if one of its values is not finite or all are below 1e-30 in
+        magnitude. No synchronisation, safe in a CUDA graph, no gradient. Contract 2.
 
     Cost:
-        Reads the features once and makes about N*N*C/2 integer multiply-adds per image. Scratch per
-        image in flight: 4*N*N + 2*N*C bytes in C++, some 20*N*N + 16*N*C on the reference. On a
-        CUDA device one launch, which reads the features some N / 16 times, all but once from its
-        cache; scratch 4*N*N + 288*N bytes per image of the batch, so 1 GiB at N=16384. There one
-        block walks an image's passes: some (N - keep) / step dependent ones with "bipartite", a few
-        dozen rounds with "pairwise".
+        One read of the features and about N*N*C/2 integer multiply-adds per image. Scratch per
+        image in flight: 4*N*N + 2*N*C bytes in C++, about 20*N*N + 16*N*C in the reference. On a
+        CUDA device: one launch, which reads the features about N / 16 times, once from memory and
+        then from its cache; scratch of 4*N*N + 288*N bytes per image of the batch, so 1 GiB at
+        N=16384. One block runs all passes of an image, one after another: about
+        (N - keep) / step passes with "bipartite", a few dozen rounds with "pairwise".
 
     Source:
         VisPruner, arXiv 2412.01818v2, section 3; Theia-4869/VisPruner at aefa01a,
@@ -116,7 +118,7 @@ def prune(
     step: int = 8,
     matching: str = "bipartite",
 ) -> tuple[Tensor, Tensor]:
-    """`select`, and the kept rows of ``features``.
+    """Select as `select` does, and return the kept rows of ``features`` too.
 
     Args:
         features: [B, N, C] as in `select`.
@@ -135,13 +137,13 @@ def prune(
         ValueError: a wrong shape, stride, range or device.
 
     Contract:
-        ``indices`` are those of `select`; ``kept`` are the same bits as the rows they name. This
-        function is differentiable with respect to ``features`` (index, then gather);
-        ``torch.ops.vispruner.prune`` itself is not and says so in backward. Otherwise as `select`.
+        ``indices`` are those of `select`; ``kept`` has the bits of the rows at these indices. This
+        function is differentiable with respect to ``features`` (index, then gather).
+        ``torch.ops.vispruner.prune`` is not, and its backward raises. Otherwise as `select`.
         Contract 3.
 
     Cost:
-        `select`, and one read and write of B*T*C elements.
+        That of `select`, and one read and write of B*T*C elements.
 
     Source:
         As `select`.
@@ -163,7 +165,7 @@ def prune(
             _ops.select.default, features, scores, keep, important_ratio, step, matching
         )
         return features.gather(1, indices[:, :, None].expand(-1, -1, features.shape[2])), indices
-    # Scores never carry a gradient, so they must not make `kept` ask for one.
+    # Detached, or scores that require a gradient would make `kept` require one.
     return _call(
         _ops.prune.default, features, scores.detach(), keep, important_ratio, step, matching
     )
@@ -180,14 +182,14 @@ def select_varlen(
     step: int = 8,
     matching: str = "bipartite",
 ) -> Tensor:
-    """`select` for packed images of different sizes, in FlashAttention's varlen convention.
+    """Select as `select` does from packed images, in FlashAttention's varlen convention.
 
     Args:
         features: [total, C] float32, float16 or bfloat16, last stride 1.
         scores: [total], any of these dtypes, any stride.
         cu_seqlens: int32 [B + 1] on the device of ``features``: image i is the tokens
             ``cu_seqlens[i]:cu_seqlens[i + 1]``. Tokens past the last offset belong to no image.
-        cu_keep: int32 [B + 1], the same for the output: image i keeps
+        cu_keep: int32 [B + 1], offsets of the output: image i keeps
             ``cu_keep[i + 1] - cu_keep[i]`` tokens, from 0 to its length.
         max_seqlen: at least the longest image, <= 16384.
         total_keep: at least ``cu_keep[-1]``, <= total; the length of the output.
@@ -196,7 +198,7 @@ def select_varlen(
         matching: as in `select`.
 
     Returns:
-        int64 [total_keep]: positions in the packed sequence, ascending; surplus elements past
+        int64 [total_keep]: positions in the packed sequence, ascending; elements past
         ``cu_keep[-1]`` are 0.
 
     Raises:
@@ -205,18 +207,18 @@ def select_varlen(
             at 0, fall or contradict ``max_seqlen``, ``total_keep`` or the lengths.
 
     Contract:
-        Image for image the bits of `select`. Kernels on a GPU copy nothing to the host and clamp
+        The bits of `select` for every image. Kernels on a GPU copy nothing to the host and clamp
         contradictory offsets; the reference copies the offsets to the host. No gradient.
         Contract 3.
 
     Cost:
-        The sum of `select` over the images. On a CUDA device one launch that is made for B images
-        of max_seqlen tokens, so a loose ``max_seqlen`` costs: B * max_seqlen**2 / 8192 programs, of
-        which the superfluous end at once, and scratch of 4*total*max_seqlen + 288*total +
-        B * max_seqlen / 8 bytes.
+        The sum of `select` over the images. On a CUDA device one launch, sized for B images of
+        max_seqlen tokens: B * max_seqlen**2 / 8192 programs and scratch of 4*total*max_seqlen +
+        288*total + B * max_seqlen / 8 bytes. A ``max_seqlen`` above the longest image therefore
+        costs time and memory, though programs beyond an image's length exit immediately.
 
     Source:
-        As `select`; the packing of flash-attn's ``flash_attn_varlen_func``.
+        As `select`; the packing is that of flash-attn's ``flash_attn_varlen_func``.
 
     Example:
         >>> import torch, vispruner_kernels as vk
@@ -243,7 +245,7 @@ def select_varlen(
 
 
 def select_topk(scores: Tensor, keep: int) -> Tensor:
-    """The ``keep`` tokens of highest score (FasterVLM; the rank strategy of FoPru).
+    """Select the ``keep`` tokens of highest score (FasterVLM; the rank strategy of FoPru).
 
     Args:
         scores: [B, N] float32, float16 or bfloat16, any strides, 1 <= N <= 16384.
@@ -257,12 +259,13 @@ def select_topk(scores: Tensor, keep: int) -> Tensor:
         ValueError: a wrong shape, range or device.
 
     Contract:
-        Ties, NaN and -0.0 as in `select`, so equal to ``select(..., important_ratio=1)``, unlike
-        ``torch.topk``, which leaves ties open. No synchronisation, no gradient. Contract 3.
+        Ties, NaN and -0.0 as in `select`, so the result equals ``select(..., important_ratio=1)``.
+        ``torch.topk`` does not specify ties. No synchronisation, no gradient. Contract 3.
 
     Cost:
         One partial sort of N 64-bit keys per image; 8*N bytes of scratch. On a CUDA device one
-        launch without scratch: 32 counts of the keys in registers find the last one kept.
+        launch without scratch: it keeps the keys in registers and counts them 32 times to find the
+        last one kept.
 
     Source:
         FasterVLM, arXiv 2412.01818v1; FoPru, arXiv 2411.14164.
@@ -276,7 +279,7 @@ def select_topk(scores: Tensor, keep: int) -> Tensor:
 
 
 def select_rows(scores: Tensor, width: int, rows: int) -> Tensor:
-    """Whole rows of the patch grid with the highest summed score (the row strategy of FoPru).
+    """Select whole rows of the patch grid by their summed scores (the row strategy of FoPru).
 
     Args:
         scores: [B, N] float32, float16 or bfloat16, any strides, 1 <= N <= 16384; the grid in
@@ -292,8 +295,8 @@ def select_rows(scores: Tensor, width: int, rows: int) -> Tensor:
         ValueError: a wrong shape, range or device.
 
     Contract:
-        A row's score is its tokens' scores added left to right in float32; equal rows: the upper
-        one first; NaN last. No synchronisation, no gradient. Contract 3.
+        A row's score is the sum of its tokens' scores, left to right in float32. Equal rows: upper
+        row first; NaN last. No synchronisation, no gradient. Contract 3.
 
     Cost:
         One read of ``scores``.
@@ -312,11 +315,11 @@ def select_rows(scores: Tensor, width: int, rows: int) -> Tensor:
 def cls_attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, num_prefix: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """Full attention, and beside its output the [CLS] row averaged over heads.
+    """Compute full attention, and the weights of its [CLS] row averaged over heads.
 
     Args:
         q: [B, S, H, D] float32, float16 or bfloat16, 1 <= D <= 256, last stride 1 (slices of a
-            packed qkv are read in place).
+            packed qkv are read in place); query row 0 is the CLS row.
         k: as ``q``, same shape and dtype.
         v: as ``q``, same shape and dtype.
         scale: factor of the logits, finite; ``D ** -0.5`` by default.
@@ -331,16 +334,15 @@ def cls_attention(
         ValueError: a wrong shape, stride, range or device.
 
     Contract:
-        Query row 0 is the CLS row; softmax over all S keys, prefix columns dropped without
-        renormalising, mean over heads. ``scores`` have the same bits from run to run and for any
-        batch size. Where the products of a logit cancel, the error grows with
-        ``scale * sum(|q * k|)``, as that of any float32 logit. Asking for a gradient of ``out``
-        raises; ``scores`` carry none. Contract 4.
+        ``scores``: softmax over all S keys, prefix columns dropped without renormalising, mean over
+        heads; the same bits from run to run and for any batch size. If the products of a logit
+        cancel, the error grows with ``scale * sum(|q * k|)``, as for every float32 logit. A
+        backward through ``out`` raises; ``scores`` carry no gradient. Contract 4.
 
     Cost:
-        The attention by PyTorch's ``scaled_dot_product_attention``, and one more read of K. On a
-        CUDA device one launch of a FlashAttention forward, with programs for the CLS row among its
-        own; scratch some 4*B*H*S bytes.
+        PyTorch's ``scaled_dot_product_attention`` and one more read of K. On a CUDA device one
+        launch: a FlashAttention forward with additional programs for the CLS row; scratch of about
+        4*B*H*S bytes.
 
     Source:
         VisPruner, arXiv 2412.01818v2, section 3.2.
@@ -357,7 +359,7 @@ def cls_attention(
 
 
 def cls_scores(q: Tensor, k: Tensor, scale: float | None = None, num_prefix: int = 1) -> Tensor:
-    """The [CLS] row of an attention averaged over heads, beside any attention kernel.
+    """Compute the [CLS] row of an attention, averaged over heads, beside any attention kernel.
 
     Args:
         q: [B, S, H, D] float32, float16 or bfloat16, 1 <= D <= 256, last stride 1; only row 0 is
@@ -378,7 +380,7 @@ def cls_scores(q: Tensor, k: Tensor, scale: float | None = None, num_prefix: int
         gradient. Contract 4.
 
     Cost:
-        One read of K. On a CUDA device one launch, scratch some 4*B*H*S bytes.
+        One read of K. On a CUDA device one launch and scratch of about 4*B*H*S bytes.
 
     Source:
         VisPruner, arXiv 2412.01818v2, section 3.2; FasterVLM, arXiv 2412.01818v1.
@@ -400,16 +402,16 @@ def received_scores(
     num_prefix: int = 0,
     lse: Tensor | None = None,
 ) -> Tensor:
-    """Attention received by each token, averaged over heads and all query rows.
+    """Compute the attention that each token receives, averaged over heads and all query rows.
 
     Args:
         q: [B, S, H, D] float32, float16 or bfloat16, 1 <= D <= 256, last stride 1.
         k: as ``q``, same shape and dtype.
         scale: factor of the logits, finite; ``D ** -0.5`` by default.
         num_prefix: leading tokens whose columns are dropped, 0 <= num_prefix < S; their query rows
-            count.
-        lse: float32 [B, H, S], the natural log-sum-exp of each row's scaled logits as flash-attn's
-            ``softmax_lse``; computed where it is not given.
+            stay in the mean.
+        lse: float32 [B, H, S], the natural log-sum-exp of each row's scaled logits, as flash-attn's
+            ``softmax_lse``; computed if it is None.
 
     Returns:
         float32 [B, S - num_prefix], contiguous.
@@ -419,16 +421,16 @@ def received_scores(
         ValueError: a wrong shape, stride, range or device.
 
     Contract:
-        Same bits from run to run and for any batch size; no S x S matrix is stored. Where the
-        products of a logit cancel, the error grows with ``scale * sum(|q * k|)``, as that of any
-        float32 logit. No synchronisation, no gradient. Contract 4.
+        Same bits from run to run and for any batch size; no S x S matrix is stored. If the products
+        of a logit cancel, the error grows with ``scale * sum(|q * k|)``, as for every float32
+        logit. No synchronisation, no gradient. Contract 4.
 
     Cost:
-        The Q @ K half of the attention, twice without ``lse``. With ``lse`` the C++ core on a CPU
-        adds the logits of a head in float64 if their products cancel, which takes some 3 times as
-        long. On a CUDA device one launch and scratch some 8*B*H*S bytes with ``lse``, two and
-        16*B*H*S without; 8*B*H*S more for every further 2048 rows (1024 or 512 in float32 and with
-        D > 128).
+        The Q @ K half of the attention with ``lse``, twice that without. With ``lse`` the C++ core
+        on a CPU adds the logits of a head in float64 if their products cancel, which takes about 3
+        times as long. On a CUDA device: with ``lse`` one launch and scratch of about 8*B*H*S bytes,
+        without it two launches and 16*B*H*S bytes; 8*B*H*S bytes more for every further 2048 rows
+        (1024 or 512 in float32 and with D > 128).
 
     Source:
         FoPru, arXiv 2411.14164; the mean over query rows is our reading of its "significance".
@@ -451,7 +453,7 @@ def received_scores_varlen(
     scale: float | None = None,
     lse: Tensor | None = None,
 ) -> Tensor:
-    """`received_scores` for packed images, attention within each image only.
+    """Compute `received_scores` of packed images; attention stays within each image.
 
     Args:
         q: [total, H, D] float32, float16 or bfloat16, 1 <= D <= 256, last stride 1.
@@ -471,13 +473,13 @@ def received_scores_varlen(
             at 0, fall, or contradict ``max_seqlen`` or the length of ``q``.
 
     Contract:
-        Image for image the bits of `received_scores` with ``num_prefix=0``. Contract 4.
+        The bits of `received_scores` with ``num_prefix=0`` for every image. Contract 4.
 
     Cost:
         The sum of `received_scores` over the images.
 
     Source:
-        As `received_scores`; windowed attention as in Qwen2.5-VL's vision tower.
+        As `received_scores`; Qwen2.5-VL's vision tower has such windowed attention.
 
     Example:
         >>> import torch, vispruner_kernels as vk

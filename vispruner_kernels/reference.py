@@ -1,8 +1,8 @@
-"""The reference: every operator in plain PyTorch, as docs/contract.md words it.
+"""The reference: every operator in plain PyTorch, step by step as in docs/contract.md.
 
-Runs on any device and owns an operator wherever no kernel does. One image at a time, so that the
-batch cannot change a bit and scratch stays at one image's. The arguments have been checked.
-Only the varlen operators synchronise on a GPU: they copy their offsets to the host.
+It runs on any device and owns an operator on devices without kernels. It computes one image at a
+time, so that the batch changes no bit and scratch stays small. `_backends` has checked the
+arguments. Only the varlen operators synchronise on a GPU: they copy their offsets to the host.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch import Tensor
 
 from vispruner_kernels._checks import check_offsets
 
-# A token whose largest magnitude is below this, or that is not finite, is similar to nothing.
+# A token has similarity 0 to all others if its largest magnitude is below this or not finite.
 MIN_MAGNITUDE = 1e-30
 # 127 * 128: the largest fixed-point value whose two 7-bit halves fit int8.
 FIXED_POINT_MAX = 16256.0
-# Query rows per block of attention, so that no S x S matrix exists.
+# Query rows per block of attention, so that no S x S matrix is stored.
 BLOCK_ROWS = 64
-# With fewer, PyTorch's fused kernel for the CPU gives zeros for a query row of NaN.
+# With fewer tokens PyTorch's fused CPU kernel returns zeros for a query row of NaN.
 MIN_FUSED_TOKENS = 16
 
 
@@ -40,7 +40,7 @@ def fixed_point(features: Tensor) -> Tensor:
     x = features.float()
     magnitude = x.abs().amax(-1, keepdim=True)
     usable = torch.isfinite(magnitude) & (magnitude >= MIN_MAGNITUDE)
-    # Tensor by tensor: `scalar / tensor` is a reciprocal and a product in PyTorch.
+    # Divide tensor by tensor: PyTorch computes `scalar / tensor` as a reciprocal and a product.
     scale = torch.full_like(magnitude, FIXED_POINT_MAX) / torch.where(usable, magnitude, 1.0)
     return torch.where(usable, torch.trunc(x * scale), 0.0).long()
 
@@ -48,17 +48,17 @@ def fixed_point(features: Tensor) -> Tensor:
 def similarity(features: Tensor) -> Tensor:
     """Fixed-point cosine similarity [N, N] float32 of features [N, C], exact to the bit."""
     q = fixed_point(features).double()
-    # Integers below 2**53: the product is exact in any order of summation.
+    # All sums are integers below 2**53, so the product is exact in any order of summation.
     gram = q @ q.T
     g = gram.diagonal().float()
-    # float32 torch.sqrt is not correctly rounded on a CPU; through float64 it is.
+    # torch.sqrt of float32 is not correctly rounded on a CPU; through float64 it is.
     root = g.double().sqrt().float()
     r = torch.where(g > 0, torch.ones_like(g) / torch.where(g > 0, root, 1.0), 0.0)
     return gram.float() * (r[:, None] * r[None, :])
 
 
 def bipartite(sim: Tensor, residual: Tensor, keep: int, step: int) -> Tensor:
-    """Drops up to `step` tokens of the even positions per pass until `keep` of `residual` live."""
+    """Drop up to `step` tokens at even positions per pass until `keep` of `residual` remain."""
     while len(residual) > keep:
         a, b = residual[0::2], residual[1::2]
         r = min(step, len(residual) - keep, len(a))
@@ -69,33 +69,33 @@ def bipartite(sim: Tensor, residual: Tensor, keep: int, step: int) -> Tensor:
 
 
 def pairwise(sim: Tensor, residual: Tensor, keep: int) -> Tensor:
-    """Drops the less important token of the most similar living pair until `keep` tokens live.
+    """Drop the less important token of the most similar remaining pair until `keep` remain.
 
-    In rounds: pairs that are the best of both their tokens are resolved at once.
+    In rounds: every round resolves all pairs that are the best pair of both their tokens.
     """
-    tokens, place = torch.sort(residual)  # place: position in order, of tokens by index
+    tokens, rank = torch.sort(residual)  # rank: a token's position in the order by score
     n = len(tokens)
     own = torch.arange(n, device=sim.device)
     sim = sim[tokens][:, tokens].clone()
     sim.fill_diagonal_(-torch.inf)
-    alive = torch.ones(n, dtype=torch.bool, device=sim.device)
+    remains = torch.ones(n, dtype=torch.bool, device=sim.device)
     # The pair that removed a token: similarity, smaller index, larger index.
     pair_sim = torch.full_like(sim[0], -torch.inf)
     pair_low, pair_high = own.clone(), own.clone()
-    # Every round removes a token at least. Leaving early needs a look at the data, which is free
-    # on a CPU and a synchronisation elsewhere.
+    # Every round removes at least one token. Leaving early reads the data: no cost on a CPU, a
+    # synchronisation elsewhere.
     for _ in range(n - 1):
-        if sim.device.type == "cpu" and alive.sum() == 1:
+        if sim.device.type == "cpu" and remains.sum() == 1:
             break
-        living = torch.where(alive[:, None] & alive[None, :], sim, -torch.inf)
-        # argmax gives the first maximum: for one token, ascending partners are ascending pairs.
-        best_sim, best = living.amax(-1), living.argmax(-1)
+        remaining_sim = torch.where(remains[:, None] & remains[None, :], sim, -torch.inf)
+        # argmax gives the first maximum. The pairs of one token are in the order of its partners.
+        best_sim, best = remaining_sim.amax(-1), remaining_sim.argmax(-1)
         mutual = (best[best] == own) & (best_sim > -torch.inf)
-        victim = mutual & (place > place[best])
-        pair_sim = torch.where(victim, best_sim, pair_sim)
-        pair_low = torch.where(victim, torch.minimum(own, best), pair_low)
-        pair_high = torch.where(victim, torch.maximum(own, best), pair_high)
-        alive = alive & ~victim
+        removed = mutual & (rank > rank[best])
+        pair_sim = torch.where(removed, best_sim, pair_sim)
+        pair_low = torch.where(removed, torch.minimum(own, best), pair_low)
+        pair_high = torch.where(removed, torch.maximum(own, best), pair_high)
+        remains = remains & ~removed
     removals = torch.sort(pair_high, stable=True).indices
     removals = removals[torch.sort(pair_low[removals], stable=True).indices]
     removals = removals[torch.sort(pair_sim[removals], descending=True, stable=True).indices]
@@ -186,7 +186,7 @@ def select_topk(scores: Tensor, keep: int) -> Tensor:
 def select_rows(scores: Tensor, width: int, rows: int) -> Tensor:
     grid = scores.float().unflatten(1, (-1, width))
     total = grid[:, :, 0]
-    for column in range(1, width):  # left to right, which `sum` is not
+    for column in range(1, width):  # left to right; `sum` adds in another order
         total = total + grid[:, :, column]
     columns = torch.arange(width, device=scores.device)
     kept = select_topk(total, rows)
@@ -214,7 +214,7 @@ def cls_attention(
 
 def _float32_is_reduced() -> bool:
     """Whether PyTorch may multiply float32 matrices on a CPU in bfloat16 or TF32."""
-    # The older setting cannot be read where the newer one differs from it.
+    # PyTorch refuses to read the older setting if the newer one differs from it.
     matmul = getattr(torch.backends.mkldnn, "matmul", None)
     setting = matmul.fp32_precision if matmul else torch.get_float32_matmul_precision()
     return setting not in ("none", "ieee", "highest")
@@ -225,13 +225,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
     if q.numel() == 0:
         return q.new_empty(q.shape)
     if q.shape[-1] == 1:
-        # With D = 1 the last stride is free, and PyTorch's fused kernels want 1.
+        # With D = 1 the last stride may be anything, but PyTorch's fused kernels need 1.
         q, k, v = (x.flatten().view(x.shape) for x in (q, k, v))
     q_t, k_t, v_t = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, S, D]
-    # An operator computes in the dtype of its arguments, whatever autocast says of its parts.
+    # An operator computes in the dtype of its arguments, also under autocast.
     with torch.autocast(q.device.type, enabled=False):
         if q.shape[1] < MIN_FUSED_TOKENS:
-            # Contiguous, for a product may round otherwise with other strides.
+            # Contiguous, because a product may round differently with other strides.
             q_t, k_t, v_t = (x.double().contiguous() for x in (q_t, k_t, v_t))
             weights = (q_t @ k_t.mT * _scale(q, scale)).softmax(-1)
             out = (weights @ v_t).to(q.dtype)
@@ -241,12 +241,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
             out = torch.nn.functional.scaled_dot_product_attention(
                 q_t, k_t, v_t, scale=_scale(q, scale)
             ).to(q.dtype)
-    # Flat in between: dimensions of size 1 get the strides of a contiguous tensor too.
+    # Through a flat tensor, so that dimensions of size 1 get the strides of a contiguous tensor.
     return out.transpose(1, 2).flatten().view(q.shape)
 
 
 def _received(q: Tensor, k: Tensor, scale: float | None, lse: Tensor | None) -> Tensor:
-    """Attention received by each key of one image: q, k [S, H, D], lse [H, S] -> [S] float64."""
+    """Attention that each key of one image receives: q, k [S, H, D], lse [H, S] -> [S] float64."""
     q, k = q.double().movedim(1, 0), k.double().movedim(1, 0)  # [H, S, D]
     total = torch.zeros(k.shape[1], dtype=torch.float64, device=k.device)
     for start in range(0, q.shape[1], BLOCK_ROWS):

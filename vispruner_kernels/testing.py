@@ -1,6 +1,6 @@
 """Sample inputs, bounds and comparisons, shared by tests, benchmarks and VISPRUNER_KERNELS_CHECK=1.
 
-Everything is drawn on the CPU from a seed, so a case is the same on every machine.
+All inputs are drawn on the CPU from a seed, so a case is the same on every machine.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FEATURE_KINDS = ("normal", "clustered", "duplicates", "constant", "outliers", "broken")
 SCORE_KINDS = ("softmax", "uniform", "ties", "constant", "broken")
 
-# Largest error of an attention output relative to the largest |v|, whatever computed it.
+# Largest error of an attention output relative to the largest |v|, on every backend.
 OUT_TOLERANCE = {torch.float32: 4e-6, torch.float16: 2**-9, torch.bfloat16: 2**-6}
 
 
@@ -25,9 +25,9 @@ def sample_features(
 ) -> Tensor:
     """float32 [batch, tokens, channels].
 
-    "clustered" is like an encoder's output (a few scenes and noise), "outliers" has channels that
-    dwarf the others, "constant" has the largest sums of products, "broken" has zero rows, NaN, inf
-    and magnitudes at the ends of the range.
+    "clustered" resembles an encoder's output (a few centres and noise), "outliers" has channels
+    with far larger values than the others, "constant" has the largest sums of products, "broken"
+    has zero rows, NaN, inf and magnitudes at both ends of the range.
     """
 
     def normal(*shape: int) -> Tensor:
@@ -61,7 +61,7 @@ def sample_features(
 
 
 def sample_scores(kind: str, batch: int, tokens: int, generator: torch.Generator) -> Tensor:
-    """float32 [batch, tokens]; "softmax" is like a CLS row, "broken" has NaN, inf and -0.0."""
+    """float32 [batch, tokens]; "softmax" resembles a CLS row, "broken" has NaN, inf and -0.0."""
     if kind == "softmax":
         return (2.0 * torch.randn(batch, tokens, generator=generator)).softmax(-1)
     if kind == "constant":
@@ -99,7 +99,7 @@ class Case(NamedTuple):
 
 
 def random_case(seed: int, max_tokens: int = 64, matching: str | None = None) -> Case:
-    """One of an endless row of cases: kinds, dtypes, layouts, odd sizes, every part of the rule."""
+    """A random call of `select`: kinds, dtypes, layouts, odd sizes and every setting vary."""
     rng = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
     batch = rng.choice([0, 1, 1, 2, 3])
@@ -163,7 +163,8 @@ def random_packed_case(seed: int, max_tokens: int = 70, max_images: int = 6) -> 
 def sample_qkv(
     batch: int, sequence: int, heads: int, head_dim: int, dtype: torch.dtype, seed: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v [batch, sequence, heads, head_dim]: slices of a packed qkv, a CLS row with a peak."""
+    """q, k, v [batch, sequence, heads, head_dim]: slices of a packed qkv; the CLS query is doubled,
+    so that its softmax has a peak."""
     generator = torch.Generator().manual_seed(seed)
     qkv = torch.randn(batch, sequence, 3, heads, head_dim, generator=generator)
     qkv[:, 0, 0] *= 2.0
@@ -172,7 +173,7 @@ def sample_qkv(
 
 
 def sample_offsets(lengths: list[int]) -> Tensor:
-    """int32 offsets of sequences of these lengths."""
+    """int32 offsets of packed sequences of these lengths."""
     return torch.tensor([0, *lengths]).cumsum(0).int()
 
 
@@ -186,14 +187,14 @@ def max_logit(q: Tensor, k: Tensor, scale: float | None) -> float:
 
 
 def scores_bound(q: Tensor, k: Tensor, scale: float | None) -> float:
-    """How far scores may be from exact ones (docs/contract.md, section 4), if the products of a
-    logit do not cancel."""
+    """Largest error of scores if the products of a logit do not cancel (docs/contract.md,
+    section 4)."""
     return max(1e-6, 2**-22 * max_logit(q, k, scale))
 
 
 def rounding_bound(q: Tensor, k: Tensor, scale: float | None) -> float:
-    """`r` of docs/contract.md, section 4: how far rounding may change an attention weight, as a
-    share of it; infinity where a weight may overflow float32."""
+    """`r` of docs/contract.md, section 4: the largest relative change of an attention weight by
+    rounding; infinity if a weight may overflow float32."""
     logit_error = (q.shape[-1] + 8) * 2**-24 * max_logit(q.abs(), k.abs(), scale)
     return math.expm1(2 * logit_error) if logit_error < 44 else math.inf
 
@@ -201,9 +202,8 @@ def rounding_bound(q: Tensor, k: Tensor, scale: float | None) -> float:
 def assert_scores_match(
     got: Tensor, exact: Tensor, q: Tensor, k: Tensor, scale: float | None
 ) -> None:
-    """Scores within the bound of docs/contract.md, section 4, that does not depend on eager
-    PyTorch."""
-    # Scores are at most 1, unless lse is not that of q and k.
+    """Assert the bound of docs/contract.md, section 4, that does not depend on eager PyTorch."""
+    # Scores exceed 1 only if lse is not that of q and k.
     largest = float(exact.nan_to_num(0.0).abs().max()) if exact.numel() else 0.0
     rounding = exact.double().abs() * rounding_bound(q, k, scale)
     # 0 * infinity is NaN.
@@ -218,7 +218,7 @@ def _require(condition: bool, message: str) -> None:
 
 
 def assert_same_bits(got: Tensor, expected: Tensor) -> None:
-    """Equal values, NaN included, shape, dtype, device and strides."""
+    """Assert equal bits, NaN included, and equal shape, dtype, device and strides."""
     _require(got.dtype == expected.dtype, f"dtype {got.dtype}, expected {expected.dtype}")
     _require(got.shape == expected.shape, f"shape {got.shape}, expected {expected.shape}")
     _require(got.device == expected.device, f"device {got.device}, expected {expected.device}")
@@ -231,7 +231,10 @@ def assert_same_bits(got: Tensor, expected: Tensor) -> None:
 
 
 def assert_close(got: Tensor, expected: Tensor, bound: float | Tensor) -> None:
-    """Every element within `bound`, one for all or one each, and NaN only where it is expected."""
+    """Assert that every element is within its bound, and NaN exactly where `expected` is.
+
+    `bound` is one number or one per element.
+    """
     _require(got.shape == expected.shape, f"shape {got.shape}, expected {expected.shape}")
     _require(torch.equal(got.isnan(), expected.isnan()), "NaN in other places")
     error = (got.double() - expected.double()).abs().nan_to_num(0.0).flatten()
@@ -248,8 +251,8 @@ def assert_close(got: Tensor, expected: Tensor, bound: float | Tensor) -> None:
 def assert_matches(
     op: str, got: Any, expected: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    """One answer of an operator against the reference's: selections to the bit, scores and outputs
-    within their bounds."""
+    """Assert that an operator's answer matches the reference's: selections to the bit, scores and
+    outputs within their bounds."""
     if op in ("select", "select_varlen", "select_topk", "select_rows"):
         assert_same_bits(got, expected)
     elif op == "prune":
