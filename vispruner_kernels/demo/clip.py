@@ -39,7 +39,7 @@ def _load(name: str) -> tuple[Any, dict[str, Any]]:
     load: Any = CLIPVisionModel.from_pretrained
     config = AutoConfig.from_pretrained(name)
     if config.model_type not in ("clip", "clip_vision_model"):
-        raise InputError(f"--model {name} is of the type {config.model_type!r}, want a CLIP tower")
+        raise InputError(f"--model {name} is of the type {config.model_type!r}, not a CLIP tower")
     config = getattr(config, "vision_config", config)
     if config.num_hidden_layers < 2:
         raise InputError(f"--model {name} has one layer, want at least two")

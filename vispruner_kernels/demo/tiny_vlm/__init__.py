@@ -1,4 +1,4 @@
-"""The built-in model: a small VLM that benchmarks/tiny_vlm trains. README.md is its model card."""
+"""The bundled model: a small VLM that benchmarks/tiny_vlm trains. README.md is its model card."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def load() -> LlavaForConditionalGeneration:
         FOLDER, dtype=torch.float32, output_loading_info=True
     )
     model, report = loaded
-    # transformers fills what it does not find with random numbers.
+    # transformers fills missing weights with random numbers.
     if missing := set(report["missing_keys"]) - {"lm_head.weight"}:
         raise RuntimeError(f"{FOLDER / 'model.safetensors'} has no {', '.join(sorted(missing))}")
     return model.eval()
@@ -35,14 +35,14 @@ def load() -> LlavaForConditionalGeneration:
 
 @cache
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A token for each word."""
+    """The tokenizer of the model, with a token for each word."""
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast.from_pretrained(FOLDER)
 
 
 def inputs(image: Tensor, question: str) -> dict[str, Tensor]:
-    """What the model takes: of a picture `[3, 192, 192]`, 0 to 1, and a question of its words.
+    """Inputs of the model for a picture `[3, 192, 192]`, 0 to 1, and a question in its words.
 
     Raises:
         ValueError: the question is empty, or has a word that the model does not know.
@@ -69,7 +69,7 @@ def inputs(image: Tensor, question: str) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def answer(given: dict[str, Tensor], method: Method | None = None) -> str:
-    """What the model says when it sees all visual tokens, or those that a method keeps."""
+    """The answer of the model from all visual tokens, or from those that a method keeps."""
     from vispruner_kernels.integrations.transformers import prune_inputs
 
     model: Any = load()
