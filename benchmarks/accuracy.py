@@ -101,7 +101,7 @@ Hits = dict[tuple[str, int], tuple[int, Tensor]]
 
 
 def evaluate(model: Any, pictures: int) -> Hits:
-    """Asks all questions of the first test pictures."""
+    """Ask all questions about the first test pictures."""
     parts: dict[tuple[str, int], tuple[int, list[Tensor]]] = {}
 
     def add(system: str, budget: int, tokens: int, *runs: Tensor) -> None:
@@ -166,9 +166,9 @@ def stability(model: Any, pictures: int) -> harness.Rows:
 
     def run(batch: answers.Batch, method: Method | None) -> tuple[Tensor, Tensor]:
         kept = None if method is None else answers.select(method, batch)
-        seen = torch.zeros(batch.features.shape[:2])
-        seen = seen + 1 if kept is None else seen.scatter(1, kept, 1.0)
-        return seen, answers.answers(model, batch, kept)
+        mask = torch.zeros(batch.features.shape[:2])
+        mask = mask + 1 if kept is None else mask.scatter(1, kept, 1.0)
+        return mask, answers.answers(model, batch, kept)
 
     try:
         for start in harness.progress(range(0, pictures, BATCH)):
@@ -180,10 +180,11 @@ def stability(model: Any, pictures: int) -> harness.Rows:
                 model.model.vision_tower = other
                 batch = answers.encode(model, scenes)
                 for name, method in methods.items():
-                    seen, said = run(batch, method)
-                    tokens = ((expected[name][0] - seen).clamp_min(0).sum(1) / seen.sum(1)).double()
-                    words = (expected[name][1] != said).any(-1).double().mean(1)
-                    changed.setdefault((variant, name), []).append((tokens, words))
+                    mask, words = run(batch, method)
+                    lost = (expected[name][0] - mask).clamp_min(0)
+                    other_tokens = (lost.sum(1) / mask.sum(1)).double()
+                    other_answers = (expected[name][1] != words).any(-1).double().mean(1)
+                    changed.setdefault((variant, name), []).append((other_tokens, other_answers))
     finally:
         model.model.vision_tower = tower
     return [
@@ -192,7 +193,7 @@ def stability(model: Any, pictures: int) -> harness.Rows:
             "system": name,
             "tokens": STABLE_BUDGET if methods[name] else None,
             "other tokens": Figure.of(torch.cat([tokens for tokens, _ in parts])),
-            "other answers": Figure.of(torch.cat([words for _, words in parts])),
+            "other answers": Figure.of(torch.cat([other for _, other in parts])),
         }
         for (variant, name), parts in changed.items()
     ]

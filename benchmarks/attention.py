@@ -37,7 +37,8 @@ BACKENDS = {
     "cpu": ("FLASH_ATTENTION", "MATH"),
     "cuda": ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH"),
 }
-# The bound of scores whose logits and weights are stored in the dtype of q, in OUT_TOLERANCE.
+# The bound of scores whose logits and weights are stored in the dtype of q, in units of
+# OUT_TOLERANCE.
 ROUNDED = 4.0
 
 
@@ -138,7 +139,7 @@ def case(
     for name, result in results.items():
         seconds = result.seconds(main)
         rate = harness.share(work, seconds)
-        yardstick = results["SDPA flash"].seconds(main)
+        flash_seconds = results["SDPA flash"].seconds(main)
         rows.append(
             {
                 "shape": shape.name,
@@ -151,7 +152,7 @@ def case(
                 **harness.times(result, device),
                 "TFLOP/s": rate,
                 "of limit": harness.share(rate, options.limits[f"{dtype} TFLOP/s"]),
-                "/ flash": harness.share(seconds, yardstick),
+                "/ flash": harness.share(seconds, flash_seconds),
                 "published / this": harness.ratio(results["published"], result, main),
                 "compiled / this": harness.ratio(results.get("published, compiled"), result, main),
             }

@@ -36,7 +36,7 @@ HOST_SECONDS = 0.5e-3
 HOST_CALLS = 20
 # Optional packages whose versions are in the header.
 PEERS = ("triton", "flash-attn", "flash-colsum", "flash-colreduce")
-# The measured limits: the side of the matrices, how many of them a copy moves, the samples.
+# For the limits: the side of the matrices, the number of them in a copy, the number of samples.
 SIDE = {"cpu": 1024, "cuda": 8192}
 COPIED = {"cpu": 32, "cuda": 4}
 ROUNDS = 11

@@ -114,7 +114,7 @@ def rows_of(
     device, main = options.device, harness.MAIN[options.device]
     read = harness.share(k.numel() * k.element_size() / 1e9, options.limits["copy GB/s"])
     whole = results.get(("attention", "SDPA flash"))
-    yardstick = whole.seconds(main) if whole else None
+    flash_seconds = whole.seconds(main) if whole else None
     rows = []
     for (op, by), result in results.items():
         reading = result.seconds("wall" if device == "cpu" else "cold")
@@ -128,7 +128,7 @@ def rows_of(
                 "by": by,
                 **harness.times(result, device, cold=True),
                 "of K read": harness.share(read, reading),
-                "/ flash": harness.share(result.seconds(main), yardstick),
+                "/ flash": harness.share(result.seconds(main), flash_seconds),
                 "eager / this": harness.ratio(results.get((op, "eager")), result, main),
                 "compiled / this": harness.ratio(results.get((op, "compiled")), result, main),
             }

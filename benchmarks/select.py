@@ -45,7 +45,7 @@ from vispruner_kernels.testing import (
 
 RATIO = 0.5
 MATCHINGS = ("bipartite", "pairwise")
-# Each product of 15-bit fixed-point numbers takes so many int8 products.
+# int8 products for one product of 15-bit fixed-point numbers.
 INT8_PRODUCTS = 4
 # Shares of padding of the crops that select_varlen packs, repeated for more crops.
 PADDING = (0.0, 0.25, 0.5, 0.125, 0.0)

@@ -69,7 +69,7 @@ PHOTOGRAPHS = {
         ),
     },
 }
-# This many of scikit-learn's digits, the first, are for training; the others are for tests.
+# The number of scikit-learn's digits for training, the first ones. The others are for tests.
 TRAIN_DIGITS = 1297
 
 

@@ -168,7 +168,7 @@ def test_the_tokenizer_has_the_words_of_the_task():
 def test_packed_answers_equal_those_of_generate(model, batch, method):
     kept = None if method is None else answers.select(method, batch)
     right = answers.right(model, batch, kept)
-    said = answers.answers(model, batch, kept)
+    decoded = answers.answers(model, batch, kept)
     wrong = 0
     for i in range(2):
         scene = scenes.scene("test", i)
@@ -176,7 +176,7 @@ def test_packed_answers_equal_those_of_generate(model, batch, method):
         for j, question in enumerate(scene.questions):
             answer = tiny_vlm.answer(tiny_vlm.inputs(image, question.text), method)
             assert (answer == question.answer) == right[i, j]
-            words = [tiny.WORDS[word] for word in said[i, j].tolist() if word >= 0]
+            words = [tiny.WORDS[word] for word in decoded[i, j].tolist() if word >= 0]
             shown = " ".join(word for word in words if word != tiny.END)
             length = len(question.answer.split())
             assert shown.split()[:length] == answer.split()[:length]
@@ -188,12 +188,12 @@ def test_questions_do_not_see_one_another(model, batch):
     order = torch.tensor([7, 2, 5, 0, 1, 6, 4, 3])
     ids, labels = (x.unflatten(-1, (8, -1))[:, order].flatten(1) for x in (batch.ids, batch.labels))
     shuffled = batch._replace(ids=ids, labels=labels)
-    want = answers.right(model, batch, None)[:, order]
-    assert torch.equal(answers.right(model, shuffled, None), want)
+    expected = answers.right(model, batch, None)[:, order]
+    assert torch.equal(answers.right(model, shuffled, None), expected)
 
 
 def test_fastv_with_all_tokens_equals_the_unpruned_model(model, batch):
-    want = answers.right(model, batch, None)
+    expected = answers.right(model, batch, None)
     found = answers.fastv(model, batch, [576, 2])
-    assert torch.equal(found[576], want)
-    assert found[2].sum() < want.sum()
+    assert torch.equal(found[576], expected)
+    assert found[2].sum() < expected.sum()
