@@ -1,13 +1,19 @@
 // vispruner_kernels._C: the operators of csrc/cpu and csrc/cuda over plain pointers. The only file
-// that knows of Python; vispruner_kernels/_native makes the pointers from tensors and has checked
+// that includes Python. vispruner_kernels/_native takes the pointers from tensors and has checked
 // the arguments.
+//
+// All arguments are keywords. A struct is a dict with exactly the names of its fields: a missing or
+// unknown name is a TypeError. (A pybind11 class for each struct costs 4 us more per call.)
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "cpu/operators.h"
@@ -21,47 +27,175 @@ namespace py = pybind11;
 namespace vispruner {
 namespace {
 
+template <class Struct, class Member>
+struct Field {
+  const char* name;
+  Member Struct::* member;
+};
+
+template <class Struct, class Member>
+constexpr Field<Struct, Member> field(const char* name, Member Struct::* member) {
+  return {name, member};
+}
+
+// The name of a struct and its fields.
+template <class Struct>
+struct Layout {};
+
+template <>
+struct Layout<Tokens> {
+  static constexpr const char* kName = "Tokens";
+  static constexpr auto kFields = std::make_tuple(
+      field("data", &Tokens::data), field("dtype", &Tokens::dtype),
+      field("image_stride", &Tokens::image_stride), field("token_stride", &Tokens::token_stride));
+};
+
+template <>
+struct Layout<Heads> {
+  static constexpr const char* kName = "Heads";
+  static constexpr auto kFields = std::make_tuple(
+      field("data", &Heads::data), field("image_stride", &Heads::image_stride),
+      field("token_stride", &Heads::token_stride), field("head_stride", &Heads::head_stride));
+};
+
+template <>
+struct Layout<LogSumExp> {
+  static constexpr const char* kName = "LogSumExp";
+  static constexpr auto kFields = std::make_tuple(field("data", &LogSumExp::data),
+                                                  field("image_stride", &LogSumExp::image_stride),
+                                                  field("head_stride", &LogSumExp::head_stride),
+                                                  field("token_stride", &LogSumExp::token_stride));
+};
+
+template <>
+struct Layout<SelectRule> {
+  static constexpr const char* kName = "SelectRule";
+  static constexpr auto kFields = std::make_tuple(
+      field("important_ratio", &SelectRule::important_ratio), field("step", &SelectRule::step),
+      field("matching", &SelectRule::matching), field("block_threads", &SelectRule::block_threads),
+      field("eager_rounds", &SelectRule::eager_rounds),
+      field("compact_to", &SelectRule::compact_to));
+};
+
+template <>
+struct Layout<AttentionShape> {
+  static constexpr const char* kName = "AttentionShape";
+  static constexpr auto kFields = std::make_tuple(
+      field("dtype", &AttentionShape::dtype), field("images", &AttentionShape::images),
+      field("sequence", &AttentionShape::sequence), field("heads", &AttentionShape::heads),
+      field("head_dim", &AttentionShape::head_dim), field("scale", &AttentionShape::scale),
+      field("num_prefix", &AttentionShape::num_prefix));
+};
+
+#if defined(VISPRUNER_KERNELS_WITH_CUDA)
+template <>
+struct Layout<Offsets> {
+  static constexpr const char* kName = "Offsets";
+  static constexpr auto kFields =
+      std::make_tuple(field("data", &Offsets::data), field("stride", &Offsets::stride));
+};
+
+template <>
+struct Layout<CudaSelect> {
+  static constexpr const char* kName = "CudaSelect";
+  static constexpr auto kFields = std::make_tuple(
+      field("features", &CudaSelect::features), field("scores", &CudaSelect::scores),
+      field("cu_seqlens", &CudaSelect::cu_seqlens), field("cu_keep", &CudaSelect::cu_keep),
+      field("images", &CudaSelect::images), field("tokens", &CudaSelect::tokens),
+      field("channels", &CudaSelect::channels), field("total", &CudaSelect::total),
+      field("keep", &CudaSelect::keep), field("important", &CudaSelect::important),
+      field("total_keep", &CudaSelect::total_keep),
+      field("important_ratio", &CudaSelect::important_ratio), field("step", &CudaSelect::step),
+      field("matching", &CudaSelect::matching), field("eager_rounds", &CudaSelect::eager_rounds),
+      field("indices", &CudaSelect::indices), field("kept", &CudaSelect::kept),
+      field("scratch", &CudaSelect::scratch));
+};
+#endif
+
+template <class T, class = void>
+struct HasLayout : std::false_type {};
+template <class T>
+struct HasLayout<T, std::void_t<decltype(Layout<T>::kFields)>> : std::true_type {};
+
+// The type that Python passes for a member: an address for a pointer, a number for an enum.
+template <class T, class = void>
+struct Passed {
+  using Type = T;
+};
+template <class T>
+struct Passed<T*> {
+  using Type = uintptr_t;
+};
+template <class T>
+struct Passed<T, std::enable_if_t<std::is_enum_v<T>>> {
+  using Type = std::underlying_type_t<T>;
+};
+
+template <class T>
+T from_passed(typename Passed<T>::Type value) {
+  if constexpr (std::is_pointer_v<T>) {
+    return reinterpret_cast<T>(value);
+  } else {
+    return static_cast<T>(value);
+  }
+}
+
+template <class Struct>
+[[noreturn]] void wrong_fields() {
+  std::string message = std::string(Layout<Struct>::kName) + " is a dict of";
+  std::apply([&](const auto&... each) { ((message += std::string(" ") + each.name), ...); },
+             Layout<Struct>::kFields);
+  throw py::type_error(message);
+}
+
+template <class Struct, class Member>
+void read_field(PyObject* dict, PyObject* key, const Field<Struct, Member>& field, Struct& out) {
+  PyObject* const found = PyDict_GetItemWithError(dict, key);
+  if (!found) wrong_fields<Struct>();
+  py::detail::make_caster<typename Passed<Member>::Type> caster;
+  if (!caster.load(found, true)) {
+    throw py::type_error(std::string(Layout<Struct>::kName) + ": " + field.name +
+                         " has a wrong type");
+  }
+  out.*field.member =
+      from_passed<Member>(py::detail::cast_op<typename Passed<Member>::Type>(std::move(caster)));
+}
+
+template <class Struct, size_t... kIndex>
+void read_fields(PyObject* dict, Struct& out, std::index_sequence<kIndex...>) {
+  static const std::array<PyObject*, sizeof...(kIndex)> keys = {
+      PyUnicode_InternFromString(std::get<kIndex>(Layout<Struct>::kFields).name)...};
+  if (PyDict_Size(dict) != sizeof...(kIndex)) wrong_fields<Struct>();
+  (read_field(dict, keys[kIndex], std::get<kIndex>(Layout<Struct>::kFields), out), ...);
+}
+
+}  // namespace
+}  // namespace vispruner
+
+namespace pybind11::detail {
+
+template <class Struct>
+struct type_caster<Struct, std::enable_if_t<vispruner::HasLayout<Struct>::value>> {
+  PYBIND11_TYPE_CASTER(Struct, const_name("dict"));
+
+  bool load(handle source, bool) {
+    if (!PyDict_Check(source.ptr())) return false;
+    constexpr auto kFields = std::tuple_size_v<decltype(vispruner::Layout<Struct>::kFields)>;
+    vispruner::read_fields(source.ptr(), value, std::make_index_sequence<kFields>());
+    return true;
+  }
+};
+
+}  // namespace pybind11::detail
+
+namespace vispruner {
+namespace {
+
 using Address = uintptr_t;
-// (address, dtype, stride of an image, stride of a token)
-using TokenStrides = std::tuple<Address, int, int64_t, int64_t>;
-// (address, stride)
-using OffsetStride = std::tuple<Address, int64_t>;
-// (address, stride of an image, of a token, of a head)
-using HeadStrides = std::tuple<Address, int64_t, int64_t, int64_t>;
-// (important_ratio, step, matching, block_threads, eager_rounds, compact_to)
-using Rule = std::tuple<double, int64_t, int, int, int, int>;
-// (dtype, images, sequence, heads, head_dim, scale, num_prefix)
-using Shape = std::tuple<int, int64_t, int64_t, int64_t, int64_t, double, int64_t>;
 
 template <class T>
 T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
-}
-
-Tokens tokens(const TokenStrides& x) {
-  const auto& [address, dtype, batch, token] = x;
-  return {pointer<const char>(address), static_cast<DType>(dtype), batch, token};
-}
-
-Heads heads(const HeadStrides& x) {
-  const auto& [address, batch, token, head] = x;
-  return {pointer<const char>(address), batch, token, head};
-}
-
-LogSumExp log_sum_exp(const HeadStrides& x) {
-  const auto& [address, batch, token, head] = x;
-  return {pointer<const float>(address), batch, head, token};
-}
-
-SelectRule select_rule(const Rule& rule) {
-  const auto& [ratio, step, matching, block_threads, eager_rounds, compact_to] = rule;
-  return {ratio, step, static_cast<Matching>(matching), block_threads, eager_rounds, compact_to};
-}
-
-AttentionShape attention_shape(const Shape& shape) {
-  const auto& [dtype, images, sequence, heads, head_dim, scale, num_prefix] = shape;
-  return {static_cast<DType>(dtype), images,    sequence, heads, head_dim,
-          static_cast<float>(scale), num_prefix};
 }
 
 std::vector<std::string> simd_names() {
@@ -72,104 +206,88 @@ std::vector<std::string> simd_names() {
   return names;
 }
 
-#if defined(VISPRUNER_KERNELS_WITH_CUDA)
-// (important_ratio, step, matching, eager_rounds)
-using CudaRule = std::tuple<double, int32_t, int, int32_t>;
-
-Offsets offsets(const OffsetStride& x) {
-  const auto& [address, stride] = x;
-  return {pointer<const int32_t>(address), stride};
+// Defines a function of which every argument is a keyword, called without the GIL.
+//
+// Operators share no memory except atomics (the instruction set in use, a call counter) and
+// constants with a thread-safe initialisation. Threads and scratch belong to one call.
+template <class F, class... Names>
+void define(py::module_& m, const char* name, F f, Names... names) {
+  m.def(name, f, py::call_guard<py::gil_scoped_release>(), py::kw_only(), py::arg(names)...);
 }
-#endif
 
 }  // namespace
 
-// Without the GIL: operators share no memory but what is atomic (the instruction set in use, a call
-// counter) or constant after a thread-safe initialisation; their threads and scratch are their own.
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
-  using ReleaseGil = py::call_guard<py::gil_scoped_release>;
-
   m.def("simd_sets", &simd_names, "The instruction sets this processor has, best first.");
   m.def("simd", [] { return std::string(simd().name); }, "The instruction set in use.");
   m.def("use_simd", [](const std::string& name) {
     if (!use_simd(name.c_str())) throw std::invalid_argument("no instruction set " + name);
   });
 
-  m.def(
-      "select",
-      [](const TokenStrides& features, const TokenStrides& scores, int64_t images, int64_t n,
-         int64_t channels, int64_t keep, const Rule& rule, int threads, Address indices,
+  define(
+      m, "select",
+      [](const Tokens& features, const Tokens& scores, int64_t images, int64_t tokens,
+         int64_t channels, int64_t keep, const SelectRule& rule, int threads, Address indices,
          Address kept) {
-        select(tokens(features), tokens(scores), images, n, channels, keep, select_rule(rule),
-               threads, pointer<int64_t>(indices), pointer<char>(kept));
+        select(features, scores, images, tokens, channels, keep, rule, threads,
+               pointer<int64_t>(indices), pointer<char>(kept));
       },
-      ReleaseGil());
-  m.def(
-      "select_varlen",
-      [](const TokenStrides& features, const TokenStrides& scores, Address cu_seqlens,
-         Address cu_keep, int64_t images, int64_t channels, const Rule& rule, int threads,
-         Address indices) {
-        select_varlen(tokens(features), tokens(scores), pointer<const int32_t>(cu_seqlens),
-                      pointer<const int32_t>(cu_keep), images, channels, select_rule(rule), threads,
+      "features", "scores", "images", "tokens", "channels", "keep", "rule", "threads", "indices",
+      "kept");
+  define(
+      m, "select_varlen",
+      [](const Tokens& features, const Tokens& scores, Address cu_seqlens, Address cu_keep,
+         int64_t images, int64_t channels, const SelectRule& rule, int threads, Address indices) {
+        select_varlen(features, scores, pointer<const int32_t>(cu_seqlens),
+                      pointer<const int32_t>(cu_keep), images, channels, rule, threads,
                       pointer<int64_t>(indices));
       },
-      ReleaseGil());
-  m.def(
-      "select_topk",
-      [](const TokenStrides& scores, int64_t images, int64_t n, int64_t keep, int threads,
+      "features", "scores", "cu_seqlens", "cu_keep", "images", "channels", "rule", "threads",
+      "indices");
+  define(
+      m, "select_topk",
+      [](const Tokens& scores, int64_t images, int64_t tokens, int64_t keep, int threads,
          Address indices) {
-        select_topk(tokens(scores), images, n, keep, threads, pointer<int64_t>(indices));
+        select_topk(scores, images, tokens, keep, threads, pointer<int64_t>(indices));
       },
-      ReleaseGil());
-  m.def(
-      "select_rows",
-      [](const TokenStrides& scores, int64_t images, int64_t n, int64_t width, int64_t rows,
+      "scores", "images", "tokens", "keep", "threads", "indices");
+  define(
+      m, "select_rows",
+      [](const Tokens& scores, int64_t images, int64_t tokens, int64_t width, int64_t rows,
          int threads, Address indices) {
-        select_rows(tokens(scores), images, n, width, rows, threads, pointer<int64_t>(indices));
+        select_rows(scores, images, tokens, width, rows, threads, pointer<int64_t>(indices));
       },
-      ReleaseGil());
-  m.def(
-      "cls_scores",
-      [](const HeadStrides& q, const HeadStrides& k, const Shape& shape, int threads,
-         Address scores) {
-        cls_scores(heads(q), heads(k), attention_shape(shape), threads, pointer<float>(scores));
+      "scores", "images", "tokens", "width", "rows", "threads", "indices");
+  define(
+      m, "cls_scores",
+      [](const Heads& q, const Heads& k, const AttentionShape& shape, int threads, Address scores) {
+        cls_scores(q, k, shape, threads, pointer<float>(scores));
       },
-      ReleaseGil());
-  m.def(
-      "received_scores",
-      [](const HeadStrides& q, const HeadStrides& k, const HeadStrides& lse, const Shape& shape,
-         int threads, Address scores) {
-        received_scores(heads(q), heads(k), log_sum_exp(lse), attention_shape(shape), threads,
-                        pointer<float>(scores));
+      "q", "k", "shape", "threads", "scores");
+  define(
+      m, "received_scores",
+      [](const Heads& q, const Heads& k, const LogSumExp& lse, const AttentionShape& shape,
+         int threads,
+         Address scores) { received_scores(q, k, lse, shape, threads, pointer<float>(scores)); },
+      "q", "k", "lse", "shape", "threads", "scores");
+  define(
+      m, "received_scores_varlen",
+      [](const Heads& q, const Heads& k, const LogSumExp& lse, Address cu_seqlens, int64_t total,
+         const AttentionShape& shape, int threads, Address scores) {
+        received_scores_varlen(q, k, lse, pointer<const int32_t>(cu_seqlens), total, shape, threads,
+                               pointer<float>(scores));
       },
-      ReleaseGil());
-  m.def(
-      "received_scores_varlen",
-      [](const HeadStrides& q, const HeadStrides& k, const HeadStrides& lse, Address cu_seqlens,
-         int64_t total, const Shape& shape, int threads, Address scores) {
-        received_scores_varlen(heads(q), heads(k), log_sum_exp(lse),
-                               pointer<const int32_t>(cu_seqlens), total, attention_shape(shape),
-                               threads, pointer<float>(scores));
-      },
-      ReleaseGil());
+      "q", "k", "lse", "cu_seqlens", "total", "shape", "threads", "scores");
 
 #if defined(VISPRUNER_KERNELS_WITH_CUDA)
   m.attr("cuda_architectures") = VISPRUNER_KERNELS_CUDA_ARCHITECTURES;
-  m.def("cuda_select_scratch", &cuda_select_scratch);
-  m.def(
-      "cuda_select",
-      [](const TokenStrides& features, const TokenStrides& scores, const OffsetStride& cu_seqlens,
-         const OffsetStride& cu_keep, int64_t images, int32_t n, int32_t channels, int64_t total,
-         int32_t keep, int32_t important, const CudaRule& rule, Address indices, Address kept,
-         Address scratch, int device, Address stream) {
-        const auto& [ratio, step, matching, eager_rounds] = rule;
-        cuda_select(
-            {tokens(features), tokens(scores), offsets(cu_seqlens), offsets(cu_keep), images, n,
-             channels, total, keep, important, ratio, step, static_cast<Matching>(matching),
-             eager_rounds, pointer<int64_t>(indices), pointer<char>(kept), pointer<char>(scratch)},
-            device, pointer<void>(stream));
+  define(m, "cuda_select_scratch", &cuda_select_scratch, "images", "tokens", "total", "removes");
+  define(
+      m, "cuda_select",
+      [](const CudaSelect& call, int device, Address stream) {
+        cuda_select(call, device, pointer<void>(stream));
       },
-      ReleaseGil());
+      "call", "device", "stream");
 #endif
 }
 

@@ -15,13 +15,16 @@ namespace vispruner {
 enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 enum class Matching : int { kBipartite = 0, kPairwise = 1 };
 
-// Features [B, N, C] with last stride 1 or scores [B, N]; packed [total, C] or [total] with `batch`
-// unused. Strides in elements.
+// Bytes of an element.
+VISPRUNER_HD int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+// Features [B, N, C] with last stride 1, or scores [B, N]; packed: [total, C] or [total], and
+// `image_stride` is unused. Strides in elements.
 struct Tokens {
   const char* data;
   DType dtype;
-  int64_t batch;
-  int64_t token;
+  int64_t image_stride;
+  int64_t token_stride;
 };
 
 // A token whose largest magnitude is below this, or that is not finite, has only zeros.

@@ -1,47 +1,54 @@
-// Duplicate removal over the similarities of one image, as bulk-synchronous phases.
+// The two rules of duplicate removal, over the similarities of one image, as bulk-synchronous
+// phases.
 //
-// The caller's Block says what a thread block is; everything is integer, so every Block gives the
-// same bits: a loop on a CPU (cpu/block.h), threads on a GPU (cuda/block.cuh). No f reads what
-// another f of its phase writes.
+// The template parameter Block is a thread block: a loop on a CPU (cpu/block.h), threads on a GPU
+// (cuda/block.cuh). All values are integers, so every Block gives the same bits. In one phase no
+// call of f reads what another call of f writes. Every function of a Block ends with a barrier,
+// except row functions, which a GPU runs in one warp:
 //
-// each(n, f):              f(0) .. f(n - 1) in any order or at once, then a barrier
-// each_row(n, where, f, use): use(i, f(i)) for each i with where(i); f calls a row function: a warp
-//                          on a GPU. No where reads what a use writes, except for its own i
-// each_list(n, where, token, lists, mask, use): use(i, best) for each i with where(i): the first of
-//                          lists.of(token(i)) whose mask is kLives, or kNobody
-// each_ranked(values, n, f): f(i, how many values are larger than values[i], or equal and before
-//                          it), as each; no value is kDead
-// gather(sim, ld, tokens, n, out, width): out[p][q] = sim[tokens[p]][tokens[q]], p, q < n; as each
-// next_living(mask, n, next): next[i] is the first living index >= i, or n; next[n + 1]; as each
-// max(n, f), count(n, f):  reductions over f(0) .. f(n - 1), the same in every thread; as each
-// row_max(row, mask, n):   row function: max over j of min(row[j], mask[j])
+// each(n, f):              f(0) .. f(n - 1), in any order or concurrently
+// each_row(n, where, f, use): use(i, f(i)) for each i with where(i); f calls a row function.
+//                          where(i) reads nothing that use(j) writes, j != i
+// each_list(n, where, token, lists, mask, use): use(i, best) for each i with where(i): the first
+//                          entry of lists.of(token(i)) that the mask allows, or kNoNeighbour
+// each_ranked(values, n, f): f(i, rank of values[i]): the number of larger values, and of equal
+// ones
+//                          before it; no value is kNoSimilarity
+// gather(sim, ld, tokens, n, out, width): out[p][q] = sim[tokens[p]][tokens[q]], p, q < n
+// next_allowed(mask, n, next): next[i] is the first allowed index >= i, or n; next[n + 1]
+// max(n, f), count(n, f):  reductions over f(0) .. f(n - 1); every thread gets the result
+// row_max(row, mask, n):   row function: the largest allowed value, max over j of
+//                          min(row[j], mask[j])
 // row_argmax(...):         row function: that maximum and the first j that attains it
-// nearest(..., list, length): row function: the `length` largest of them, descending, equal ones by
-//                          index; an entry for which there is none keeps its index
-// kListsAreGiven:          constant: whether lists are made before the passes, or nearest is there
+// nearest(..., list, length): row function: the `length` largest allowed values in descending
+//                          order, ties by index; entries without a value keep their index
+// kListsAreGiven:          constant: true if lists are made before the passes, false if bipartite
+//                          makes them with `nearest`
 //
 // Tokens have indices 0 .. n - 1 in ascending order of their index in the image. `sim` is [n, ld]
-// of ordered similarity keys, symmetric, kDead on the diagonal; n <= ld.
+// of ordered similarity keys, symmetric, kNoSimilarity on the diagonal; n <= ld.
 #pragma once
 
 #include "contract.h"
 
 namespace vispruner {
 
-// Entries of a mask: a minimum with them leaves a similarity as it is or takes it out.
-constexpr int32_t kLives = INT32_MAX;
-constexpr int32_t kDead = INT32_MIN;
+// The key of no pair: below every similarity's.
+constexpr int32_t kNoSimilarity = INT32_MIN;
+// Entries of a mask. The minimum with kAllowed is the similarity, with kExcluded kNoSimilarity.
+constexpr int32_t kAllowed = INT32_MAX;
+constexpr int32_t kExcluded = kNoSimilarity;
 constexpr int64_t kNoPair = INT64_MIN;
 
 struct alignas(8) Best {
   int32_t value;
   int32_t index;
 };
-constexpr Best kNobody = {kDead, -1};
+constexpr Best kNoNeighbour = {kNoSimilarity, -1};
 
-// Nearest neighbours of each token, [n, length]: nobody else is nearer than the last one, or as
-// near with a smaller index. What a list leaves open is looked up in `sim`. Null: there are none.
-// Where the Block has given none, bipartite makes them, anew whenever half of the tokens are gone.
+// The nearest neighbours of each token, [n, length], nearest first; ties by the smaller index. If
+// the mask excludes a whole list, the answer is in `sim`. Null: there are no lists. If the Block
+// has no given lists, bipartite makes them, and again whenever half of the tokens have gone.
 struct Lists {
   Best* data;
   int32_t length;
@@ -49,191 +56,238 @@ struct Lists {
   VISPRUNER_HD Best* of(int32_t token) const { return data + int64_t{token} * length; }
 };
 
-// Memory for the similarities of `most` tokens, a multiple of 16, and for their names. As soon as
-// no more tokens are left, they move there, where rows are short.
+// Memory for a smaller similarity matrix: `sim` [capacity, capacity], and for each of its tokens
+// the index before the copy, `original` [capacity]. `capacity` is a multiple of 16. As soon as no
+// more tokens are left, bipartite copies their similarities there, because short rows are read
+// faster.
 struct Compact {
-  int32_t most;
+  int32_t capacity;
   int32_t* sim;
-  int32_t* names;
+  int32_t* original;
 };
 
-struct Everyone {
+// The memory of bipartite.
+struct BipartiteArrays {
+  // [n] At first all tokens by score, the best first; then those that are left, in their order.
+  int32_t* residual;
+  // [n] The order of the next pass.
+  int32_t* next;
+  // [(n + 1) / 2] The largest similarity of each token of a to a token of b.
+  int32_t* nearest;
+  // [ld] Allows the tokens of b.
+  int32_t* mask;
+};
+
+// The memory of pairwise.
+struct PairwiseArrays {
+  // [n] The position of each token in the order by score. Input.
+  const int32_t* score_rank;
+  // [ld] Input: allows the tokens from which `drop` are removed. Output: allows all of the n tokens
+  // except the removed ones.
+  int32_t* mask;
+  // [n] The nearest token of each token.
+  int32_t* partner;
+  // [n + 1] See next_allowed.
+  int32_t* next;
+  // [n] The key of a token and its partner. It stays when the token is removed.
+  int64_t* pair;
+};
+
+struct All {
   VISPRUNER_HD bool operator()(int32_t) const { return true; }
 };
 
-// The published rule. residual[n] holds tokens by score; returns those that are kept, in the same
-// memory or in `next`. Scratch: next[n], values[(n + 1) / 2], mask[ld].
+// The published rule. Each pass splits the residual tokens into a, the even positions, and b, the
+// odd ones, and removes up to `step` tokens of a: those most similar to a token of b. Returns the
+// kept tokens, which are in arrays.residual or arrays.next.
 template <class Block>
 VISPRUNER_HD int32_t* bipartite(Block& block, const int32_t* sim, int64_t ld, int32_t n,
-                                int32_t keep, int32_t step, int32_t* residual, int32_t* next,
-                                int32_t* values, int32_t* mask, Lists lists, Compact compact) {
-  // The mask shows b, the odd positions.
-  const auto place = [=](int32_t token, int32_t position) {
-    mask[token] = position % 2 ? kLives : kDead;
-  };
-  block.each(static_cast<int32_t>(ld), [=](int32_t j) { mask[j] = kDead; });
-  block.each(n, [=](int32_t p) { place(residual[p], p); });
-  int32_t listed = INT32_MAX;
+                                int32_t keep, int32_t step, BipartiteArrays arrays, Lists lists,
+                                Compact compact) {
+  int32_t* residual = arrays.residual;
+  int32_t* next = arrays.next;
+  int32_t* const nearest = arrays.nearest;
+  int32_t* const mask = arrays.mask;
+  // The matrix that the passes read: `sim`, later its compact copy.
+  const int32_t* matrix = sim;
+  int64_t stride = ld;
+  int32_t left = n;
+  int32_t left_when_listed = INT32_MAX;
   bool compacted = false;
-  while (n > keep) {
-    if (!compacted && n <= compact.most) {
-      const int64_t width = (n + 15) / 16 * 16;
-      block.gather(sim, ld, residual, n, compact.sim, width);
+  const auto set_mask = [=](int32_t token, int32_t position) {
+    mask[token] = position % 2 ? kAllowed : kExcluded;
+  };
+  block.each(static_cast<int32_t>(ld), [=](int32_t j) { mask[j] = kExcluded; });
+  block.each(left, [=](int32_t p) { set_mask(residual[p], p); });
+  while (left > keep) {
+    if (!compacted && left <= compact.capacity) {
+      const int64_t width = (left + 15) / 16 * 16;
+      block.gather(matrix, stride, residual, left, compact.sim, width);
       block.each(static_cast<int32_t>(width), [=](int32_t p) {
-        mask[p] = p < n && p % 2 ? kLives : kDead;
-        if (p >= n) return;
-        compact.names[p] = residual[p];
+        mask[p] = p < left && p % 2 ? kAllowed : kExcluded;
+        if (p >= left) return;
+        compact.original[p] = residual[p];
         residual[p] = p;
       });
-      sim = compact.sim;
-      ld = width;
+      matrix = compact.sim;
+      stride = width;
       lists.data = nullptr;
       compacted = true;
     }
     if constexpr (!Block::kListsAreGiven) {
-      if (lists.data && n <= listed / 2) {
-        block.each(n, [=](int32_t p) { mask[residual[p]] = kLives; });
-        const auto list = [=, &block](int32_t p) {
+      if (lists.data && left <= left_when_listed / 2) {
+        block.each(left, [=](int32_t p) { mask[residual[p]] = kAllowed; });
+        const auto make_list = [=, &block](int32_t p) {
           const int32_t token = residual[p];
-          // The token itself is even whenever its list is read, so never a neighbour.
-          for (int32_t k = 0; k < lists.length; ++k) lists.of(token)[k] = {kDead, token};
-          block.nearest(sim + token * ld, mask, ld, lists.of(token), lists.length);
+          // An empty entry names the token itself, which is in a whenever its list is read: the
+          // mask excludes it.
+          for (int32_t k = 0; k < lists.length; ++k) lists.of(token)[k] = {kNoSimilarity, token};
+          block.nearest(matrix + token * stride, mask, stride, lists.of(token), lists.length);
           return 0;
         };
-        block.each_row(n, Everyone{}, list, [](int32_t, int32_t) {});
-        block.each(n, [=](int32_t p) { place(residual[p], p); });
-        listed = n;
+        block.each_row(left, All{}, make_list, [](int32_t, int32_t) {});
+        block.each(left, [=](int32_t p) { set_mask(residual[p], p); });
+        left_when_listed = left;
       }
     }
-    const int32_t size_a = (n + 1) / 2;
-    int32_t drop = step < n - keep ? step : n - keep;
+    const int32_t size_a = (left + 1) / 2;
+    int32_t drop = step < left - keep ? step : left - keep;
     if (drop > size_a) drop = size_a;
-    // Phase 1: the nearest of b to each of a, the even positions.
-    const bool look = lists.data != nullptr;
-    const auto use = [=](int32_t i, int32_t value) { values[i] = value; };
-    if (look) {
+    // Phase 1: the largest similarity of each token of a to a token of b: from its list, else from
+    // the whole row.
+    const bool has_lists = lists.data != nullptr;
+    if (has_lists) {
       block.each_list(
-          size_a, Everyone{}, [=](int32_t i) { return residual[2 * i]; }, lists, mask,
-          [=](int32_t i, Best best) { values[i] = best.value; });
+          size_a, All{}, [=](int32_t i) { return residual[2 * i]; }, lists, mask,
+          [=](int32_t i, Best best) { nearest[i] = best.value; });
     }
-    const auto missed = [=](int32_t i) { return !look || values[i] == kDead; };
-    const auto nearest = [=, &block](int32_t i) {
-      return block.row_max(sim + residual[2 * i] * ld, mask, ld);
-    };
-    block.each_row(size_a, missed, nearest, use);
-    // Phase 2: a in sorted order less its first `drop`, then b as it was.
-    block.each_ranked(values, size_a, [=](int32_t i, int32_t rank) {
+    block.each_row(
+        size_a, [=](int32_t i) { return !has_lists || nearest[i] == kNoSimilarity; },
+        [=, &block](int32_t i) {
+          return block.row_max(matrix + residual[2 * i] * stride, mask, stride);
+        },
+        [=](int32_t i, int32_t value) { nearest[i] = value; });
+    // Phase 2: a by descending similarity without its first `drop` tokens, then b unchanged.
+    block.each_ranked(nearest, size_a, [=](int32_t i, int32_t rank) {
       const int32_t a = residual[2 * i];
       if (rank >= drop) {
         next[rank - drop] = a;
-        place(a, rank - drop);
+        set_mask(a, rank - drop);
       }
-      if (i >= n / 2) return;
+      if (i >= left / 2) return;
       const int32_t b = residual[2 * i + 1];
       next[size_a - drop + i] = b;
-      place(b, size_a - drop + i);
+      set_mask(b, size_a - drop + i);
     });
     int32_t* const swapped = residual;
     residual = next;
     next = swapped;
-    n -= drop;
+    left -= drop;
   }
   if (compacted) {
-    block.each(n, [=](int32_t p) { residual[p] = compact.names[residual[p]]; });
+    block.each(left, [=](int32_t p) { residual[p] = compact.original[residual[p]]; });
   }
   return residual;
 }
 
-// The pairwise rule, in rounds: pairs that are the best of both their tokens are resolved at once.
-// In the first `eager_rounds` who loses the partner looks for another; after them only who may be
-// in the best pair, because by then a token may be the partner of most others, whose rows would all
-// be read again for each pair that is resolved. mask[ld] is kLives for the tokens of which `drop`
-// fall, kDead elsewhere, at the end kLives for all that have not fallen. place[n] is each token's
-// position in the order by score. Lists are full, or there are none. Scratch: partner[n],
-// next[n + 1], pair[n].
+// The pairwise rule, in rounds. A round removes the less important token of every mutual pair: two
+// tokens that are each other's nearest. A token is orphaned when its partner is removed. In the
+// first `eager_rounds` rounds every orphaned token searches again. Later only those search that
+// could form the best pair: by then one token may be the partner of most others, and all their rows
+// would be read again for each pair that is removed. Lists are full, or there are none.
 template <class Block>
 VISPRUNER_HD void pairwise(Block& block, const int32_t* sim, int64_t ld, int32_t n, int32_t drop,
-                           int32_t eager_rounds, const int32_t* place, int32_t* partner,
-                           int32_t* next, int64_t* pair, int32_t* mask, Lists lists) {
-  constexpr int32_t kAlone = -1;
-  constexpr int32_t kNotListed = -2;
-  const auto marry = [=](int32_t i, Best best, int32_t otherwise) {
-    partner[i] = best.value == kDead ? otherwise : best.index;
-    pair[i] = best.value == kDead ? kNoPair : pair_key(best.value, i, best.index);
+                           int32_t eager_rounds, PairwiseArrays arrays, Lists lists) {
+  constexpr int32_t kNoPartner = -1;
+  constexpr int32_t kNotInList = -2;
+  const int32_t* const score_rank = arrays.score_rank;
+  int32_t* const mask = arrays.mask;
+  int32_t* const partner = arrays.partner;
+  int32_t* const next = arrays.next;
+  int64_t* const pair = arrays.pair;
+  const auto set_partner = [=](int32_t i, Best best, int32_t otherwise) {
+    partner[i] = best.value == kNoSimilarity ? otherwise : best.index;
+    pair[i] = best.value == kNoSimilarity ? kNoPair : pair_key(best.value, i, best.index);
   };
-  // Who is nearest: the first in the list that lives, else all are looked at.
+  // Nearest-neighbour search: the list first, then the whole row.
   const auto search = [=, &block](auto where) {
     const auto nearest = [=, &block](int32_t i) {
       return block.row_argmax(sim + i * ld, mask, ld);
     };
-    const auto use = [=](int32_t i, Best best) { marry(i, best, kAlone); };
+    const auto use = [=](int32_t i, Best best) { set_partner(i, best, kNoPartner); };
     if (!lists.data) {
       block.each_row(n, where, nearest, use);
       return;
     }
     block.each_list(
         n, where, [](int32_t i) { return i; }, lists, mask,
-        [=](int32_t i, Best best) { marry(i, best, kNotListed); });
-    block.each_row(n, [=](int32_t i) { return partner[i] == kNotListed; }, nearest, use);
+        [=](int32_t i, Best best) { set_partner(i, best, kNotInList); });
+    block.each_row(n, [=](int32_t i) { return partner[i] == kNotInList; }, nearest, use);
   };
-  const auto widowed = [=](int32_t i) {
-    return mask[i] == kLives && partner[i] >= 0 && mask[partner[i]] == kDead;
+  const auto orphaned = [=](int32_t i) {
+    return mask[i] == kAllowed && partner[i] >= 0 && mask[partner[i]] == kExcluded;
   };
-  block.each(n, [=](int32_t i) { marry(i, kNobody, kAlone); });
-  search([=](int32_t i) { return mask[i] == kLives; });
-  int32_t fallen = 0;
-  // The least of what is known to be among the first `drop` removals, less one, and their number.
+  block.each(n, [=](int32_t i) { set_partner(i, kNoNeighbour, kNoPartner); });
+  search([=](int32_t i) { return mask[i] == kAllowed; });
+  int32_t removed = 0;
+  // The removed tokens whose pair is above `bound` are among the first `drop` removals of the rule.
+  // `certain` is their number.
   int64_t bound = kNoPair;
   int32_t certain = 0;
   for (int32_t round = 0; certain < drop; ++round) {
-    // Phase 1: the less important token of every mutual best pair. pair[i] stays: it felled i.
-    const int32_t falls = block.count(n, [=](int32_t i) {
+    // Phase 1: remove the less important token of every mutual pair.
+    const int32_t removed_now = block.count(n, [=](int32_t i) {
       const int32_t j = partner[i];
-      const bool fell = mask[i] == kLives && j >= 0 && partner[j] == i && place[i] > place[j];
-      if (fell) mask[i] = kDead;
-      return fell;
+      const bool loses =
+          mask[i] == kAllowed && j >= 0 && partner[j] == i && score_rank[i] > score_rank[j];
+      if (loses) mask[i] = kExcluded;
+      return loses;
     });
-    // Every round has a victim, unless somebody writes to the scores meanwhile.
-    if (falls == 0) break;
-    fallen += falls;
-    // Phase 2: who lost the partner looks for another.
+    // Every round removes a token, unless the scores are being overwritten.
+    if (removed_now == 0) break;
+    removed += removed_now;
+    // Phase 2: orphaned tokens search again.
     if (round < eager_rounds) {
-      search(widowed);
+      search(orphaned);
     } else {
-      // Until then pair[i] bounds what i can find: not more similar, and if as similar, then not
-      // before the first living token behind the lost partner, the first that was so similar.
-      block.next_living(mask, n, next);
+      // An upper bound of the pair that an orphaned token can form, in pair[i]: its similarity is
+      // at most that of the lost partner; if equal, then to the first allowed token behind the lost
+      // partner at best, because the lost partner was the first with this similarity.
+      block.next_allowed(mask, n, next);
       block.each(n, [=](int32_t i) {
-        if (!widowed(i)) return;
+        if (!orphaned(i)) return;
         const int32_t similarity = static_cast<int32_t>(pair[i] >> (2 * kIndexBits));
         const int32_t last = (1 << kIndexBits) - 1;
         const int32_t j = next[partner[i]];
         pair[i] = j < n ? pair_key(similarity, i, j) : pair_key(similarity, last, last);
       });
-      // The highest bound first. Then the best pair of two living tokens is a bar that only those
-      // with a bound above it can be better than.
+      // The token with the highest bound searches first. Of the others only those search whose
+      // bound reaches the best pair of tokens that are not orphaned.
       const int64_t highest =
-          block.max(n, [=](int32_t i) { return widowed(i) ? pair[i] : kNoPair; });
-      search([=](int32_t i) { return widowed(i) && pair[i] == highest; });
-      const int64_t bar = block.max(
-          n, [=](int32_t i) { return mask[i] == kLives && !widowed(i) ? pair[i] : kNoPair; });
-      search([=](int32_t i) { return widowed(i) && pair[i] >= bar; });
+          block.max(n, [=](int32_t i) { return orphaned(i) ? pair[i] : kNoPair; });
+      search([=](int32_t i) { return orphaned(i) && pair[i] == highest; });
+      const int64_t best = block.max(
+          n, [=](int32_t i) { return mask[i] == kAllowed && !orphaned(i) ? pair[i] : kNoPair; });
+      search([=](int32_t i) { return orphaned(i) && pair[i] >= best; });
     }
-    if (fallen < drop) continue;
-    // A later removal has a pair that lives now: those above all living pairs are the first ones.
-    bound = block.max(n, [=](int32_t i) { return mask[i] == kLives ? pair[i] : kNoPair; });
-    certain = block.count(n, [=](int32_t i) { return mask[i] == kDead && pair[i] > bound; });
+    if (removed < drop) continue;
+    // Every later removal is of a pair that is allowed now. So the removals above all allowed pairs
+    // are the first ones.
+    bound = block.max(n, [=](int32_t i) { return mask[i] == kAllowed ? pair[i] : kNoPair; });
+    certain = block.count(n, [=](int32_t i) { return mask[i] == kExcluded && pair[i] > bound; });
   }
-  // The last of the first `drop` removals, by halving: no two have the same pair.
+  // If there are more than `drop`, bisect for the pair of the last one: no two have the same pair.
   int64_t above = INT64_MAX;
   while (certain > drop) {
     const int64_t middle = (bound & above) + ((bound ^ above) >> 1);
     const int32_t more =
-        block.count(n, [=](int32_t i) { return mask[i] == kDead && pair[i] > middle; });
+        block.count(n, [=](int32_t i) { return mask[i] == kExcluded && pair[i] > middle; });
     (more < drop ? above : bound) = middle;
     if (more >= drop) certain = more;
   }
-  block.each(n, [=](int32_t i) { mask[i] = mask[i] == kDead && pair[i] > bound ? kDead : kLives; });
+  block.each(n, [=](int32_t i) {
+    mask[i] = mask[i] == kExcluded && pair[i] > bound ? kExcluded : kAllowed;
+  });
 }
 
 }  // namespace vispruner

@@ -1,80 +1,121 @@
-# Types of the C++ core; see csrc/bindings.cpp for what the tuples hold.
-from typing import TypeAlias
+# Types of the C++ core; csrc/bindings.cpp defines it. All addresses are data pointers of tensors.
+#
+# The TypedDicts exist only here. Each has the fields of the C++ struct of the same name, in
+# csrc/contract.h, csrc/cpu/operators.h and csrc/cuda/operators.h.
+from typing import TypedDict
 
-_Tokens: TypeAlias = tuple[int, int, int, int]
-_Heads: TypeAlias = tuple[int, int, int, int]
-_Rule: TypeAlias = tuple[float, int, int, int, int, int]
-_Shape: TypeAlias = tuple[int, int, int, int, int, float, int]
+class Tokens(TypedDict):
+    data: int
+    dtype: int
+    image_stride: int
+    token_stride: int
+
+class Heads(TypedDict):
+    data: int
+    image_stride: int
+    token_stride: int
+    head_stride: int
+
+class LogSumExp(TypedDict):
+    data: int
+    image_stride: int
+    head_stride: int
+    token_stride: int
+
+class SelectRule(TypedDict):
+    important_ratio: float
+    step: int
+    matching: int
+    block_threads: int
+    eager_rounds: int
+    compact_to: int
+
+class AttentionShape(TypedDict):
+    dtype: int
+    images: int
+    sequence: int
+    heads: int
+    head_dim: int
+    scale: float
+    num_prefix: int
 
 def simd_sets() -> list[str]: ...
 def simd() -> str: ...
 def use_simd(name: str) -> None: ...
 def select(
-    features: _Tokens,
-    scores: _Tokens,
+    *,
+    features: Tokens,
+    scores: Tokens,
     images: int,
-    n: int,
+    tokens: int,
     channels: int,
     keep: int,
-    rule: _Rule,
+    rule: SelectRule,
     threads: int,
     indices: int,
     kept: int,
 ) -> None: ...
 def select_varlen(
-    features: _Tokens,
-    scores: _Tokens,
+    *,
+    features: Tokens,
+    scores: Tokens,
     cu_seqlens: int,
     cu_keep: int,
     images: int,
     channels: int,
-    rule: _Rule,
+    rule: SelectRule,
     threads: int,
     indices: int,
 ) -> None: ...
 def select_topk(
-    scores: _Tokens, images: int, n: int, keep: int, threads: int, indices: int
+    *, scores: Tokens, images: int, tokens: int, keep: int, threads: int, indices: int
 ) -> None: ...
 def select_rows(
-    scores: _Tokens, images: int, n: int, width: int, rows: int, threads: int, indices: int
+    *, scores: Tokens, images: int, tokens: int, width: int, rows: int, threads: int, indices: int
 ) -> None: ...
-def cls_scores(q: _Heads, k: _Heads, shape: _Shape, threads: int, scores: int) -> None: ...
+def cls_scores(*, q: Heads, k: Heads, shape: AttentionShape, threads: int, scores: int) -> None: ...
 def received_scores(
-    q: _Heads, k: _Heads, lse: _Heads, shape: _Shape, threads: int, scores: int
+    *, q: Heads, k: Heads, lse: LogSumExp, shape: AttentionShape, threads: int, scores: int
 ) -> None: ...
 def received_scores_varlen(
-    q: _Heads,
-    k: _Heads,
-    lse: _Heads,
+    *,
+    q: Heads,
+    k: Heads,
+    lse: LogSumExp,
     cu_seqlens: int,
     total: int,
-    shape: _Shape,
+    shape: AttentionShape,
     threads: int,
     scores: int,
 ) -> None: ...
 
-# With the CUDA kernels; see csrc/cuda/operators.h.
-_Offsets: TypeAlias = tuple[int, int]
-_CudaRule: TypeAlias = tuple[float, int, int, int]
+# Only in a build with the CUDA kernels.
+
+class Offsets(TypedDict):
+    data: int
+    stride: int
+
+class CudaSelect(TypedDict):
+    features: Tokens
+    scores: Tokens
+    cu_seqlens: Offsets
+    cu_keep: Offsets
+    images: int
+    tokens: int
+    channels: int
+    total: int
+    keep: int
+    important: int
+    total_keep: int
+    important_ratio: float
+    step: int
+    matching: int
+    eager_rounds: int
+    indices: int
+    kept: int
+    scratch: int
 
 cuda_architectures: str
 
-def cuda_select_scratch(images: int, tokens: int, total: int, removes: bool) -> int: ...
-def cuda_select(
-    features: _Tokens,
-    scores: _Tokens,
-    cu_seqlens: _Offsets,
-    cu_keep: _Offsets,
-    images: int,
-    n: int,
-    channels: int,
-    total: int,
-    keep: int,
-    important: int,
-    rule: _CudaRule,
-    indices: int,
-    kept: int,
-    scratch: int,
-    device: int,
-    stream: int,
-) -> None: ...
+def cuda_select_scratch(*, images: int, tokens: int, total: int, removes: bool) -> int: ...
+def cuda_select(*, call: CudaSelect, device: int, stream: int) -> None: ...

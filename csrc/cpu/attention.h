@@ -1,5 +1,5 @@
-// What the score operators share. A task is a head of an image; its float64 weights are added to
-// those of the other heads in order, so that threads change no bit.
+// Shared code of the score operators. A task is one head of one image. Heads are added in order, in
+// float64, so the number of threads changes no bit.
 #pragma once
 
 #include "cpu/operators.h"
@@ -9,8 +9,8 @@
 namespace vispruner {
 
 inline Rows head_rows(const Heads& x, DType dtype, int64_t image, int64_t start, int64_t head) {
-  const int64_t offset = image * x.batch + start * x.token + head * x.head;
-  return {x.data + offset * element_size(dtype), dtype, x.token};
+  const int64_t offset = image * x.image_stride + start * x.token_stride + head * x.head_stride;
+  return {x.data + offset * element_size(dtype), dtype, x.token_stride};
 }
 
 // scores[S - num_prefix] = the mean over heads of sums[H, S] over `rows` rows.

@@ -11,8 +11,8 @@ namespace vispruner {
 
 struct Block {
   const Simd& simd;
-  // Threads that the loop stands for: index i belongs to thread i % threads, as in a CUDA kernel,
-  // and the threads run one after another. 1 is a plain loop; others serve the tests.
+  // The loop runs this many threads one after another; index i belongs to thread i % threads, as in
+  // a CUDA kernel. 1 is a plain loop; tests use other numbers.
   int32_t threads;
 
   static constexpr bool kListsAreGiven = false;
@@ -31,14 +31,14 @@ struct Block {
   }
   template <class Where, class Token, class Use>
   void each_list(int32_t n, Where where, Token token, Lists lists, const int32_t* mask, Use use) {
-    const auto first_living = [=](int32_t i) {
+    const auto first_allowed = [=](int32_t i) {
       const Best* const list = lists.of(token(i));
       for (int32_t k = 0; k < lists.length; ++k) {
-        if (mask[list[k].index] == kLives) return list[k];
+        if (mask[list[k].index] == kAllowed) return list[k];
       }
-      return kNobody;
+      return kNoNeighbour;
     };
-    each_row(n, where, first_living, use);
+    each_row(n, where, first_allowed, use);
   }
   int32_t row_max(const int32_t* row, const int32_t* mask, int64_t n) {
     return simd.row_max(row, mask, n);
@@ -55,7 +55,7 @@ struct Block {
       for (int32_t q = 0; q < n; ++q) out[p * width + q] = sim[tokens[p] * ld + tokens[q]];
     });
   }
-  // Values up to which counting the larger ones is faster than a sort.
+  // Up to this many values, counting the larger ones is faster than a sort.
   static constexpr int32_t kCountTo = 1024;
   template <class F>
   void each_ranked(const int32_t* values, int32_t n, F f) {
@@ -68,9 +68,9 @@ struct Block {
     std::sort(sorted.begin(), sorted.end(), std::greater<>());
     for (int32_t rank = 0; rank < n; ++rank) f(key_index(sorted[rank]), rank);
   }
-  void next_living(const int32_t* mask, int32_t n, int32_t* next) {
+  void next_allowed(const int32_t* mask, int32_t n, int32_t* next) {
     next[n] = n;
-    for (int32_t i = n - 1; i >= 0; --i) next[i] = mask[i] == kLives ? i : next[i + 1];
+    for (int32_t i = n - 1; i >= 0; --i) next[i] = mask[i] == kAllowed ? i : next[i + 1];
   }
   template <class F>
   int64_t max(int32_t n, F f) {

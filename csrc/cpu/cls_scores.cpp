@@ -7,7 +7,8 @@
 namespace vispruner {
 namespace {
 
-// What a multiply-add costs in those of the similarities: every key is read from memory for it.
+// The cost of a multiply-add, relative to one of the similarities: each one reads a key from
+// memory.
 constexpr int64_t kLogitWork = 32;
 
 // weights[S]: the CLS row of one head.

@@ -1,5 +1,5 @@
-// The operators of the CPU core. Pointers, sizes and strides in elements; arguments are checked by
-// the caller. Inputs are only read. Throws std::bad_alloc.
+// The operators of the CPU core: pointers, sizes, strides in elements. The caller has checked the
+// arguments. Inputs are only read. Throws std::bad_alloc.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@ struct SelectRule {
   double important_ratio;
   int64_t step;
   Matching matching;
-  // See cpu/block.h, and pairwise and Compact in passes.h: none of them changes a bit.
+  // None of these changes a bit: see Block in cpu/block.h, and pairwise and Compact in passes.h.
   int32_t block_threads;
   int32_t eager_rounds;
   int32_t compact_to;
@@ -35,12 +35,12 @@ void select_topk(const Tokens& scores, int64_t images, int64_t tokens, int64_t k
 void select_rows(const Tokens& scores, int64_t images, int64_t tokens, int64_t width, int64_t rows,
                  int threads, int64_t* indices);
 
-// q or k: [B, S, H, D] with last stride 1, or packed [total, H, D] with `batch` unused.
+// q or k: [B, S, H, D] with last stride 1; packed: [total, H, D], and `image_stride` is unused.
 struct Heads {
   const char* data;
-  int64_t batch;
-  int64_t token;
-  int64_t head;
+  int64_t image_stride;
+  int64_t token_stride;
+  int64_t head_stride;
 };
 
 struct AttentionShape {
@@ -53,12 +53,12 @@ struct AttentionShape {
   int64_t num_prefix;
 };
 
-// [B, H, S], or packed [H, total] with `batch` unused; data may be null.
+// [B, H, S]; packed: [H, total], and `image_stride` is unused. `data` may be null.
 struct LogSumExp {
   const float* data;
-  int64_t batch;
-  int64_t head;
-  int64_t token;
+  int64_t image_stride;
+  int64_t head_stride;
+  int64_t token_stride;
 };
 
 // scores [B, S - num_prefix].

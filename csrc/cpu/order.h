@@ -10,15 +10,16 @@
 
 namespace vispruner {
 
-// What reading and ranking a score costs, in multiply-adds of the similarities.
+// The cost of reading and ranking a score, in multiply-adds of the similarities.
 constexpr int64_t kKeyWork = 512;
 
-// Sort keys of the scores of one image: the larger key is the better token, and its low half holds
-// the index.
+// Sort keys of the scores of one image: the larger key ranks first, and its low half holds the
+// index.
 inline std::vector<int64_t> score_keys(const Simd& simd, const Tokens& scores, int64_t image,
                                        int64_t tokens) {
   const int64_t size = element_size(scores.dtype);
-  const Rows rows = {scores.data + image * scores.batch * size, scores.dtype, scores.token};
+  const Rows rows = {scores.data + image * scores.image_stride * size, scores.dtype,
+                     scores.token_stride};
   std::vector<int64_t> keys(tokens);
   for (int64_t i = 0; i < tokens; ++i) {
     float buffer;

@@ -33,7 +33,7 @@ void parallel_for(int64_t tasks, int threads, F f) {
   try {
     for (int thread = 1; thread < threads; ++thread) pool.emplace_back(work, thread);
   } catch (...) {
-    // No more threads to be had, or no memory for them: those that run take all tasks.
+    // The system has no more threads or no memory for them: the running threads take all tasks.
   }
   work(0);
   for (std::thread& thread : pool) thread.join();
@@ -42,10 +42,9 @@ void parallel_for(int64_t tasks, int threads, F f) {
   }
 }
 
-// The threads that `work` multiply-adds are worth: a core does a thread's share in over a
-// millisecond. Less is soon lost to the start of a thread or to OpenMP's, which spin for some time
-// after PyTorch has used them. Never more than the machine has: threads that take turns cost more
-// than they bring.
+// The number of threads for `work` multiply-adds: each gets at least a millisecond of work. A
+// smaller share is lost to the start of the thread, and to the threads of OpenMP, which spin for
+// some time after PyTorch has used them. Never more threads than cores: oversubscription is slower.
 inline int useful_threads(int64_t work, int threads) {
   constexpr int64_t kThreadWork = int64_t{1} << 27;
   const int64_t cores = std::thread::hardware_concurrency();
@@ -55,7 +54,7 @@ inline int useful_threads(int64_t work, int threads) {
   return useful > 1 ? static_cast<int>(useful) : 1;
 }
 
-// Splits `threads` between images and the inside of each.
+// Threads over images (`outer`) and inside each image (`inner`).
 struct Split {
   int outer;
   int inner;

@@ -8,33 +8,34 @@
 namespace vispruner {
 namespace {
 
-// What a multiply-add and its share of the softmax cost in multiply-adds of the similarities.
+// The cost of a multiply-add with its share of the softmax, relative to one of the similarities.
 constexpr int64_t kLogitWork = 4;
-// Beyond this many times max(4, |lse|), |scale| * |q| * |k| is so large that a float32 logit may be
-// off by more than max(1e-6, 2**-22 * |lse|).
+// If |scale| * |q| * |k| is more than this many times max(4, |lse|), the error of a float32 logit
+// may exceed max(1e-6, 2**-22 * |lse|).
 constexpr double kCancelled = 8.0;
 
 // Whether the products of a head's logits cancel: on average over its rows, the logits are much
-// smaller than the norms of q and k allow. A float32 logit keeps the rounding errors of its
-// products. Dividing by the sum of the row removes what they have in common; a given lse does not.
-// `longest`: the largest norm of a key.
+// smaller than the norms of q and k allow. A float32 logit then keeps the rounding errors of its
+// larger products. Dividing by the sum of the row removes the errors that a row has in common; a
+// given lse does not. `longest`: the largest norm of a key.
 bool cancels(const Simd& simd, const float* queries, int64_t n, const AttentionShape& shape,
              const float* lse, int64_t lse_stride, double longest) {
   double products = 0.0;
   double logits = 0.0;
   for (int64_t r = 0; r < n; ++r) {
     const float row_lse = lse[r * lse_stride];
-    // +inf is flash-attn's for a row that attends to nothing.
+    // flash-attn writes +inf for a row that attends to nothing.
     if (std::isinf(row_lse)) continue;
     const float* const query = queries + r * shape.head_dim;
     products += std::sqrt(simd.dot(query, query, shape.head_dim)) * longest;
     logits += std::max(4.0f, std::abs(row_lse));
   }
-  // Also if a norm is not finite: float64 holds products that float32 does not.
+  // Also true if a norm is not finite: float64 holds products that overflow float32.
   return !(std::abs(shape.scale) * products <= kCancelled * logits);
 }
 
-// weights[n]: the sum of the rows of one head of n tokens; lse strided by lse_stride, or null.
+// weights[n]: the sum of the attention rows of one head of n tokens. `lse` is strided by
+// lse_stride, or null.
 void received_head(const Simd& simd, const Rows& q, const Rows& k, int64_t n,
                    const AttentionShape& shape, const float* lse, int64_t lse_stride,
                    double* weights) {
@@ -73,16 +74,17 @@ void received_head(const Simd& simd, const Rows& q, const Rows& k, int64_t n,
   }
 }
 
-// scores[n - num_prefix] of the n tokens from `start` of an image.
+// scores[n - num_prefix] of the n tokens of an image, which begin at token `start`.
 void received_image(const Simd& simd, const Heads& q, const Heads& k, const LogSumExp& lse,
                     int64_t image, int64_t start, int64_t n, const AttentionShape& shape,
                     int threads, float* scores) {
   const auto weights = scratch<double>(shape.heads * n);
   parallel_for(shape.heads, threads, [&](int64_t head) {
-    const float* const part =
-        lse.data ? lse.data + image * lse.batch + head * lse.head + start * lse.token : nullptr;
+    const float* const part = lse.data ? lse.data + image * lse.image_stride +
+                                             head * lse.head_stride + start * lse.token_stride
+                                       : nullptr;
     received_head(simd, head_rows(q, shape.dtype, image, start, head),
-                  head_rows(k, shape.dtype, image, start, head), n, shape, part, lse.token,
+                  head_rows(k, shape.dtype, image, start, head), n, shape, part, lse.token_stride,
                   weights.get() + head * n);
   });
   mean_of_heads(weights.get(), shape.heads, n, n, shape.num_prefix, scores);

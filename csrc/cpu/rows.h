@@ -14,9 +14,7 @@ std::unique_ptr<T[]> scratch(int64_t n) {
   return std::unique_ptr<T[]>(new T[static_cast<size_t>(n)]);
 }
 
-inline int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
-
-// `stride` elements lie between rows, one between the elements of a row.
+// Rows are `stride` elements apart; the elements of a row are contiguous.
 struct Rows {
   const char* data;
   DType dtype;

@@ -1,4 +1,5 @@
-// select, prune and select_varlen: order, similarity of the residual tokens, passes, sort.
+// select, prune and select_varlen: order by score, similarities of the residual tokens, removal of
+// duplicates, sort.
 
 #include <algorithm>
 #include <functional>
@@ -13,56 +14,58 @@
 namespace vispruner {
 namespace {
 
-// Tokens from which lists of neighbours pay: below, reading a row is faster than listing it.
+// From this many tokens on, lists of neighbours are faster than reading whole rows.
 constexpr int32_t kListsFrom = 1536;
-// Nearest neighbours in a list. Among 16 is one of b in more than 99 % of the look-ups
+// Nearest neighbours in a list. In more than 99 % of the searches one of 16 is in b
 // (docs/measured.md).
 constexpr int32_t kNeighbours = 16;
 
-// Multiply-adds of the similarities of n tokens, from which the number of threads follows.
+// Multiply-adds of the similarities of n tokens; the number of threads follows from it.
 int64_t similarity_work(int64_t n, int64_t channels) { return n * n / 2 * channels; }
 
-// The kept ones of the residual tokens by_score[n] of one image, unordered, into out[keep].
+// Removes duplicates among the residual tokens by_score[n] of one image: out[keep], unordered.
 void remove_duplicates(const Simd& simd, const Rows& features, int64_t channels,
                        const int32_t* by_score, int32_t n, int32_t keep, const SelectRule& rule,
                        int threads, int64_t* out) {
-  // Local indices ascend with the index in the image, which breaks the pairwise rule's ties.
-  std::vector<int32_t> place(n);
-  std::iota(place.begin(), place.end(), 0);
-  std::sort(place.begin(), place.end(),
+  // Local indices ascend with the index in the image, because the pairwise rule breaks ties by it.
+  // score_rank: local index -> position in by_score. tokens: local index -> index in the image.
+  std::vector<int32_t> score_rank(n);
+  std::iota(score_rank.begin(), score_rank.end(), 0);
+  std::sort(score_rank.begin(), score_rank.end(),
             [&](int32_t a, int32_t b) { return by_score[a] < by_score[b]; });
   std::vector<int32_t> tokens(n);
-  for (int32_t i = 0; i < n; ++i) tokens[i] = by_score[place[i]];
+  for (int32_t i = 0; i < n; ++i) tokens[i] = by_score[score_rank[i]];
 
   const int64_t ld = padded(n);
   const auto sim = scratch<int32_t>(ld * ld);
   similarity(simd, features, channels, tokens.data(), n, threads, sim.get());
 
   Block block{simd, rule.block_threads};
-  std::vector<int32_t> mask(ld, kDead), first(n), second(n + 1);
+  std::vector<int32_t> mask(ld, kExcluded);
   if (rule.matching == Matching::kPairwise) {
+    std::fill(mask.begin(), mask.begin() + n, kAllowed);
+    std::vector<int32_t> partner(n), next(n + 1);
     std::vector<int64_t> pair(n);
-    std::fill(mask.begin(), mask.begin() + n, kLives);
-    pairwise(block, sim.get(), ld, n, n - keep, rule.eager_rounds, place.data(), first.data(),
-             second.data(), pair.data(), mask.data(), Lists{});
+    pairwise(block, sim.get(), ld, n, n - keep, rule.eager_rounds,
+             {score_rank.data(), mask.data(), partner.data(), next.data(), pair.data()}, Lists{});
     for (int32_t i = 0; i < n; ++i) {
-      if (mask[i] == kLives) *out++ = tokens[i];
+      if (mask[i] == kAllowed) *out++ = tokens[i];
     }
     return;
   }
-  for (int32_t i = 0; i < n; ++i) first[place[i]] = i;
+  std::vector<int32_t> residual(n), next(n), nearest((n + 1) / 2);
+  for (int32_t i = 0; i < n; ++i) residual[score_rank[i]] = i;
   const int32_t step = static_cast<int32_t>(std::min<int64_t>(rule.step, n));
-  std::vector<int32_t> values((n + 1) / 2);
   const bool listed = n >= kListsFrom;
   const auto lists = scratch<Best>(listed ? int64_t{n} * kNeighbours : 0);
-  const int32_t most = std::min<int32_t>(rule.compact_to, static_cast<int32_t>(ld));
-  const auto compact_sim = scratch<int32_t>(int64_t{most} * most);
-  const auto names = scratch<int32_t>(most);
-  const int32_t* const residual =
-      bipartite(block, sim.get(), ld, n, keep, step, first.data(), second.data(), values.data(),
-                mask.data(), Lists{listed ? lists.get() : nullptr, kNeighbours},
-                Compact{most, compact_sim.get(), names.get()});
-  for (int32_t i = 0; i < keep; ++i) out[i] = tokens[residual[i]];
+  const int32_t capacity = std::min<int32_t>(rule.compact_to, static_cast<int32_t>(ld));
+  const auto compact_sim = scratch<int32_t>(int64_t{capacity} * capacity);
+  const auto original = scratch<int32_t>(capacity);
+  const int32_t* const kept = bipartite(block, sim.get(), ld, n, keep, step,
+                                        {residual.data(), next.data(), nearest.data(), mask.data()},
+                                        Lists{listed ? lists.get() : nullptr, kNeighbours},
+                                        Compact{capacity, compact_sim.get(), original.get()});
+  for (int32_t i = 0; i < keep; ++i) out[i] = tokens[kept[i]];
 }
 
 // indices[keep] of one image, ascending.
@@ -95,8 +98,8 @@ void select(const Tokens& features, const Tokens& scores, int64_t images, int64_
   const Split split = split_threads(images, useful_threads(images * work, threads));
   const int64_t size = element_size(features.dtype);
   parallel_for(images, split.outer, [&](int64_t image) {
-    const Rows rows = {features.data + image * features.batch * size, features.dtype,
-                       features.token};
+    const Rows rows = {features.data + image * features.image_stride * size, features.dtype,
+                       features.token_stride};
     int64_t* const out = indices + image * keep;
     select_image(simd, rows, channels, score_keys(simd, scores, image, tokens), keep, rule,
                  split.inner, out);
@@ -120,10 +123,10 @@ void select_varlen(const Tokens& features, const Tokens& scores, const int32_t* 
     const int64_t start = cu_seqlens[image];
     const int64_t keep = cu_keep[image + 1] - cu_keep[image];
     if (keep == 0) return;
-    const Rows all = {features.data, features.dtype, features.token};
-    const Rows rows = {all.row(start), features.dtype, features.token};
-    const Tokens part = {scores.data + start * scores.token * element_size(scores.dtype),
-                         scores.dtype, 0, scores.token};
+    const Rows all = {features.data, features.dtype, features.token_stride};
+    const Rows rows = {all.row(start), features.dtype, features.token_stride};
+    const Tokens part = {scores.data + start * scores.token_stride * element_size(scores.dtype),
+                         scores.dtype, 0, scores.token_stride};
     int64_t* const out = indices + cu_keep[image];
     select_image(simd, rows, channels, score_keys(simd, part, 0, cu_seqlens[image + 1] - start),
                  keep, rule, split.inner, out);

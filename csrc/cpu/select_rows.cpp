@@ -9,7 +9,8 @@ void select_rows(const Tokens& scores, int64_t images, int64_t tokens, int64_t w
   const Simd& simd = vispruner::simd();
   const int64_t size = element_size(scores.dtype);
   parallel_for(images, useful_threads(images * tokens * kKeyWork, threads), [&](int64_t image) {
-    const Rows view = {scores.data + image * scores.batch * size, scores.dtype, scores.token};
+    const Rows view = {scores.data + image * scores.image_stride * size, scores.dtype,
+                       scores.token_stride};
     std::vector<int64_t> keys(tokens / width);
     for (int64_t row = 0; row < tokens / width; ++row) {
       float buffer;

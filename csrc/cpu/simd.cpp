@@ -8,7 +8,7 @@
 #include <immintrin.h>
 #endif
 
-// Target options for all functions up to the end of a section, in the words of each compiler.
+// Target options for all functions of a section, in the syntax of each compiler.
 #define VISPRUNER_PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)
 #define VISPRUNER_TARGET(options) \

@@ -1,6 +1,6 @@
-// The inner loops that profit from wide registers, built once per instruction set and chosen when
-// the library is loaded. Every set gives the same bits: integers, and floats in a fixed order of
-// 16 lanes without fused multiply-add.
+// The inner loops that use wide registers, compiled once per instruction set. The best set of the
+// processor is chosen at run time. Every set gives the same bits: integers, and floats in a fixed
+// order of 16 lanes without fused multiply-add.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 
 namespace vispruner {
 
-// Tokens of a panel: rows and columns of a tile of the Gram matrix, lanes of a vector.
+// Tokens of a panel. Also the side of a tile of the Gram matrix, and the lanes of a vector.
 constexpr int kPanel = 16;
 // n rounded up to whole panels.
 inline int64_t padded(int64_t n) { return (n + kPanel - 1) / kPanel * kPanel; }
@@ -22,19 +22,19 @@ struct Simd {
   void (*from_float16)(const uint16_t* x, float* out, int64_t n);
   void (*from_bfloat16)(const uint16_t* x, float* out, int64_t n);
 
-  // Largest bits of |x|: above every finite float's if an element is not finite.
+  // The largest bits of |x|. They exceed those of every finite float if an element is not finite.
   int32_t (*max_magnitude)(const float* x, int64_t n);
   // q = trunc(x * scale); n is the padded length, x has `channels` elements.
   void (*fixed_point)(const float* x, float scale, int64_t channels, int16_t* q, int64_t n);
-  // n % kSafeProducts == 0, here and in `pairs`.
+  // n is a multiple of kSafeProducts.
   int64_t (*squared_norm)(const int16_t* q, int64_t n);
-  // gram[16][16] of two panels [pairs][16][2].
+  // gram[16][16] of two panels [pairs][16][2]; 2 * pairs is a multiple of kSafeProducts.
   void (*gram_tile)(const int32_t* a, const int32_t* b, int64_t pairs, int64_t* gram);
   // Ordered keys of float(gram[i][j]) * (ri[i] * rj[j]), and their transpose.
   void (*similarity_tile)(const int64_t* gram, const float* ri, const float* rj, int32_t* keys,
                           int32_t* transposed);
 
-  // See passes.h. n is a multiple of kPanel for the row functions.
+  // See passes.h. In the first three functions n is a multiple of kPanel.
   int32_t (*row_max)(const int32_t* row, const int32_t* mask, int64_t n);
   Best (*row_argmax)(const int32_t* row, const int32_t* mask, int64_t n);
   void (*nearest)(const int32_t* row, const int32_t* mask, int64_t n, Best* list, int32_t length);
@@ -42,11 +42,11 @@ struct Simd {
 
   // The dot product of n floats in 16 lanes and a tree.
   float (*dot)(const float* a, const float* b, int64_t n);
-  // out[r][j] = scale * sum_d q[r][d] * kt[d][j] for kQueryRows rows and n columns, n % kPanel ==
-  // 0.
+  // out[r][j] = scale * sum_d q[r][d] * kt[d][j] for kQueryRows rows and n columns; n is a multiple
+  // of kPanel.
   void (*logits)(const float* q, const float* kt, int64_t head_dim, int64_t n, float scale,
                  float* out);
-  // The same with sums in float64: rounded once at the end, at half the speed or less.
+  // The same with sums in float64, rounded once at the end: half the speed or less.
   void (*exact_logits)(const float* q, const float* kt, int64_t head_dim, int64_t n, float scale,
                        float* out);
   float (*max)(const float* x, int64_t n);
@@ -56,12 +56,13 @@ struct Simd {
   void (*accumulate)(const float* x, double weight, double* total, int64_t n);
 };
 
-// The sets this processor has, best first; the last one is portable. `count` is set.
+// Returns the sets that this processor has, best first, and their number in `count`. The last one
+// is portable.
 const Simd* const* simd_sets(int* count);
 
 // The set in use.
 const Simd& simd();
-// Puts the set of that name into use; false if this processor or build has none.
+// Uses the set of that name. Returns false if this processor or build does not have it.
 bool use_simd(const char* name);
 
 }  // namespace vispruner

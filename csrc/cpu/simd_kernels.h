@@ -1,9 +1,10 @@
-// The body of one instruction set: included by simd.cpp once per set, inside a namespace and under
-// that set's target options. No include guard, no #include: those would fall under the options.
+// The functions of one instruction set. simd.cpp includes this file once per set, inside a
+// namespace and under the target options of that set. So it has no include guard, and no #include,
+// to which the options would apply.
 //
 // VISPRUNER_SET is 0 (portable), 2 (AVX2), 3 (AVX-512) or 4 (AVX-512 with VNNI).
 
-// Vectors of the compiler: as many registers as the set needs.
+// Vector types of the compiler, which uses as many registers per vector as the set needs.
 typedef float Float32x16 __attribute__((vector_size(64), aligned(4), may_alias));
 typedef double Float64x16 __attribute__((vector_size(128), aligned(8), may_alias));
 typedef int32_t Int32x16 __attribute__((vector_size(64), aligned(4), may_alias));
@@ -15,8 +16,9 @@ void from_float16(const uint16_t* x, float* out, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
     const uint32_t sign = (x[i] & 0x8000u) << 16;
     const uint32_t rest = x[i] & 0x7fffu;
-    // Normal numbers move the exponent's bias from 15 to 127, inf and NaN to 255; subnormal ones
-    // are an integer times 2^-24, made without float32 subnormals, which a mode might flush.
+    // Normal numbers: the exponent's bias changes from 15 to 127. inf and NaN: the exponent becomes
+    // 255. Subnormal numbers are an integer times 2^-24, which is no subnormal float32: a CPU mode
+    // may flush those.
     const uint32_t wide = (rest << 13) + (rest >= 0x7c00u ? 224u << 23 : 112u << 23);
     const float small = static_cast<float>(static_cast<int32_t>(rest)) * 0x1p-24f;
     uint32_t small_bits;
@@ -61,14 +63,14 @@ int64_t squared_norm(const int16_t* q, int64_t n) {
   return sum;
 }
 
-// Adds int32 sums in two parts, high * 2^16 + low, which is faster than widening them to int64.
+// Adds int32 sums to two parts, high * 2^16 + low: faster than widening each sum to int64.
 inline void widen_row(const void* sums, int32_t* high, int32_t* low) {
   const Int32x16& row = *static_cast<const Int32x16*>(sums);
   *reinterpret_cast<Int32x16*>(high) += row >> 16;
   *reinterpret_cast<Int32x16*>(low) += row & 0xffff;
 }
 
-// high, low [16][16] += a b^T over as many channels as an int32 can add up.
+// high, low [16][16] += a b^T over kSafeProducts channels, whose sum fits an int32.
 inline void gram_part(const int32_t* a, const int32_t* b, int32_t* high, int32_t* low) {
   constexpr int64_t pairs = kSafeProducts / 2;
 #if VISPRUNER_SET >= 3
@@ -89,7 +91,7 @@ inline void gram_part(const int32_t* a, const int32_t* b, int32_t* high, int32_t
     widen_row(&sums[i], high + i * kPanel, low + i * kPanel);
   }
 #elif VISPRUNER_SET == 2
-  // Four rows at a time: eight sums, two columns and a row fit sixteen registers.
+  // Four rows at a time: eight sums, two columns and a row fit in sixteen registers.
   for (int i0 = 0; i0 < kPanel; i0 += 4) {
     __m256i sums[4][2];
     for (int i = 0; i < 4; ++i) sums[i][0] = sums[i][1] = _mm256_setzero_si256();
@@ -113,7 +115,7 @@ inline void gram_part(const int32_t* a, const int32_t* b, int32_t* high, int32_t
     Int32x16 sums[4] = {};
     for (int64_t k = 0; k < pairs; ++k) {
       const Int32x16 column = *reinterpret_cast<const Int32x16*>(b + k * kPanel);
-      // Which half is the first channel does not matter, it is the same in a and b.
+      // Either half may be the first channel, because a and b have the same order.
       const Int32x16 low = (column << 16) >> 16;
       const Int32x16 high = column >> 16;
       for (int i = 0; i < 4; ++i) {
@@ -129,7 +131,7 @@ inline void gram_part(const int32_t* a, const int32_t* b, int32_t* high, int32_t
 }
 
 void gram_tile(const int32_t* a, const int32_t* b, int64_t pairs, int64_t* gram) {
-  // 65536 channels are 8192 parts: each of these sums stays below 2^30.
+  // 65536 channels are 8192 parts, so each of these sums stays below 2^30.
   int32_t high[kPanel * kPanel] = {};
   int32_t low[kPanel * kPanel] = {};
   for (int64_t k = 0; k < pairs; k += kSafeProducts / 2) {
@@ -152,7 +154,7 @@ void similarity_tile(const int64_t* gram, const float* ri, const float* rj, int3
 }
 
 int32_t row_max(const int32_t* row, const int32_t* mask, int64_t n) {
-  int32_t best = kDead;
+  int32_t best = kNoSimilarity;
   for (int64_t j = 0; j < n; ++j) {
     const int32_t value = row[j] < mask[j] ? row[j] : mask[j];
     best = value > best ? value : best;
@@ -239,7 +241,7 @@ void logits(const float* q, const float* kt, int64_t head_dim, int64_t n, float 
 
 void exact_logits(const float* q, const float* kt, int64_t head_dim, int64_t n, float scale,
                   float* out) {
-  // A loop over lanes, not vectors: the compiler puts vectors of doubles on the stack.
+  // Loops over lanes instead of vectors, because the compiler spills vectors of doubles.
   constexpr int kLanes = 8;
   for (int64_t j = 0; j < n; j += kLanes) {
     double sums[kQueryRows][kLanes] = {};
@@ -265,14 +267,14 @@ float max(const float* x, int64_t n) {
   return best;
 }
 
-// exp in 16 lanes: 2^n times a polynomial of the rest, within 2 units in the last place; 0 below
-// the normal range, infinity above exp(88), NaN stays NaN.
+// exp in 16 lanes, as 2^n times a polynomial of the remainder. Error: at most 2 units in the last
+// place. 0 below the normal range, infinity above exp(88), NaN for NaN.
 inline void exp_lanes(Float32x16* x, float shift) {
   const Float32x16 zero = {};
   const Float32x16 t = *x - shift;
   const Float32x16 high = t < 88.0f ? t : zero + 88.0f;
   const Float32x16 value = high > -88.0f ? high : zero - 88.0f;
-  // Adding 1.5 * 2^23 rounds to an integer, which is then in the low bits.
+  // Adding 1.5 * 2^23 rounds to an integer, and leaves it in the low bits.
   const Float32x16 rounded = value * 1.44269504f + 12582912.0f;
   const Float32x16 whole = rounded - 12582912.0f;
   const Float32x16 rest = (value - whole * 0.693145751953125f) - whole * 1.42860677e-6f;

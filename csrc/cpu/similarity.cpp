@@ -8,8 +8,8 @@
 namespace vispruner {
 namespace {
 
-// The fixed-point values of kPanel tokens, interleaved in pairs of channels: [width / 2][16][2]
-// int16.
+// Makes a panel: the fixed-point values of kPanel tokens, interleaved in pairs of channels,
+// [width / 2][16][2] of int16.
 void make_panel(const Simd& simd, const Rows& features, int64_t channels, int64_t width,
                 const int32_t* tokens, int32_t count, int32_t* panel, float* inverse_norm) {
   const auto buffer = scratch<float>(channels);
@@ -29,7 +29,8 @@ void make_panel(const Simd& simd, const Rows& features, int64_t channels, int64_
     for (int64_t k = 0; k < width / 2; ++k) {
       memcpy(panel + k * kPanel + lane, q.get() + 2 * k, sizeof(int32_t));
     }
-    // The IEEE square root and division of the contract; the largest value is not 0.
+    // The contract asks for the IEEE square root and division. The norm is not 0, because the
+    // largest value is not.
     inverse_norm[lane] = 1.0f / std::sqrt(static_cast<float>(simd.squared_norm(q.get(), width)));
   }
 }
@@ -50,7 +51,7 @@ void similarity(const Simd& simd, const Rows& features, int64_t channels, const 
                std::min<int32_t>(n - first, kPanel), panel.get() + first * pairs,
                inverse_norm.get() + first);
   });
-  // A task is a row of tiles from the diagonal on, the longest first.
+  // A task is a row of tiles that begins at the diagonal; the longest row comes first.
   parallel_for(panels, threads, [&](int64_t i) {
     int64_t gram[kPanel * kPanel];
     int32_t keys[kPanel * kPanel];
@@ -61,7 +62,7 @@ void similarity(const Simd& simd, const Rows& features, int64_t channels, const 
       simd.similarity_tile(gram, inverse_norm.get() + i * kPanel, inverse_norm.get() + j * kPanel,
                            keys, transposed);
       if (i == j) {
-        for (int lane = 0; lane < kPanel; ++lane) keys[lane * kPanel + lane] = kDead;
+        for (int lane = 0; lane < kPanel; ++lane) keys[lane * kPanel + lane] = kNoSimilarity;
       }
       for (int lane = 0; lane < kPanel; ++lane) {
         memcpy(sim + (i * kPanel + lane) * ld + j * kPanel, keys + lane * kPanel,

@@ -6,7 +6,7 @@
 namespace vispruner {
 
 // sim[padded(n), padded(n)]: ordered keys of the similarities of the rows named by tokens[n],
-// kDead on the diagonal; what lies beyond n is undefined.
+// kNoSimilarity on the diagonal; undefined beyond n.
 void similarity(const Simd& simd, const Rows& features, int64_t channels, const int32_t* tokens,
                 int32_t n, int threads, int32_t* sim);
 

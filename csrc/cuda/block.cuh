@@ -10,7 +10,7 @@ namespace vispruner {
 
 constexpr int32_t kWarp = 32;
 constexpr uint32_t kAllLanes = 0xffffffffu;
-// Lanes that look through a list; lists are a multiple as long.
+// Lanes that search a list together; the length of a list is a multiple.
 constexpr int32_t kListLanes = 8;
 
 __device__ inline int32_t lane_id() { return static_cast<int32_t>(threadIdx.x) % kWarp; }
@@ -24,10 +24,10 @@ struct CudaBlock {
   static constexpr bool kListsAreGiven = true;
   static constexpr int32_t kWarps = kThreads / kWarp;
 
-  // [2][kWarps], in turns: who still reads one result is not overtaken by the next.
+  // [2][kWarps], used in turns: a warp may still read one result while another writes the next.
   int64_t* totals;
-  // Zeros, as many as values are ever ranked.
-  int32_t* ranks;
+  // Zeros, one for each value that is ranked; each_ranked counts in them.
+  int32_t* counts;
   int32_t turn = 0;
 
   template <class F>
@@ -36,19 +36,17 @@ struct CudaBlock {
     __syncthreads();
   }
 
-  // A warp asks for 32 numbers at once, then takes those that apply. Numbers that follow each other
-  // are asked for by different warps, because those that apply are often neighbours, and those of
-  // a warp lie in different banks.
-  __device__ static int32_t number(int32_t asked) {
-    return asked * kWarps + (warp_id() + asked) % kWarps;
-  }
+  // A warp tests 32 indices at once, then handles those that pass. Consecutive indices belong to
+  // different warps, because those that pass are often neighbours; those of one warp are in
+  // different banks. Returns the k-th index of this warp.
+  __device__ static int32_t index_of(int32_t k) { return k * kWarps + (warp_id() + k) % kWarps; }
   template <class Where, class F, class Use>
   __device__ void each_row(int32_t n, Where where, F f, Use use) {
     for (int32_t first = 0; first < n; first += kThreads) {
-      const int32_t asked = first + number(lane_id());
-      uint32_t left = __ballot_sync(kAllLanes, asked < n && where(asked));
+      const int32_t tested = first + index_of(lane_id());
+      uint32_t left = __ballot_sync(kAllLanes, tested < n && where(tested));
       for (; left; left &= left - 1) {
-        const int32_t i = first + number(__ffs(left) - 1);
+        const int32_t i = first + index_of(__ffs(left) - 1);
         const auto result = f(i);
         if (lane_id() == 0) use(i, result);
       }
@@ -56,28 +54,29 @@ struct CudaBlock {
     __syncthreads();
   }
 
-  // Eight lanes look through a list, all lanes of a warp at once: votes of parts of it are slow.
+  // Eight lanes search a list. All lanes of a warp vote together, because votes of a part of a warp
+  // are slow.
   template <class Where, class Token, class Use>
   __device__ void each_list(int32_t n, Where where, Token token, Lists lists, const int32_t* mask,
                             Use use) {
     constexpr int32_t kGroups = kWarp / kListLanes;
     const int32_t group = lane_id() / kListLanes;
-    if constexpr (std::is_same_v<Where, Everyone>) {
+    if constexpr (std::is_same_v<Where, All>) {
       for (int32_t first = kGroups * warp_id(); first < n; first += kGroups * kWarps) {
         const int32_t i = first + group;
-        look(i < n ? i : -1, token, lists, mask, use);
+        search_list(i < n ? i : -1, token, lists, mask, use);
       }
     } else {
       for (int32_t first = 0; first < n; first += kThreads) {
-        const int32_t asked = first + number(lane_id());
-        uint32_t left = __ballot_sync(kAllLanes, asked < n && where(asked));
+        const int32_t tested = first + index_of(lane_id());
+        uint32_t left = __ballot_sync(kAllLanes, tested < n && where(tested));
         while (left) {
           int32_t mine = -1;
           for (int32_t g = 0; g < kGroups; ++g) {
             if (g == group) mine = __ffs(left) - 1;
             left &= left - 1;
           }
-          look(mine < 0 ? -1 : first + number(mine), token, lists, mask, use);
+          search_list(mine < 0 ? -1 : first + index_of(mine), token, lists, mask, use);
         }
       }
     }
@@ -85,7 +84,7 @@ struct CudaBlock {
   }
 
   __device__ int32_t row_max(const int32_t* row, const int32_t* mask, int32_t n) {
-    int32_t best = kDead;
+    int32_t best = kNoSimilarity;
     for (int32_t j = 4 * lane_id(); j < n; j += 4 * kWarp) {
       const int4 value = *reinterpret_cast<const int4*>(row + j);
       const int4 allowed = *reinterpret_cast<const int4*>(mask + j);
@@ -95,7 +94,7 @@ struct CudaBlock {
     return __reduce_max_sync(kAllLanes, best);
   }
   __device__ Best row_argmax(const int32_t* row, const int32_t* mask, int32_t n) {
-    Best best = kNobody;
+    Best best = kNoNeighbour;
     for (int32_t j = 4 * lane_id(); j < n; j += 4 * kWarp) {
       const int4 value = *reinterpret_cast<const int4*>(row + j);
       const int4 allowed = *reinterpret_cast<const int4*>(mask + j);
@@ -111,7 +110,7 @@ struct CudaBlock {
   }
   __device__ void gather(const int32_t* sim, int64_t ld, const int32_t* tokens, int32_t n,
                          int32_t* out, int64_t width) {
-    // Loaded in batches before anything is stored, for the compiler must take one for the other.
+    // A batch is loaded before it is stored, because the compiler must assume that they alias.
     constexpr int32_t kColumns = 8, kRows = 2;
     for (int32_t first = 0; first < n; first += kColumns * kWarp) {
       int32_t columns[kColumns];
@@ -127,7 +126,7 @@ struct CudaBlock {
           const int32_t* const row = sim + tokens[p + r < n ? p + r : p] * ld;
 #pragma unroll
           for (int32_t c = 0; c < kColumns; ++c) {
-            values[r][c] = columns[c] >= 0 ? row[columns[c]] : kDead;
+            values[r][c] = columns[c] >= 0 ? row[columns[c]] : kNoSimilarity;
           }
         }
 #pragma unroll
@@ -143,9 +142,9 @@ struct CudaBlock {
     __syncthreads();
   }
 
-  // To rank is to count. A lane has a value, a warp its 32 and a slice of those they are compared
-  // with: what all lanes read is one load. Up to eight tasks a warp, a power of two of slices: a
-  // division would take as long as a slice.
+  // Ranks by counting. A task is 32 values, one per lane, and a slice of the values that they are
+  // compared with: all lanes load the same address. A warp has up to eight tasks. The number of
+  // slices is a power of two, because a division would take as long as a slice.
   template <class F>
   __device__ void each_ranked(const int32_t* values, int32_t n, F f) {
     const int32_t groups = (n + kWarp - 1) / kWarp;
@@ -160,7 +159,7 @@ struct CudaBlock {
       const int32_t first = (task >> shift) * kWarp;
       const int32_t i = first + lane_id();
       const int32_t value = values[smaller(i, n - 1)];
-      // Of equal values those before count too.
+      // Equal values count if they are before.
       const int32_t own = larger(begin, smaller(first, end));
       const int32_t behind = larger(begin, smaller(first + kWarp, end));
       int32_t rank = count_above(values, begin, own, value - 1);
@@ -169,17 +168,18 @@ struct CudaBlock {
         rank += values[j] > value || (values[j] == value && j < i);
       }
       rank += count_above(values, behind, end, value);
-      if (i < n && rank > 0) atomicAdd(ranks + i, rank);
+      if (i < n && rank > 0) atomicAdd(counts + i, rank);
     }
     __syncthreads();
     each(n, [=](int32_t i) {
-      const int32_t rank = ranks[i];
-      ranks[i] = 0;
+      const int32_t rank = counts[i];
+      counts[i] = 0;
       f(i, rank);
     });
   }
-  // `begin` is a multiple of 4. The sign of a difference is two instructions, a comparison three;
-  // keys of similarities are so small that none overflows.
+  // The number of values above `bound`; `begin` is a multiple of 4. Uses the sign of a difference,
+  // two instructions, because a comparison has three. Keys of similarities are too small to
+  // overflow.
   __device__ static int32_t count_above(const int32_t* values, int32_t begin, int32_t end,
                                         int32_t bound) {
     const auto above = [=](int32_t x) { return static_cast<uint32_t>(bound - x) >> 31; };
@@ -198,15 +198,15 @@ struct CudaBlock {
     return static_cast<int32_t>(counts[0] + counts[1] + counts[2] + counts[3]);
   }
 
-  __device__ void next_living(const int32_t* mask, int32_t n, int32_t* next) {
+  __device__ void next_allowed(const int32_t* mask, int32_t n, int32_t* next) {
     if (warp_id() == 0) {
       int32_t behind = n;
       for (int32_t first = n / kWarp * kWarp; first >= 0; first -= kWarp) {
         const int32_t i = first + lane_id();
-        const uint32_t living = __ballot_sync(kAllLanes, i < n && mask[i] == kLives);
-        const uint32_t from_here = living & ~lanes_before();
+        const uint32_t allowed = __ballot_sync(kAllLanes, i < n && mask[i] == kAllowed);
+        const uint32_t from_here = allowed & ~lanes_before();
         if (i <= n) next[i] = from_here ? first + __ffs(from_here) - 1 : behind;
-        if (living) behind = first + __ffs(living) - 1;
+        if (allowed) behind = first + __ffs(allowed) - 1;
       }
     }
     __syncthreads();
@@ -239,7 +239,7 @@ struct CudaBlock {
     return total;
   }
 
-  // use(i, k) for each i with where(i), k of which are before it.
+  // use(i, k) for each i with where(i); k is the number of such indices before i.
   template <class Where, class Use>
   __device__ void each_in_order(int32_t n, Where where, Use use) {
     int32_t before = 0;
@@ -260,25 +260,26 @@ struct CudaBlock {
   }
 
  private:
-  // A group of lanes looks through the list of i, or of nobody where i is negative.
+  // A group of lanes searches the list of i; if i is negative, it only takes part in the votes.
   template <class Token, class Use>
-  __device__ static void look(int32_t i, Token token, Lists lists, const int32_t* mask, Use use) {
+  __device__ static void search_list(int32_t i, Token token, Lists lists, const int32_t* mask,
+                                     Use use) {
     const int32_t lane = lane_id() % kListLanes;
     const Best* const list = i < 0 ? nullptr : lists.of(token(i)) + lane;
     bool found = i < 0;
     for (int32_t k = 0; k < lists.length; k += kListLanes) {
-      const Best best = found ? kNobody : list[k];
-      const bool living = !found && mask[best.index] == kLives;
-      const uint32_t lanes = __ballot_sync(kAllLanes, living) >> (lane_id() - lane);
+      const Best best = found ? kNoNeighbour : list[k];
+      const bool allowed = !found && mask[best.index] == kAllowed;
+      const uint32_t lanes = __ballot_sync(kAllLanes, allowed) >> (lane_id() - lane);
       const uint32_t mine = lanes & ((1u << kListLanes) - 1);
       if (mine && __ffs(mine) - 1 == lane) use(i, best);
       found = found || mine != 0;
       if (!__any_sync(kAllLanes, !found)) return;
     }
-    if (!found && lane == 0) use(i, kNobody);
+    if (!found && lane == 0) use(i, kNoNeighbour);
   }
 
-  // The value of every warp, after a barrier.
+  // Shares a value of each warp with all threads: [kWarps], after a barrier.
   __device__ const int64_t* share(int64_t value) {
     turn ^= 1;
     int64_t* const of_warps = totals + turn * kWarps;

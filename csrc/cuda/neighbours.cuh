@@ -1,16 +1,17 @@
-// Lists of nearest neighbours, one for a warp at a time.
+// Lists of nearest neighbours. A warp makes one list at a time.
 #pragma once
 
 #include "cuda/block.cuh"
 
 namespace vispruner {
 
-// Neighbours of a token that are listed: one for a lane. Among 32 is one of b in more than 99 % of
-// the look-ups, until few tokens live (docs/measured.md).
+// Neighbours in a list: one for each lane. In more than 99 % of the searches one of 32 is in b,
+// until few tokens are left (docs/measured.md).
 constexpr int32_t kListed = kWarp;
-// Shared memory of a warp.
+// Shared memory of a warp that makes a list.
 constexpr int32_t kStagingBytes = kListed * sizeof(Best);
 
+// The number of similarities in row[ld] that are at least `bound`.
 __device__ inline int32_t count_reached(const int32_t* row, int32_t ld, int32_t bound) {
   int32_t reached = 0;
   for (int32_t j = 4 * lane_id(); j < ld; j += 4 * kWarp) {
@@ -20,22 +21,23 @@ __device__ inline int32_t count_reached(const int32_t* row, int32_t ld, int32_t 
   return __reduce_add_sync(kAllLanes, reached);
 }
 
-// list[kListed] of a token with similarities row[ld]: Lists in passes.h says what is in it. Entries
-// for which there is nobody name the token itself.
+// Writes list[kListed] of a token with similarities row[ld]; see Lists in passes.h. Empty entries
+// name the token itself.
 __device__ inline void list_neighbours(const int32_t* row, int32_t n, int32_t ld, int32_t token,
                                        Best* staging, Best* list) {
-  int32_t least = INT32_MAX, most = kDead;
+  int32_t least = INT32_MAX, most = kNoSimilarity;
   for (int32_t j = lane_id(); j < n; j += kWarp) {
     const int32_t key = row[j];
     most = larger(most, key);
-    if (key != kDead) least = smaller(least, key);
+    if (key != kNoSimilarity) least = smaller(least, key);
   }
   least = __reduce_min_sync(kAllLanes, least);
   most = __reduce_max_sync(kAllLanes, most);
 
-  // Phase 1: `high` is reached by `taken` tokens, at most a list, `low` by more. Halving ends with
-  // a list that is nearly full, or where the two are neighbours; then equal keys fill it up.
-  int32_t low = least, high = larger(most, kDead + 1) + 1, taken = 0;
+  // Phase 1: bisect for a threshold. `taken` tokens reach `high`, and they fit in a list; more than
+  // a list reach `low`. Ends if the list is nearly full, or if high == low + 1; then tokens with
+  // the key `low` fill it up.
+  int32_t low = least, high = larger(most, kNoSimilarity + 1) + 1, taken = 0;
   const bool all = n - 1 <= kListed;
   if (all) {
     high = least;
@@ -44,7 +46,8 @@ __device__ inline void list_neighbours(const int32_t* row, int32_t n, int32_t ld
   for (int32_t step = 0; !all && high - low > 1 && taken < kListed * 3 / 4; ++step) {
     int32_t middle = low + (high - low) / 2;
     if (step < 16) {
-      // In the middle of two similarities are more of them than in that of their bits.
+      // Bisect the similarities instead of their bits: near the middle of two similarities there
+      // are more tokens.
       const float sum = __fadd_rn(from_ordered(low), from_ordered(high));
       middle = ordered(__fmul_rn(sum, 0.5f));
       middle = larger(low + 1, smaller(middle, high - 1));
@@ -59,12 +62,13 @@ __device__ inline void list_neighbours(const int32_t* row, int32_t n, int32_t ld
   }
   const bool fill = !all && high - low == 1;
 
-  // Phase 2: those that reach `high` by index, behind them the first that are as near as `low`.
+  // Phase 2: stage the tokens that reach `high`, by index, then the first tokens with the key
+  // `low`.
   int32_t above = 0, equal = taken;
   for (int32_t first = 0; first < n; first += kWarp) {
     const int32_t j = first + lane_id();
-    const int32_t key = j < n ? row[j] : kDead;
-    const bool is_above = key != kDead && key >= high;
+    const int32_t key = j < n ? row[j] : kNoSimilarity;
+    const bool is_above = key != kNoSimilarity && key >= high;
     const bool is_equal = fill && key == low;
     const uint32_t lanes_above = __ballot_sync(kAllLanes, is_above);
     const uint32_t lanes_equal = __ballot_sync(kAllLanes, is_equal);
@@ -76,9 +80,9 @@ __device__ inline void list_neighbours(const int32_t* row, int32_t n, int32_t ld
   }
   __syncwarp();
 
-  // Phase 3: in order.
+  // Phase 3: sort the list by counting.
   const int32_t count = smaller(equal, kListed);
-  const Best mine = lane_id() < count ? staging[lane_id()] : Best{kDead, token};
+  const Best mine = lane_id() < count ? staging[lane_id()] : Best{kNoSimilarity, token};
   int32_t rank = 0;
   for (int32_t k = 0; k < kWarp; ++k) {
     const int32_t other = __shfl_sync(kAllLanes, mine.value, k);

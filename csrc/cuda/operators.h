@@ -1,6 +1,6 @@
-// The operators on CUDA devices. Pointers to memory of the device, sizes, strides in elements, a
-// stream; arguments are checked by the caller. Inputs are only read. Throws std::runtime_error
-// where CUDA refuses a launch, std::invalid_argument where a grid would be too large.
+// The operators on CUDA devices: pointers to memory of the device, sizes, strides in elements, a
+// stream. The caller has checked the arguments. Inputs are only read. Throws std::runtime_error if
+// CUDA refuses a launch, std::invalid_argument if a grid would be too large.
 #pragma once
 
 #include <cstdint>
@@ -14,37 +14,42 @@ struct Offsets {
   int64_t stride;
 };
 
-// select and prune: keep of `tokens` tokens of each image, `important` of them by score.
-// select_varlen, with offsets: `tokens` is max_seqlen, `keep` is total_keep, and the ratio counts.
+// One call of select, prune (no offsets) or select_varlen (offsets).
 struct CudaSelect {
   Tokens features;
   Tokens scores;
+  // select_varlen only; otherwise null.
   Offsets cu_seqlens;
   Offsets cu_keep;
   // Above 0.
   int64_t images;
+  // Of one image; of select_varlen: max_seqlen.
   int32_t tokens;
   int32_t channels;
-  // Of all images.
+  // Tokens of all images.
   int64_t total;
+  // select and prune only: tokens kept of an image, and how many of them by score.
   int32_t keep;
   int32_t important;
+  // select_varlen only: the size of `indices`, and the share of tokens kept by score.
+  int32_t total_keep;
   double important_ratio;
   int32_t step;
   Matching matching;
-  // As SelectRule in cpu/operators.h.
+  // Changes no bit: see pairwise in passes.h.
   int32_t eager_rounds;
   int64_t* indices;
   // [B, keep, C] contiguous, or null.
   char* kept;
-  // cuda_select_scratch bytes, which may hold anything, aligned to 256.
+  // cuda_select_scratch bytes, aligned to 256, with any contents.
   char* scratch;
 };
 
-// `removes`: whether similarities decide anything, which with offsets is not known.
+// `tokens` and `total` as in CudaSelect. `removes`: whether the call may need similarities. They
+// are not needed if score alone decides; with offsets the host cannot know, so pass true.
 int64_t cuda_select_scratch(int64_t images, int64_t tokens, int64_t total, bool removes);
 
-// One launch on the stream, a cudaStream_t, of the device.
+// One launch on `stream`, a cudaStream_t of the device.
 void cuda_select(const CudaSelect& call, int device, void* stream);
 
 }  // namespace vispruner

@@ -1,5 +1,5 @@
-// What CUDA C++ has no words for, or only in headers that cost seconds to compile. The tests have a
-// file of this name of their own, with which the kernels run on a CPU (tests/support/cuda_on_cpu).
+// Functions that CUDA C++ lacks, or has only in headers that take seconds to compile. The tests
+// replace this file to run the kernels on a CPU (tests/support/cuda_on_cpu/cuda/ptx.cuh).
 #pragma once
 
 #include <cuda_runtime.h>
@@ -20,8 +20,8 @@ __device__ inline float half_to_float(uint16_t bits) {
   return x;
 }
 
-// *word += 1; returns what it was. What this thread has seen or stored comes before it for who adds
-// after it.
+// Adds 1 to *word and returns the old value, as an acquire-release operation: a thread that adds
+// later sees all that this thread has read or stored before.
 __device__ inline uint64_t arrive_at(uint64_t* word) {
   uint64_t before;
   asm volatile("atom.acq_rel.gpu.global.add.u64 %0, [%1], 1;"

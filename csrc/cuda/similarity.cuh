@@ -1,4 +1,4 @@
-// The fixed-point cosine similarities of two blocks of tokens (docs/contract.md, section 2.3), by
+// The fixed-point cosine similarities of two blocks of tokens (docs/contract.md, section 2.3), on
 // int8 tensor cores.
 #pragma once
 
@@ -6,19 +6,19 @@
 
 namespace vispruner {
 
-// Tokens of a block, the side of a tile; channels of a step; threads that make a tile.
+// Tokens of a block, which is the side of a tile; channels of a step; threads that compute a tile.
 constexpr int32_t kTile = 64;
 constexpr int32_t kStep = 64;
 constexpr int32_t kTileThreads = 512;
 // A thread converts a slice of a token's channels in each step.
 constexpr int32_t kSlice = 16;
 constexpr int32_t kSlices = kStep / kSlice;
-static_assert(kTileThreads == 2 * kTile * kSlices, "a thread for each slice of both blocks");
-// Bytes between rows in shared memory: with 16 more than a step the lanes of a warp that load a
-// fragment hit different banks.
+static_assert(kTileThreads == 2 * kTile * kSlices, "one thread for each slice of both blocks");
+// Bytes between rows in shared memory. The 16 bytes of padding put the lanes of a warp that load a
+// fragment in different banks.
 constexpr int32_t kPitch = kStep + 16;
-// One half of the fixed-point values of a block. Four make a step, and there are two steps: one is
-// written while the other is multiplied.
+// One int8 half of the fixed-point values of a block. A step has four: two blocks, two halves.
+// There are two steps in memory: one is written while the other is multiplied.
 constexpr int32_t kHalfBytes = kTile * kPitch;
 constexpr int32_t kStepBytes = 4 * kHalfBytes;
 constexpr int32_t kTileBytes = 2 * kStepBytes + 2 * kTile * sizeof(float);
@@ -39,7 +39,7 @@ struct Slice {
     return __int_as_float(static_cast<int32_t>(kSize == 4 ? bits : bits << 16));
   }
 
-  // Of a row that begins at a multiple of 16 bytes.
+  // Loads from a row that begins at a multiple of 16 bytes.
   __device__ void load_vectors(const char* row, int32_t channel) {
     const uint4* const vectors = reinterpret_cast<const uint4*>(row + int64_t{channel} * kSize);
 #pragma unroll
@@ -52,7 +52,7 @@ struct Slice {
     }
   }
 
-  // Zeros where there is no token, or no channel.
+  // Loads zeros if there is no token (a null row) or no channel.
   __device__ void load(const char* row, int32_t channel, int32_t channels, bool aligned) {
     if (row && aligned && channel + kSlice <= channels) {
       load_vectors(row, channel);
@@ -70,7 +70,7 @@ struct Slice {
     }
   }
 
-  // The largest bits without sign: they have the order of the magnitudes, NaN above all.
+  // The largest bits without the sign. They have the order of the magnitudes, with NaN above all.
   __device__ uint32_t magnitude() const {
     uint32_t most = 0;
 #pragma unroll
@@ -87,10 +87,10 @@ struct Slice {
     uint32_t squares = 0;
 #pragma unroll
     for (int32_t e = 0; e < kSlice; ++e) {
-      // Not by the product: infinity times 0 is NaN.
+      // A test, because infinity times a scale of 0 is NaN.
       const float x = scale > 0.0f ? value(bits(e)) : 0.0f;
       const int32_t q = __float2int_rz(__fmul_rn(x, scale));
-      // 16 squares of at most 16256 fit 32 bits without sign.
+      // 16 squares of values up to 16256 fit an unsigned int32.
       squares += static_cast<uint32_t>(q * q);
       highs[e / 4] |= (static_cast<uint32_t>(q >> 7) & 0xff) << (8 * (e % 4));
       lows[e / 4] |= (static_cast<uint32_t>(q) & 0x7f) << (8 * (e % 4));
@@ -101,20 +101,20 @@ struct Slice {
   }
 };
 
-// Writes sim[i][j] and sim[j][i] for the tokens i of block a and j of block b: ordered keys, kDead
-// on the diagonal and behind a row; `ld` is n rounded up to 16. `memory`: kTileBytes, shared, which
-// others may still read at the end.
+// Writes sim[i][j] and sim[j][i] for the tokens i of block a and j of block b: ordered keys,
+// kNoSimilarity on the diagonal and beyond column n; `ld` is n rounded up to 16. `memory`:
+// kTileBytes of shared memory, which other threads may still read when this function returns.
 template <DType kDType>
 __device__ void similarity_tile(const char* features, int64_t stride, int32_t channels,
                                 bool aligned, int32_t n, int32_t block_a, int32_t block_b,
                                 char* memory, int32_t* sim, int64_t ld) {
-  // Halves of a step, by block (a, b) and half (high, low).
+  // The halves of a step, by block (0: a, 1: b) and half (0: high, 1: low).
   const auto half = [=](int32_t step, int32_t block, int32_t low) {
     return memory + (step % 2) * kStepBytes + (2 * block + low) * kHalfBytes;
   };
   float* const inverse_norm = reinterpret_cast<float*>(memory + 2 * kStepBytes);
 
-  // Phase 1: the scale of each token; four threads have one.
+  // Phase 1: the scale of each token; four threads share a token.
   const int32_t mine = static_cast<int32_t>(threadIdx.x) / kSlices;
   const int32_t channel = static_cast<int32_t>(threadIdx.x) % kSlices * kSlice;
   const int32_t token = (mine < kTile ? block_a : block_b) * kTile + mine % kTile;
@@ -122,7 +122,8 @@ __device__ void similarity_tile(const char* features, int64_t stride, int32_t ch
   Slice<kDType> slice;
   uint32_t most = 0;
   int32_t c = channel;
-  // 128 bytes at a time: with a condition between them loads would wait for each other.
+  // 128 bytes at a time without a condition between the loads, which would make each load wait for
+  // the one before.
   constexpr int32_t kAhead = 8 / Slice<kDType>::kSize;
   const int32_t whole = row && aligned ? channels - (kAhead - 1) * kStep - kSlice : -1;
   for (; c <= whole; c += kAhead * kStep) {
@@ -150,7 +151,8 @@ __device__ void similarity_tile(const char* features, int64_t stride, int32_t ch
       float_bits(magnitude) >= float_bits(kMinMagnitude) && float_bits(magnitude) < 0x7f800000;
   const float scale = usable ? __fdiv_rn(kFixedPointMax, magnitude) : 0.0f;
 
-  // Phase 2: products of the halves. A warp has 16 x 16 of the tile, as two fragments of 16 x 8.
+  // Phase 2: products of the halves. A warp computes 16 x 16 of the tile as two fragments of 16
+  // x 8.
   const int32_t row_a = warp_id() / 4 * 16 + lane_id() / 4;
   const int32_t row_b = warp_id() % 4 * 16 + lane_id() / 4;
   const int32_t column = lane_id() % 4 * 4;
@@ -162,7 +164,7 @@ __device__ void similarity_tile(const char* features, int64_t stride, int32_t ch
     const int32_t offset = mine % kTile * kPitch + channel;
     squares += slice.convert(scale, half(step, mine / kTile, 0) + offset,
                              half(step, mine / kTile, 1) + offset);
-    // Loaded while the tensor cores work.
+    // The next slice loads while the tensor cores work.
     if (step + 1 < steps) slice.load(row, (step + 1) * kStep + channel, channels, aligned);
     __syncthreads();
 #pragma unroll
@@ -185,7 +187,7 @@ __device__ void similarity_tile(const char* features, int64_t stride, int32_t ch
           b[l][1] = word(1, l, row_b + 8 * f, 16);
         }
         mma_s8(high[f], a[0], b[0]);
-        // 2 * 65536 products of -127 .. 127 by 0 .. 127 still fit.
+        // 2 * 65536 products of [-127, 127] and [0, 127] fit an int32.
         mma_s8(mixed[f], a[0], b[1]);
         mma_s8(mixed[f], a[1], b[0]);
         mma_s8(low[f], a[1], b[1]);
@@ -203,7 +205,7 @@ __device__ void similarity_tile(const char* features, int64_t stride, int32_t ch
   }
   __syncthreads();
 
-  // Phase 4: similarities, and their keys.
+  // Phase 4: similarities and their keys.
   for (int32_t f = 0; f < 2; ++f) {
     for (int32_t below = 0; below < 2; ++below) {
       const int32_t in_a = row_a + 8 * below;
@@ -218,7 +220,7 @@ __device__ void similarity_tile(const char* features, int64_t stride, int32_t ch
         const float norms = __fmul_rn(inverse_norm[in_a], inverse_norm[kTile + in_b + e]);
         const float similarity = __fmul_rn(__ll2float_rn(gram), norms);
         const bool pair = i < n && j + e < n && i != j + e;
-        keys[e] = pair ? ordered(similarity) : kDead;
+        keys[e] = pair ? ordered(similarity) : kNoSimilarity;
       }
       if (i < n && j < ld) {
         *reinterpret_cast<int2*>(sim + i * ld + j) = make_int2(keys[0], keys[1]);

@@ -1,7 +1,8 @@
-"""The CUDA sources: compiled by nvcc for every architecture, where there is one, and looked at."""
+"""The C++ core: the arguments of its functions, its machine code, and setup.py, which builds it."""
 
 from __future__ import annotations
 
+import ast
 import os
 import platform
 import re
@@ -10,11 +11,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from installed import needs_native
 
 from vispruner_kernels import _native
+from vispruner_kernels._native import arguments, cpu
 
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
@@ -25,9 +29,9 @@ needs_nvcc = pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not in
 
 
 @needs_nvcc
-def test_no_load_takes_the_cache_that_is_not_coherent(tmp_path):
-    """What other blocks wrote is read by loads that see it: the compiler takes ld.global.nc where
-    it believes that nobody writes."""
+def test_no_load_uses_the_cache_that_is_not_coherent(tmp_path):
+    """The kernels read memory that other blocks wrote. The compiler uses ld.global.nc where it
+    assumes that no block writes."""
     ptx = tmp_path / "select.ptx"
     command = ["nvcc", "-std=c++17", "-O3", "-fmad=false", "-arch=sm_90", "-ptx", f"-I{CSRC}"]
     command += ["-Werror", "all-warnings"]
@@ -39,12 +43,12 @@ def test_no_load_takes_the_cache_that_is_not_coherent(tmp_path):
     assert text.count(".entry") == 4
     assert "mma.sync.aligned.m16n8k32" in text
     assert "ld.global.nc" not in text
-    # Roundings that the contract does not have.
+    # The contract has no fused multiply-add and no approximations.
     assert not re.search(r"\bfma\.|\.approx|\.ftz|rsqrt", text)
 
 
 def resources(library: str) -> list[dict[str, str]]:
-    """Of every kernel in a library, for every architecture."""
+    """The registers, stack and memory of every kernel in a library, for every architecture."""
     triton = pytest.importorskip("triton")
     command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", library]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -64,7 +68,7 @@ def test_every_architecture_is_in_the_build_and_nothing_spills():
     assert {kernel["arch"] for kernel in found} == {f"sm_{name}" for name in names}
     for kernel in found:
         print(kernel)
-        # Spills show under STACK; 512 threads have 65536 registers.
+        # Spilled registers count as STACK; 512 threads share 65536 registers.
         assert int(kernel["STACK"]) == int(kernel["LOCAL"]) == 0, kernel
         assert int(kernel["REG"]) <= 128, kernel
     if "VISPRUNER_KERNELS_CUDA_ARCHITECTURES" not in os.environ:
@@ -86,13 +90,13 @@ def readelf(*options: str) -> str:
 )
 def test_the_library_is_hardened():
     segments = dict(re.findall(r"^ +(GNU_\w+)(?: +0x\w+){5} +(R?W?E?) ", readelf("-l"), re.M))
-    # Full RELRO: what the linker fills in is read-only, all of it from the start. A stack of data.
+    # Full RELRO: the linker's tables are read-only from the start. The stack is not executable.
     assert segments["GNU_RELRO"] == "R"
     assert segments["GNU_STACK"] == "RW"
     assert "BIND_NOW" in readelf("-d")
     symbols = readelf("--dyn-syms")
     assert "__stack_chk_fail" in symbols
-    # Of the C library of GNU alone.
+    # Only the C library of GNU has it.
     assert platform.libc_ver()[0] != "glibc" or "__memcpy_chk" in symbols
 
 
@@ -126,25 +130,131 @@ def test_flags_that_a_compiler_lacks_are_left_out(setup, tmp_path):
     assert find(old, linking) == []
 
 
-# The launch path, as far as it goes without a GPU.
+# The arguments of the core.
+
+STRIDES = {"image_stride": 0, "token_stride": 0}
+TOKENS = {"data": 0, "dtype": 0, **STRIDES}
+HEADS = {"data": 0, "head_stride": 0, **STRIDES}
+OFFSETS = {"data": 0, "stride": 0}
+
+
+def cuda_call(images: int) -> dict[str, Any]:
+    numbers = dict.fromkeys(("total_keep", "indices", "kept", "scratch", "matching"), 0)
+    return numbers | {
+        "features": {"data": 0, "dtype": 1, "image_stride": 16384 * 8, "token_stride": 8},
+        "scores": {"data": 0, "dtype": 1, "image_stride": 16384 * 8, "token_stride": 8},
+        "cu_seqlens": OFFSETS,
+        "cu_keep": OFFSETS,
+        "images": images,
+        "tokens": 16384,
+        "channels": 8,
+        "total": images * 16384,
+        "keep": 9,
+        "important": 4,
+        "important_ratio": 0.5,
+        "step": 8,
+        "eager_rounds": 64,
+    }
 
 
 def launch(images: int) -> None:
-    tokens = (0, 1, 16384 * 8, 8)
-    shape = (images, 16384, 8, images * 16384)
-    rule = (0.5, 8, 0, 64)
-    _native._C.cuda_select(tokens, tokens, (0, 0), (0, 0), *shape, 9, 4, rule, 0, 0, 0, 0, 0)
+    _native._C.cuda_select(call=cuda_call(images), device=0, stream=0)
+
+
+SCORES = torch.arange(6.0)[None]
+
+
+def topk_arguments(indices: torch.Tensor) -> dict[str, Any]:
+    """Ask for the two best of SCORES."""
+    sizes = {"images": 1, "tokens": 6, "keep": 2, "threads": 1}
+    return {"scores": arguments.tokens(SCORES), "indices": indices.data_ptr(), **sizes}
+
+
+@needs_native
+def test_fields_go_by_name_in_any_order():
+    indices = torch.zeros(1, 2, dtype=torch.int64)
+    call = topk_arguments(indices)
+    call["scores"] = dict(reversed(call["scores"].items()))
+    _native._C.select_topk(**dict(reversed(call.items())))
+    assert indices.tolist() == [[4, 5]]
+
+
+@needs_native
+def test_arguments_are_keywords():
+    call = topk_arguments(torch.zeros(1, 2, dtype=torch.int64))
+    with pytest.raises(TypeError):
+        _native._C.select_topk(*call.values())
+    for name in call:
+        rest = {key: value for key, value in call.items() if key != name}
+        with pytest.raises(TypeError):
+            _native._C.select_topk(**rest)
+        with pytest.raises(TypeError):
+            _native._C.select_topk(**rest, **{f"{name}_": call[name]})
+
+
+@needs_native
+def test_a_struct_has_exactly_its_fields():
+    call = topk_arguments(torch.zeros(1, 2, dtype=torch.int64))
+    scores = call.pop("scores")
+    message = "^Tokens is a dict of data dtype image_stride token_stride$"
+    for name in scores:
+        rest = {key: value for key, value in scores.items() if key != name}
+        for wrong in (rest, rest | {"other": 0}, scores | {"other": 0}):
+            with pytest.raises(TypeError, match=message):
+                _native._C.select_topk(scores=wrong, **call)
+        with pytest.raises(TypeError, match=f"^Tokens: {name} has a wrong type$"):
+            _native._C.select_topk(scores=scores | {name: 0.5}, **call)
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        _native._C.select_topk(scores=tuple(scores.values()), **call)
+
+
+def fields_in_the_stub() -> dict[str, list[str]]:
+    tree = ast.parse((ROOT / "vispruner_kernels" / "_C.pyi").read_text())
+    return {
+        node.name: [line.target.id for line in node.body if isinstance(line, ast.AnnAssign)]
+        for node in tree.body
+        if isinstance(node, ast.ClassDef)
+    }
+
+
+@needs_native
+def test_the_stub_has_the_fields_of_each_struct():
+    core, rule = _native._C, cpu._rule(0.5, 8, "bipartite")
+    one = {"threads": 1, "scores": 0}
+    numbers = {"images": 1, "tokens": 1, "channels": 1, "keep": 1, "threads": 1}
+    calls = {
+        "Tokens": lambda: core.select_topk(**topk_arguments(torch.zeros(2)) | {"scores": {}}),
+        "Heads": lambda: core.cls_scores(q={}, k={}, shape={}, **one),
+        "LogSumExp": lambda: core.received_scores(q=HEADS, k=HEADS, lse={}, shape={}, **one),
+        "AttentionShape": lambda: core.cls_scores(q=HEADS, k=HEADS, shape={}, **one),
+        "SelectRule": lambda: core.select(
+            features=TOKENS, scores=TOKENS, rule={}, indices=0, kept=0, **numbers
+        ),
+    }
+    if hasattr(core, "cuda_select"):
+        offsets = cuda_call(1) | {"cu_seqlens": {}}
+        calls["CudaSelect"] = lambda: core.cuda_select(call={}, device=0, stream=0)
+        calls["Offsets"] = lambda: core.cuda_select(call=offsets, device=0, stream=0)
+    stub = fields_in_the_stub()
+    assert stub["SelectRule"] == list(rule)
+    assert stub.keys() - {"CudaSelect", "Offsets"} == calls.keys() - {"CudaSelect", "Offsets"}
+    for name, call in calls.items():
+        with pytest.raises(TypeError, match=f"^{name} is a dict of {' '.join(stub[name])}$"):
+            call()
+
+
+# The launch path without a GPU.
 
 
 @needs_cuda_build
-def test_a_grid_that_is_too_large():
+def test_refuses_a_grid_that_is_too_large():
     with pytest.raises(ValueError, match="2155872256 blocks, expected at most 2147483647"):
         launch(2**16)
 
 
 @needs_cuda_build
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_an_error_of_cuda_is_an_exception():
+def test_an_error_of_cuda_raises():
     message = r"^vispruner_kernels: the current device: cudaError\w+: .*; VISPRUNER_KERNELS_BACKEND"
     for _ in range(2):
         with pytest.raises(RuntimeError, match=message):
@@ -156,7 +266,7 @@ def test_an_error_of_cuda_is_an_exception():
 
 @pytest.fixture
 def setup(monkeypatch):
-    """The functions of setup.py, which runs no command."""
+    """Load the functions of setup.py without running a command."""
 
     def load(**environment: str) -> dict[str, object]:
         for name, value in environment.items():
@@ -175,7 +285,7 @@ def nvcc_that_knows(folder: Path, *codes: str) -> str:
     return str(nvcc)
 
 
-def test_an_nvcc_compiles_for_what_it_knows(setup, tmp_path, capsys):
+def test_compiles_for_the_architectures_that_nvcc_knows(setup, tmp_path, capsys):
     find = setup()["find_architectures"]
     names, flags = find(nvcc_that_knows(tmp_path, "75", "80", "86", "89", "90"))
     assert names == ["80", "86", "89", "90"]
@@ -187,7 +297,7 @@ def test_an_nvcc_compiles_for_what_it_knows(setup, tmp_path, capsys):
     assert flags[-1] == "-gencode=arch=compute_100,code=compute_100"
 
 
-def test_architectures_by_hand(setup, tmp_path):
+def test_compiles_for_the_architectures_of_the_variable(setup, tmp_path):
     find = setup(VISPRUNER_KERNELS_CUDA_ARCHITECTURES="80;90")["find_architectures"]
     names, flags = find(nvcc_that_knows(tmp_path, "80", "90", "100"))
     assert names == ["80", "90"]
@@ -196,7 +306,7 @@ def test_architectures_by_hand(setup, tmp_path):
         find(nvcc_that_knows(tmp_path, "80", "86"))
 
 
-def test_an_nvcc_that_knows_none(setup, tmp_path):
+def test_an_nvcc_without_a_known_architecture_fails(setup, tmp_path):
     with pytest.raises(Exception, match="knows none of sm_80"):
         setup()["find_architectures"](nvcc_that_knows(tmp_path, "52"))
 
@@ -222,7 +332,7 @@ def test_resources_are_printed(setup, capsys):
 
 
 @pytest.mark.parametrize("wanted", ["auto", "1"])
-def test_an_nvcc_that_fails_costs_its_kernels_alone(setup, tmp_path, capsys, wanted):
+def test_builds_without_cuda_kernels_if_nvcc_fails(setup, tmp_path, capsys, wanted):
     from setuptools import Distribution, Extension
     from setuptools.errors import BaseError
 

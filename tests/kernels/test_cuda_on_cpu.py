@@ -1,7 +1,7 @@
-"""The CUDA kernels, compiled for the CPU as they are and run thread by thread (cuda_on_cpu): the
-bits of the core, whatever the order of threads and of blocks, however much shared memory there is.
+"""The CUDA kernels, compiled unchanged for a CPU and run thread by thread (cuda_on_cpu).
 
-What this cannot show: races between blocks, fences, and how fast anything is.
+They give the bits of the C++ core for every order of threads and blocks, and every size of shared
+memory. These tests cannot find races between blocks or missing fences, and measure no time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SUPPORT = ROOT / "tests" / "support"
 CSRC = ROOT / "csrc"
-# Of compute capability 9.0 and 10.0; 8.6, 8.9 and 12.0; and little more than a tile needs.
+# Bytes of shared memory: compute capability 9.0 and 10.0; 8.6, 8.9 and 12.0; little more than a
+# tile needs.
 SHARED = {"most": 232448, "some": 101376, "little": 49152}
 CXX = shlex.split(os.environ.get("CXX", "g++"))
 
@@ -33,12 +34,12 @@ except ImportError:
 pytestmark = [
     pytest.mark.skipif(not shutil.which(CXX[0]), reason="no C++ compiler"),
     pytest.mark.skipif(pybind11 is None, reason="pybind11 is not installed"),
-    pytest.mark.skipif(sys.platform != "linux", reason="threads are switched by what Linux has"),
+    pytest.mark.skipif(sys.platform != "linux", reason="cuda_on_cpu needs Linux"),
 ]
 
 
 def build(folder: Path, *flags: str) -> str:
-    """The library, compiled once for all processes that test."""
+    """Compile the library, once for all test processes."""
     folder.mkdir(exist_ok=True)
     library = folder / "_C.so"
     with (folder / "lock").open("w") as lock:
@@ -48,7 +49,7 @@ def build(folder: Path, *flags: str) -> str:
             for path in (pybind11.get_include(), sysconfig.get_path("include")):
                 includes += ["-isystem", path]
             options = "-x c++ -std=c++17 -Wall -Wextra -Wno-unknown-pragmas -Werror -fPIC -shared"
-            # As nvcc is told, and as it takes pointers to vectors.
+            # As nvcc with -fmad=false. Kernels load vectors from arrays of other types.
             options += " -fvisibility=hidden -ffp-contract=off -fno-strict-aliasing"
             defines = ["-DVISPRUNER_KERNELS_WITH_CUDA"]
             defines += ['-DVISPRUNER_KERNELS_CUDA_ARCHITECTURES="none"']
@@ -62,7 +63,7 @@ def build(folder: Path, *flags: str) -> str:
 
 @pytest.fixture(scope="session")
 def shared_folder(tmp_path_factory) -> Path:
-    """One for all workers of pytest-xdist."""
+    """A folder that all workers of pytest-xdist share."""
     folder = tmp_path_factory.getbasetemp()
     return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
 
@@ -73,7 +74,7 @@ def library(shared_folder) -> str:
 
 
 def run(library: str, environment: dict[str, str] | None = None, **todo: object) -> int:
-    """How many calls agreed."""
+    """Run emulated.py; return the number of calls that agreed."""
     done = subprocess.run(
         [sys.executable, str(SUPPORT / "emulated.py"), library, json.dumps(todo)],
         env=os.environ | (environment or {}),
@@ -88,8 +89,8 @@ def run(library: str, environment: dict[str, str] | None = None, **todo: object)
 
 @pytest.mark.parametrize("shared", SHARED)
 @pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.kernels) for n in (1, 2))])
-def test_random_cases(library, seed, shared):
-    """Every dtype, layout, rule and operator, by threads in ascending, descending and any order."""
+def test_random_cases_give_the_bits_of_the_core(library, seed, shared):
+    """Every dtype, layout, rule and operator; threads in ascending, descending and random order."""
     begin = 1000 * list(SHARED).index(shared) + 300 * seed
     task = {"random": [begin, begin + 240, 130], "seed": seed, "shared": SHARED[shared]}
     assert run(library, **task) == 300
@@ -97,13 +98,13 @@ def test_random_cases(library, seed, shared):
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("rounds", [0, 1])
-def test_pairwise_without_eager_rounds(library, rounds):
+def test_pairwise_does_not_depend_on_the_eager_rounds(library, rounds):
     task = {"random": [5000, 5150, 90], "eager_rounds": rounds, "device": 3 + 80 * rounds}
     assert run(library, **task, seed=2 + rounds, shared=SHARED["most"]) > 150
 
 
-# Images, tokens, channels, tokens kept. Lists are whole, halved or not in shared memory; the last
-# passes are over similarities in shared memory; all scores are not compared at once.
+# Images, tokens, channels, tokens kept. The sizes cover whole lists, halved lists and no lists in
+# shared memory, last passes over similarities in shared memory, and more scores than fit at once.
 MODELS = [
     ("most", "clustered", "float16", [[1, 576, 1024, 64]]),
     ("some", "clustered", "bfloat16", [[2, 576, 96, 32], [1, 729, 72, 128]]),
@@ -118,48 +119,47 @@ MODELS = [
     [*MODELS[:-1], pytest.param(MODELS[-1], marks=pytest.mark.kernels)],
     ids=lambda model: "-".join(map(str, model[:3])),
 )
-def test_models(library, model):
+def test_sizes_of_models_give_the_bits_of_the_core(library, model):
     shared, kind, dtype, sizes = model
     todo = {"models": [sizes, kind, dtype], "seed": 3, "shared": SHARED[shared]}
     assert run(library, **todo) == 2 * len(sizes)
 
 
-def test_offsets_that_contradict_each_other(library):
+def test_contradictory_offsets_stay_in_bounds(library):
     assert run(library, offsets=60, seed=4, shared=SHARED["some"]) == 60
 
 
-def test_other_keys(library):
-    """Hubs: tokens that are the nearest of most others."""
+def test_pairwise_with_hubs_gives_the_bits_of_the_core(library):
+    """A hub is a token that is the nearest of most others."""
     assert run(library, hubs=[0, 1, 64], tokens=210, seed=5, shared=SHARED["some"]) == 18
 
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("shared", SHARED)
 @pytest.mark.parametrize("seed", range(2))
-def test_thousands_of_random_cases(library, seed, shared):
+def test_thousands_of_random_cases_give_the_bits_of_the_core(library, seed, shared):
     begin = 10_000 + 10_000 * list(SHARED).index(shared) + 1000 * seed
     task = {"random": [begin, begin + 800, 200], "seed": 10 + seed, "shared": SHARED[shared]}
     assert run(library, **task) == 1000
 
 
 @pytest.mark.kernels
-def test_long_images(library):
+def test_long_images_give_the_bits_of_the_core(library):
     sizes = [[1, 2880, 16, 160], [1, 1700, 16, 64]]
     todo = {"models": [sizes, "clustered", "float16"], "seed": 6, "shared": SHARED["most"]}
     assert run(library, **todo) == 4
 
 
 @pytest.mark.kernels
-def test_sanitizers(shared_folder):
-    """No address outside of what was allocated, none that a GPU would call misaligned, no overflow
-    that C++ has no meaning for."""
+def test_sanitizers_find_nothing(shared_folder):
+    """No access outside of an allocation, no misaligned one, no undefined overflow."""
     flags = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
     library = build(shared_folder / "cuda_on_cpu_sanitized", *flags)
     command = [*CXX, "-print-file-name=libasan.so"]
     runtime = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     if not Path(runtime).is_absolute():
         pytest.skip("no libasan.so")
-    # Python leaves memory to the end of the process.
+    # Python does not free all of its memory at exit.
     environment = {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0"}
     for shared, begin in zip(SHARED.values(), (0, 100, 200), strict=True):
         todo = {"random": [begin, begin + 60, 130], "offsets": 20, "shared": shared}

@@ -96,20 +96,18 @@ def test_catches_a_broken_kernel_of_every_operator():
 from types import SimpleNamespace
 real, broken = _native._C, SimpleNamespace()
 
-def rule(ratio, *rest):
-    return (1.0, *rest)
+def by_score_alone(function):
+    return lambda rule, **rest: function(rule={**rule, "important_ratio": 1.0}, **rest)
 
-def shape(dtype, images, sequence, heads, head_dim, scale, prefix):
-    return dtype, images, sequence, heads, head_dim, 2 * scale, prefix
+def with_another_scale(function):
+    return lambda shape, **rest: function(shape={**shape, "scale": 2 * shape["scale"]}, **rest)
 
-broken.select = lambda *a: real.select(*a[:6], rule(*a[6]), *a[7:])
-broken.select_varlen = lambda *a: real.select_varlen(*a[:6], rule(*a[6]), *a[7:])
-broken.select_topk = lambda *a: None
-broken.select_rows = lambda *a: None
-broken.cls_scores = lambda q, k, s, *a: real.cls_scores(q, k, shape(*s), *a)
-broken.received_scores = lambda q, k, l, s, *a: real.received_scores(q, k, l, shape(*s), *a)
-broken.received_scores_varlen = lambda q, k, l, c, t, s, *a: real.received_scores_varlen(
-    q, k, l, c, t, shape(*s), *a)
+broken.select = by_score_alone(real.select)
+broken.select_varlen = by_score_alone(real.select_varlen)
+broken.select_topk = broken.select_rows = lambda **arguments: None
+broken.cls_scores = with_another_scale(real.cls_scores)
+broken.received_scores = with_another_scale(real.received_scores)
+broken.received_scores_varlen = with_another_scale(real.received_scores_varlen)
 _native.cpu._C = broken
 print(json.dumps({op: error(op, *calls[op]) for op in calls}))
 """

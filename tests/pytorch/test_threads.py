@@ -1,4 +1,4 @@
-"""Threads: Python's and the operators' own. No answer depends on either, nor on the batch."""
+"""Threads of Python and of the operators. No answer depends on either, or on the batch."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Call = tuple[str, tuple[Any, ...]]
 
 
 def calls(batch: int, tokens: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Call]:
-    """Every operator; batched ones have the images of a call in the first dimension of tensors."""
+    """Calls of every operator. Batched ones have their images in the first dimension of tensors."""
     generator = torch.Generator().manual_seed(seed)
     features = sample_features("clustered", batch, tokens, 48, generator).to(dtype)
     scores = sample_scores("ties", batch, tokens, generator)
@@ -89,15 +89,15 @@ def intra_op_threads():
     torch.set_num_threads(before)
 
 
-# Small and odd; larger than the blocks that the core gives its threads.
+# A small odd number of tokens, and one larger than a thread's share in the core.
 CALLS = [call for tokens in (13, 300) for call in calls(3, tokens)]
 IDS = [f"{name(call)}-{tokens}" for tokens in (13, 300) for call in calls(3, tokens)]
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_many_python_threads(threads):
+def test_concurrent_python_threads_get_the_answers_of_one(threads):
     torch.set_num_threads(threads)
-    # Calls of the same shapes with other values: scratch that threads share would mix them up.
+    # The same shapes with other values: if threads shared scratch, answers would differ.
     different = [call for seed in range(4) for call in calls(3, 60, seed=seed)]
     expected = [tuple(x.clone() for x in run(call)) for call in different]
     workers = 8
@@ -119,8 +119,8 @@ def test_many_python_threads(threads):
 
 
 @needs_native
-def test_another_instruction_set_in_the_middle_of_calls():
-    """The only state of the core that a caller can change: any set gives an operator's bits."""
+def test_an_instruction_set_may_change_during_calls():
+    """A caller can change no other state of the core, and every set gives the same bits."""
     exact = [call for call in calls(3, 60) if call[0].startswith(("select", "prune"))]
     sets, before = _native._C.simd_sets(), _native._C.simd()
     expected = [tuple(x.clone() for x in run(call)) for call in exact]
@@ -159,10 +159,10 @@ def test_another_instruction_set_in_the_middle_of_calls():
 
 @needs_native
 @pytest.mark.skipif(
-    not sysconfig.get_config_var("Py_GIL_DISABLED"), reason="this Python has a GIL for good"
+    not sysconfig.get_config_var("Py_GIL_DISABLED"), reason="this Python always has a GIL"
 )
 def test_the_core_leaves_the_gil_off():
-    # Alone: other packages may want the GIL. Python says with a warning that it is back.
+    # Without other packages, which may need the GIL. Python warns if it enables the GIL again.
     code = "import _C, sys; assert not sys._is_gil_enabled()"
     path = str(Path(_native._C.__file__).parent)
     done = subprocess.run(
@@ -177,7 +177,7 @@ def test_the_core_leaves_the_gil_off():
 
 
 def large_calls() -> list[Call]:
-    """Large enough for the core to start threads, over images and inside one."""
+    """Calls with enough work for the core to start threads, over images and inside an image."""
     generator = torch.Generator().manual_seed(1)
     features = sample_features("clustered", 3, 1100, 1024, generator)
     scores = sample_scores("ties", 3, 1100, generator)
@@ -202,7 +202,7 @@ def large_calls() -> list[Call]:
 
 
 @pytest.mark.parametrize("call", large_calls(), ids=lambda call: name(call))
-def test_intra_op_threads_of_large_calls(call):
+def test_large_calls_do_not_depend_on_intra_op_threads(call):
     torch.set_num_threads(1)
     expected = run(call)
     for threads in (2, 3, 16):
@@ -211,7 +211,7 @@ def test_intra_op_threads_of_large_calls(call):
             assert_same_answers(run(call), expected)
 
 
-def test_errors_in_many_threads():
+def test_each_thread_gets_its_own_error():
     features, scores = CALLS[0][1][:2]
 
     def work(number: int) -> str:
@@ -225,10 +225,10 @@ def test_errors_in_many_threads():
 
 
 @pytest.mark.parametrize("call", CALLS, ids=IDS)
-def test_intra_op_threads(call):
+def test_small_calls_do_not_depend_on_intra_op_threads(call):
     torch.set_num_threads(1)
     expected = run(call)
-    # Also more than there are images, and more than there are processors.
+    # Among them: more threads than images, and more than processors.
     for threads in (2, 4, 7):
         torch.set_num_threads(threads)
         assert torch.get_num_threads() == threads
@@ -239,7 +239,7 @@ def test_intra_op_threads(call):
 @pytest.mark.parametrize("threads", [1, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [13, 300])
-def test_a_batch_is_its_images(tokens, dtype, threads):
+def test_a_batch_gives_the_answers_of_its_images(tokens, dtype, threads):
     torch.set_num_threads(threads)
     batched = [call for call in calls(5, tokens, dtype) if not is_varlen(call)]
     assert len({op for op, _ in batched}) == 7
@@ -254,7 +254,7 @@ def test_a_batch_is_its_images(tokens, dtype, threads):
 
 
 @pytest.mark.parametrize("tokens", [13, 300])
-def test_packed_images_are_images(tokens):
+def test_packed_images_give_the_answers_of_single_images(tokens):
     lengths = [tokens, 1, 0, tokens // 2, tokens]
     keep = [tokens // 3, 1, 0, tokens // 4, tokens]
     total = sum(lengths)
@@ -288,7 +288,7 @@ def test_packed_images_are_images(tokens):
                 assert_same_bits(got[image], alone[0])
 
 
-def test_calls_from_a_thread_that_ends():
+def test_answers_outlive_the_thread_of_their_call():
     answers = []
 
     def work():
@@ -305,13 +305,13 @@ def test_calls_from_a_thread_that_ends():
 # The GIL.
 
 
-# A launch on a GPU takes no time to speak of.
+# A launch on a GPU returns at once.
 OTHERS = ("_", "simd", "use_simd", "cuda_")
 CORE = [f for f in dir(_native._C) if not f.startswith(OTHERS)] if _native.INSTALLED else []
 
 
 def long_calls() -> dict[str, Callable[[], Any]]:
-    """A call of every function of the core, with work for some hundredths of a second."""
+    """A call of every operator of the core, with work for some hundredths of a second."""
     generator = torch.Generator().manual_seed(1)
     features = torch.randn(1, 2000, 64, generator=generator)
     scores = torch.rand(1, 2000, generator=generator)
@@ -336,8 +336,8 @@ def long_calls() -> dict[str, Callable[[], Any]]:
 @needs_native
 @pytest.mark.parametrize("name", CORE)
 def test_the_core_releases_the_gil(name, monkeypatch):
-    # Without forced switches the other thread runs only where this one lets go of the GIL, and
-    # between the two notes nothing but the C++ function can.
+    # Python does not switch threads by itself here. So the other thread runs only when this one
+    # releases the GIL, and between the two notes only the C++ function can release it.
     count, stop, notes = 0, False, []
     call, function = long_calls()[name], getattr(_native._C, name)
 
@@ -347,9 +347,9 @@ def test_the_core_releases_the_gil(name, monkeypatch):
             count += 1
             time.sleep(1e-4)
 
-    def noted(*args):
+    def noted(**arguments):
         notes.append(count)
-        function(*args)
+        function(**arguments)
         notes.append(count)
 
     monkeypatch.setattr(_native.cpu, "_C", SimpleNamespace(**{name: noted}))
@@ -368,7 +368,7 @@ def test_the_core_releases_the_gil(name, monkeypatch):
     assert after - before >= 3
 
 
-# Fork: a child has none of its parent's threads.
+# Fork: a child process does not have the threads of its parent.
 
 FORK = """
 import os, sys, torch, vispruner_kernels as vk
@@ -397,9 +397,9 @@ assert all(torch.equal(a, b) for a, b in zip(answers(), expected, strict=True))
 
 @needs_native
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-def test_fork():
+def test_operators_work_after_a_fork():
     environment = {n: v for n, v in os.environ.items() if n != "VISPRUNER_KERNELS_CHECK"}
-    # PyTorch's own threads, which the reference uses, do not survive a fork.
+    # The reference uses PyTorch's threads, which do not survive a fork.
     environment["VISPRUNER_KERNELS_BACKEND"] = "native"
     path = [str(Path(vispruner_kernels.__file__).parent.parent), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
@@ -414,8 +414,8 @@ def test_fork():
     assert done.returncode == 0, done.stderr
 
 
-def test_callers_with_another_default_device(tmp_path):
-    """TorchScript calls an operator from C++, where a default device is still in force."""
+def test_the_default_device_of_the_caller_changes_nothing(tmp_path):
+    """TorchScript calls operators from C++, where the default device of Python still applies."""
     script = """
 import torch, vispruner_kernels as vk
 from vispruner_kernels.methods import Random
@@ -434,7 +434,7 @@ assert all(torch.equal(one, other) for one, other in zip(got, expected))
 assert random.device.type == "cpu"
 print("same")
 """
-    # In a file, for TorchScript reads its functions' source.
+    # In a file, because TorchScript reads the source of its functions.
     file = tmp_path / "script.py"
     file.write_text(script)
     root = str(Path(vispruner_kernels.__file__).parent.parent)

@@ -38,7 +38,7 @@ Calls = list[tuple[str, tuple[Any, ...]]]
 
 
 class Memory:
-    """PyTorch, but for what is not initialised: that is random bytes between guards."""
+    """Stands in for torch: uninitialised tensors hold random bytes, and guards surround them."""
 
     def __init__(self, seed: int) -> None:
         self.generator = torch.Generator().manual_seed(seed)
@@ -55,7 +55,7 @@ class Memory:
     ) -> Tensor:
         shape = torch.Size(size)
         count = shape.numel() * dtype.itemsize
-        # As PyTorch's on a GPU, it begins at a multiple of 512.
+        # PyTorch's allocations on a GPU begin at multiples of 512.
         memory = torch.empty(count + 2 * GUARD + 512, dtype=torch.uint8)
         memory.random_(generator=self.generator)
         begin = GUARD + (-(memory.data_ptr() + GUARD)) % 512
@@ -63,7 +63,7 @@ class Memory:
         return memory[begin : begin + count].view(dtype).view(shape)
 
     def check(self) -> None:
-        """Nothing was written but what was asked for."""
+        """Assert that no kernel wrote to a guard."""
         for memory, guards in self.guarded:
             count = len(memory) - len(guards)
             begin = GUARD + (-(memory.data_ptr() + GUARD)) % 512
@@ -72,10 +72,12 @@ class Memory:
 
 
 def load(library: str, seed: int, shared: int, device: int = 0) -> Memory:
-    """Puts the kernels in the place of those for a GPU: threads run in an order that depends on the
-    seed, in blocks that may have so many bytes of shared memory. All devices are alike; what is
-    known of one is only kept below 64."""
-    # The operators for the CPU are not in this build: they would be looked for when called.
+    """Replace the kernels for a GPU by those of `library`, compiled for a CPU.
+
+    `seed` sets the order of threads, `shared` the bytes of shared memory of a block. All devices
+    are the same; kernels store the properties only of devices below 64.
+    """
+    # This build lacks the operators for the CPU. Lazy binding resolves them only in a call.
     flags = sys.getdlopenflags()
     sys.setdlopenflags(os.RTLD_LAZY)
     spec = importlib.util.spec_from_file_location("_C", library)
@@ -119,7 +121,7 @@ def model_calls(sizes: list[list[int]], kind: str, dtype: str) -> Calls:
 
 
 def hub_calls(tokens: int) -> Calls:
-    """Images where one token is the nearest of most others, and where all are alike."""
+    """Images in which one token is the nearest of most others, and in which all are equal."""
     generator = torch.Generator().manual_seed(11)
     angle = torch.linspace(0.1, 1.5, tokens)[None, :, None]
     hub = torch.cat([angle.cos(), angle.sin()], 2)
@@ -147,8 +149,8 @@ def compare(calls: Calls, memory: Memory) -> int:
 
 
 def stay_in_bounds(seeds: range, total: int, memory: Memory) -> int:
-    """Offsets that contradict each other or the tensors: every element is written, with a value in
-    [0, total)."""
+    """Assert that offsets that contradict each other or the tensors leave no output element
+    unwritten or outside [0, total)."""
     from gpu import random_offsets
 
     generator = torch.Generator().manual_seed(5)

@@ -20,11 +20,11 @@ else:
 
 
 def reinstall(variable: str) -> str:
-    """What to do about a part that was not built; pip would take its cached wheel again."""
+    """The command that builds a missing part. (pip would reuse its cached wheel by default.)"""
     return f"reinstall: {variable}=1 pip install --no-cache-dir --force-reinstall --no-deps ."
 
 
-# For the C++ core.
+# The advice if the C++ core is not built.
 REMEDY = f"install a C++17 compiler and {reinstall('VISPRUNER_KERNELS_NATIVE')}"
 
 INSTALLED = _C is not None

@@ -1,12 +1,10 @@
-"""The C++ core on the CPU: tensors to pointers, and one call into `vispruner_kernels._C`.
+"""The C++ core on CPU tensors: each operator calls its namesake in `vispruner_kernels._C`.
 
-The arguments have been checked; what only a CPU can check, the values of offsets, is checked here.
-Every allocation names its device: whoever calls from C++ may have another default.
+The arguments have been checked, except the values of offsets: only a CPU can check those, and this
+module does. Every allocation names its device, because a call from C++ may have another default.
 """
 
 from __future__ import annotations
-
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,21 +18,19 @@ _CPU = torch.device("cpu")
 
 
 def _empty(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    # Faster than torch.empty, and with a device that need not be parsed.
+    # Faster than torch.empty, and the device is not a string to parse.
     return torch.empty_strided((rows, columns), (columns, 1), dtype=dtype, device=_CPU)
 
 
-_Rule: TypeAlias = tuple[float, int, int, int, int, int]
-
-
-def _rule(important_ratio: float, step: int, matching: str) -> _Rule:
-    numbers = (
-        arguments.MATCHINGS[matching],
-        arguments.BLOCK_THREADS,
-        arguments.EAGER_ROUNDS,
-        arguments.COMPACT_TO,
-    )
-    return important_ratio, step, *numbers
+def _rule(important_ratio: float, step: int, matching: str) -> _C.SelectRule:
+    return {
+        "important_ratio": important_ratio,
+        "step": step,
+        "matching": arguments.MATCHINGS[matching],
+        "block_threads": arguments.BLOCK_THREADS,
+        "eager_rounds": arguments.EAGER_ROUNDS,
+        "compact_to": arguments.COMPACT_TO,
+    }
 
 
 def select(
@@ -43,16 +39,16 @@ def select(
     batch, n, channels = features.shape
     indices = _empty(batch, keep, torch.int64)
     _C.select(
-        arguments.tokens(features),
-        arguments.tokens(scores),
-        batch,
-        n,
-        channels,
-        keep,
-        _rule(important_ratio, step, matching),
-        torch.get_num_threads(),
-        indices.data_ptr(),
-        0,
+        features=arguments.tokens(features),
+        scores=arguments.tokens(scores),
+        images=batch,
+        tokens=n,
+        channels=channels,
+        keep=keep,
+        rule=_rule(important_ratio, step, matching),
+        threads=torch.get_num_threads(),
+        indices=indices.data_ptr(),
+        kept=0,
     )
     return indices
 
@@ -64,16 +60,16 @@ def prune(
     indices = _empty(batch, keep, torch.int64)
     kept = torch.empty((batch, keep, channels), dtype=features.dtype, device="cpu")
     _C.select(
-        arguments.tokens(features),
-        arguments.tokens(scores),
-        batch,
-        n,
-        channels,
-        keep,
-        _rule(important_ratio, step, matching),
-        torch.get_num_threads(),
-        indices.data_ptr(),
-        kept.data_ptr(),
+        features=arguments.tokens(features),
+        scores=arguments.tokens(scores),
+        images=batch,
+        tokens=n,
+        channels=channels,
+        keep=keep,
+        rule=_rule(important_ratio, step, matching),
+        threads=torch.get_num_threads(),
+        indices=indices.data_ptr(),
+        kept=kept.data_ptr(),
     )
     return kept, indices
 
@@ -90,22 +86,22 @@ def select_varlen(
     matching: str,
 ) -> Tensor:
     total, channels = features.shape
-    # Copies, so that what is checked is what is used, whoever writes to the originals meanwhile.
+    # Copies: another thread may write to the originals between the check and the use.
     cu_seqlens, cu_keep = (
         x.clone(memory_format=torch.contiguous_format) for x in (cu_seqlens, cu_keep)
     )
     check_offsets("select_varlen", total, cu_seqlens, max_seqlen, cu_keep, total_keep)
     indices = torch.zeros(total_keep, dtype=torch.int64, device="cpu")
     _C.select_varlen(
-        arguments.packed(features),
-        arguments.packed(scores),
-        cu_seqlens.data_ptr(),
-        cu_keep.data_ptr(),
-        len(cu_seqlens) - 1,
-        channels,
-        _rule(important_ratio, step, matching),
-        torch.get_num_threads(),
-        indices.data_ptr(),
+        features=arguments.packed_tokens(features),
+        scores=arguments.packed_tokens(scores),
+        cu_seqlens=cu_seqlens.data_ptr(),
+        cu_keep=cu_keep.data_ptr(),
+        images=len(cu_seqlens) - 1,
+        channels=channels,
+        rule=_rule(important_ratio, step, matching),
+        threads=torch.get_num_threads(),
+        indices=indices.data_ptr(),
     )
     return indices
 
@@ -114,7 +110,12 @@ def select_topk(scores: Tensor, keep: int) -> Tensor:
     batch, n = scores.shape
     indices = _empty(batch, keep, torch.int64)
     _C.select_topk(
-        arguments.tokens(scores), batch, n, keep, torch.get_num_threads(), indices.data_ptr()
+        scores=arguments.tokens(scores),
+        images=batch,
+        tokens=n,
+        keep=keep,
+        threads=torch.get_num_threads(),
+        indices=indices.data_ptr(),
     )
     return indices
 
@@ -123,41 +124,62 @@ def select_rows(scores: Tensor, width: int, rows: int) -> Tensor:
     batch, n = scores.shape
     indices = _empty(batch, rows * width, torch.int64)
     _C.select_rows(
-        arguments.tokens(scores), batch, n, width, rows, torch.get_num_threads(), indices.data_ptr()
+        scores=arguments.tokens(scores),
+        images=batch,
+        tokens=n,
+        width=width,
+        rows=rows,
+        threads=torch.get_num_threads(),
+        indices=indices.data_ptr(),
     )
     return indices
 
 
-def _heads(x: Tensor) -> tuple[int, int, int, int]:
-    """[B, S, H, D] or [total, H, D] as address, stride of an image, of a token, of a head."""
+def _heads(x: Tensor) -> _C.Heads:
+    """Describe q or k: [B, S, H, D], or packed [total, H, D]."""
     *image, token, head, _ = x.stride()
-    return x.data_ptr(), image[0] if image else 0, token, head
+    return {
+        "data": x.data_ptr(),
+        "image_stride": image[0] if image else 0,
+        "token_stride": token,
+        "head_stride": head,
+    }
 
 
-def _lse(lse: Tensor | None) -> tuple[int, int, int, int]:
-    """[B, H, S] or [H, total] likewise; address 0 if there is none."""
+def _lse(lse: Tensor | None) -> _C.LogSumExp:
+    """Describe lse: [B, H, S], packed [H, total], or None."""
     if lse is None:
-        return 0, 0, 0, 0
+        return {"data": 0, "image_stride": 0, "head_stride": 0, "token_stride": 0}
     *image, head, token = lse.stride()
-    return lse.data_ptr(), image[0] if image else 0, token, head
+    return {
+        "data": lse.data_ptr(),
+        "image_stride": image[0] if image else 0,
+        "head_stride": head,
+        "token_stride": token,
+    }
 
 
-def _shape(
-    q: Tensor, images: int, scale: float | None, num_prefix: int
-) -> tuple[int, int, int, int, int, float, int]:
+def _shape(q: Tensor, images: int, scale: float | None, num_prefix: int) -> _C.AttentionShape:
     *_, sequence, heads, head_dim = q.shape
-    scale = head_dim**-0.5 if scale is None else scale
-    return arguments.DTYPES[q.dtype], images, sequence, heads, head_dim, scale, num_prefix
+    return {
+        "dtype": arguments.DTYPES[q.dtype],
+        "images": images,
+        "sequence": sequence,
+        "heads": heads,
+        "head_dim": head_dim,
+        "scale": head_dim**-0.5 if scale is None else scale,
+        "num_prefix": num_prefix,
+    }
 
 
 def cls_scores(q: Tensor, k: Tensor, scale: float | None = None, num_prefix: int = 1) -> Tensor:
     scores = _empty(q.shape[0], q.shape[1] - num_prefix, torch.float32)
     _C.cls_scores(
-        _heads(q),
-        _heads(k),
-        _shape(q, q.shape[0], scale, num_prefix),
-        torch.get_num_threads(),
-        scores.data_ptr(),
+        q=_heads(q),
+        k=_heads(k),
+        shape=_shape(q, q.shape[0], scale, num_prefix),
+        threads=torch.get_num_threads(),
+        scores=scores.data_ptr(),
     )
     return scores
 
@@ -178,12 +200,12 @@ def received_scores(
 ) -> Tensor:
     scores = _empty(q.shape[0], q.shape[1] - num_prefix, torch.float32)
     _C.received_scores(
-        _heads(q),
-        _heads(k),
-        _lse(lse),
-        _shape(q, q.shape[0], scale, num_prefix),
-        torch.get_num_threads(),
-        scores.data_ptr(),
+        q=_heads(q),
+        k=_heads(k),
+        lse=_lse(lse),
+        shape=_shape(q, q.shape[0], scale, num_prefix),
+        threads=torch.get_num_threads(),
+        scores=scores.data_ptr(),
     )
     return scores
 
@@ -197,18 +219,18 @@ def received_scores_varlen(
     lse: Tensor | None = None,
 ) -> Tensor:
     total = q.shape[0]
-    # A copy, so that what is checked is what is used.
+    # A copy: another thread may write to the original between the check and the use.
     cu_seqlens = cu_seqlens.clone(memory_format=torch.contiguous_format)
     check_offsets("received_scores_varlen", total, cu_seqlens, max_seqlen)
     scores = torch.empty(total, dtype=torch.float32, device="cpu")
     _C.received_scores_varlen(
-        _heads(q),
-        _heads(k),
-        _lse(lse),
-        cu_seqlens.data_ptr(),
-        total,
-        _shape(q, len(cu_seqlens) - 1, scale, 0),
-        torch.get_num_threads(),
-        scores.data_ptr(),
+        q=_heads(q),
+        k=_heads(k),
+        lse=_lse(lse),
+        cu_seqlens=cu_seqlens.data_ptr(),
+        total=total,
+        shape=_shape(q, len(cu_seqlens) - 1, scale, 0),
+        threads=torch.get_num_threads(),
+        scores=scores.data_ptr(),
     )
     return scores

@@ -1,6 +1,6 @@
 """The CUDA kernels of the C++ core: one launch on the current stream of the tensors' device.
 
-The arguments have been checked. Nothing is allocated but the output and one piece of scratch.
+The arguments have been checked. Each call allocates its output and one scratch buffer.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from vispruner_kernels._native import _C, arguments
 
 
 def _reason() -> str:
-    """Why the kernels cannot run, or nothing."""
+    """Why the kernels cannot run; empty if they can."""
     if torch.version.hip:
         return "not for HIP devices"
     if not _native.INSTALLED:
@@ -29,13 +29,20 @@ REASON = _reason()
 INSTALLED = not REASON
 
 
+_NO_OFFSETS: _C.Offsets = {"data": 0, "stride": 0}
+
+
+def _offsets(x: Tensor) -> _C.Offsets:
+    return {"data": x.data_ptr(), "stride": x.stride(0)}
+
+
 @functools.lru_cache(maxsize=1024)
 def _scratch_bytes(images: int, tokens: int, total: int, removes: bool) -> int:
-    return _C.cuda_select_scratch(images, tokens, total, removes)
+    return _C.cuda_select_scratch(images=images, tokens=tokens, total=total, removes=removes)
 
 
 def _device_and_stream(x: Tensor) -> tuple[int, int]:
-    """The current stream as a number, without the objects that torch.cuda makes around it."""
+    """The device's index and its current stream; faster than a `torch.cuda.Stream`."""
     device = x.get_device()
     return device, torch._C._cuda_getCurrentRawStream(device)
 
@@ -58,22 +65,30 @@ def _select(
     important = int(keep * important_ratio)
     size = _scratch_bytes(batch, n, batch * n, important < keep < n)
     scratch = torch.empty_strided((size,), (1,), dtype=torch.int8, device=device)
+    device_index, stream = _device_and_stream(out)
     _C.cuda_select(
-        arguments.tokens(features),
-        arguments.tokens(scores),
-        (0, 0),
-        (0, 0),
-        batch,
-        n,
-        channels,
-        batch * n,
-        keep,
-        important,
-        (important_ratio, min(step, n), arguments.MATCHINGS[matching], arguments.EAGER_ROUNDS),
-        out.data_ptr(),
-        kept,
-        scratch.data_ptr(),
-        *_device_and_stream(out),
+        call={
+            "features": arguments.tokens(features),
+            "scores": arguments.tokens(scores),
+            "cu_seqlens": _NO_OFFSETS,
+            "cu_keep": _NO_OFFSETS,
+            "images": batch,
+            "tokens": n,
+            "channels": channels,
+            "total": batch * n,
+            "keep": keep,
+            "important": important,
+            "total_keep": 0,
+            "important_ratio": important_ratio,
+            "step": min(step, n),
+            "matching": arguments.MATCHINGS[matching],
+            "eager_rounds": arguments.EAGER_ROUNDS,
+            "indices": out.data_ptr(),
+            "kept": kept,
+            "scratch": scratch.data_ptr(),
+        },
+        device=device_index,
+        stream=stream,
     )
     return out
 
@@ -113,26 +128,29 @@ def select_varlen(
         return out.zero_()
     size = _scratch_bytes(images, longest, total, True)
     scratch = torch.empty_strided((size,), (1,), dtype=torch.int8, device=features.device)
+    device_index, stream = _device_and_stream(out)
     _C.cuda_select(
-        arguments.packed(features),
-        arguments.packed(scores),
-        (cu_seqlens.data_ptr(), cu_seqlens.stride(0)),
-        (cu_keep.data_ptr(), cu_keep.stride(0)),
-        images,
-        longest,
-        channels,
-        total,
-        total_keep,
-        0,
-        (
-            important_ratio,
-            min(step, longest),
-            arguments.MATCHINGS[matching],
-            arguments.EAGER_ROUNDS,
-        ),
-        out.data_ptr(),
-        0,
-        scratch.data_ptr(),
-        *_device_and_stream(out),
+        call={
+            "features": arguments.packed_tokens(features),
+            "scores": arguments.packed_tokens(scores),
+            "cu_seqlens": _offsets(cu_seqlens),
+            "cu_keep": _offsets(cu_keep),
+            "images": images,
+            "tokens": longest,
+            "channels": channels,
+            "total": total,
+            "keep": 0,
+            "important": 0,
+            "total_keep": total_keep,
+            "important_ratio": important_ratio,
+            "step": min(step, longest),
+            "matching": arguments.MATCHINGS[matching],
+            "eager_rounds": arguments.EAGER_ROUNDS,
+            "indices": out.data_ptr(),
+            "kept": 0,
+            "scratch": scratch.data_ptr(),
+        },
+        device=device_index,
+        stream=stream,
     )
     return out

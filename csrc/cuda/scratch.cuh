@@ -1,0 +1,97 @@
+// The scratch of a call: arrays in global memory, and counters by which thread blocks find out
+// which of them is the last one.
+#pragma once
+
+#include "cuda/neighbours.cuh"
+#include "cuda/similarity.cuh"
+
+namespace vispruner {
+
+constexpr int32_t kThreads = kTileThreads;
+constexpr int32_t kWarps = kThreads / kWarp;
+using Block = CudaBlock<kThreads>;
+
+// Memory of the passes besides similarities and lists: bytes per token, and bytes per image for
+// rounding up.
+constexpr int32_t kTokenBytes = 24;
+constexpr int32_t kSlackBytes = 512;
+
+VISPRUNER_HD int64_t rounded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// A counter is a 64-bit word of the call's own scratch: the call's random tag, and below it
+// kCountBits bits that count blocks, more than ever arrive at one counter.
+constexpr int32_t kCountBits = 20;
+
+// The scratch of one image. Its first token is token `start` of all images.
+struct ImageScratch {
+  // [n, ld] See passes.h.
+  int32_t* sim;
+  // [n, kListed]
+  Best* lists;
+  // [n] The position of each token in the order by score.
+  int32_t* score_rank;
+  // For Arena.
+  char* passes;
+  // Counts the blocks of tokens that are done.
+  uint64_t* done_blocks;
+  // [blocks] Counts the tiles that are done, for each block of tokens.
+  uint64_t* done_tiles;
+};
+
+// The scratch of a call: arrays over all images, one after the other. Offsets in bytes.
+struct Scratch {
+  int64_t lists;
+  int64_t score_rank;
+  int64_t passes;
+  int64_t counters;
+  int64_t bytes;
+
+  // `tokens`: of the longest image; `total`: of all images.
+  VISPRUNER_HD Scratch(int64_t images, int64_t tokens, int64_t total, bool removes) {
+    lists = removes ? total * rounded(tokens, 16) * sizeof(int32_t) : 0;
+    score_rank = lists + (removes ? total * kListed * sizeof(Best) : 0);
+    passes = rounded(score_rank + total * sizeof(int32_t), 256);
+    counters = rounded(passes + (removes ? total * kTokenBytes + images * kSlackBytes : 0), 256);
+    bytes = counters + images * (1 + rounded(tokens, kTile) / kTile) * sizeof(uint64_t);
+  }
+
+  __device__ ImageScratch of_image(char* scratch, int64_t images, int32_t tokens, int64_t image,
+                                   int64_t start) const {
+    const int32_t most_blocks = (tokens + kTile - 1) / kTile;
+    uint64_t* const words = reinterpret_cast<uint64_t*>(scratch + counters);
+    char* const first_pass = scratch + passes + start * kTokenBytes;
+    return {reinterpret_cast<int32_t*>(scratch) + start * rounded(tokens, 16),
+            reinterpret_cast<Best*>(scratch + lists) + start * kListed,
+            reinterpret_cast<int32_t*>(scratch + score_rank) + start,
+            reinterpret_cast<char*>(
+                rounded(reinterpret_cast<int64_t>(first_pass) + image * kSlackBytes, 16)),
+            words + image,
+            words + images + image * most_blocks};
+  }
+};
+
+// Opens a counter: the first block to come writes the tag and a count of zero. So scratch may hold
+// anything, no launch has to zero it, and no two calls or streams share a counter. One attempt is
+// enough: it fails only if the attempt of another block succeeded.
+__device__ inline void open(uint64_t* counter, uint64_t tag) {
+  auto* const word = reinterpret_cast<unsigned long long*>(counter);
+  const unsigned long long found = *reinterpret_cast<volatile unsigned long long*>(counter);
+  if (found >> kCountBits != tag) atomicCAS(word, found, tag << kCountBits);
+}
+
+// Whether this block is the last of `expected` to arrive. The last one sees all that the others
+// stored before they arrived, and closes the counter, so that a graph can be replayed. No block
+// waits for another.
+__device__ inline bool arrive(uint64_t* counter, int32_t expected) {
+  __syncthreads();
+  bool last = false;
+  if (threadIdx.x == 0) {
+    const uint64_t before = arrive_at(counter);
+    last = static_cast<int32_t>(before & ((1u << kCountBits) - 1)) == expected - 1;
+    // No call has tag 0.
+    if (last) *counter = 0;
+  }
+  return __syncthreads_or(last);
+}
+
+}  // namespace vispruner
