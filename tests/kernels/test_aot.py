@@ -1,4 +1,4 @@
-"""What compiled kernels are made of, on every target, without a GPU: see aot.py."""
+"""Compiled kernels of every target obey the rules of aot_rules.py; no GPU is needed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SUPPORT = Path(__file__).parents[1] / "support"
 
 
 def compile_variants(folder: Path, *options: str) -> dict[str, Any]:
-    """The report of a process of its own: this one may have Triton's interpreter."""
+    """Run aot.py in another process, because this one may use Triton's interpreter."""
     ours = ("VISPRUNER_KERNELS_", "TRITON_INTERPRET")
     environment = {n: v for n, v in os.environ.items() if not n.startswith(ours)}
     path = [str(Path(vispruner_kernels.__file__).parent.parent), environment.get("PYTHONPATH", "")]
@@ -52,7 +52,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_every_variant(report, rule):
+def test_every_variant_obeys_the_rule(report, rule):
     wrong = {
         f"{r.target} {r.kernel} {'/'.join(r.ops)} {r.label}": fault
         for r in report["results"]
@@ -61,7 +61,7 @@ def test_every_variant(report, rule):
     assert not wrong, "\n".join(f"{variant}: {fault}" for variant, fault in wrong.items())
 
 
-def test_every_operator_kernel_and_target_is_there(report, capsys):
+def test_every_operator_kernel_and_target_is_compiled(report, capsys):
     assert report["errors"] == {}
     for target in set(TARGETS) - set(report["unavailable"]):
         results = [r for r in report["results"] if r.target == target]
@@ -71,12 +71,12 @@ def test_every_operator_kernel_and_target_is_there(report, capsys):
             assert any(op in r.ops and not r.module.endswith(".topk") for r in results), target
     with capsys.disabled():
         print(f"\n{table(report['results'])}")
-    # Not a pass: what could not be compiled is said.
+    # A target that could not be compiled is reported as a skip, not as a pass.
     if report["unavailable"]:
         pytest.skip(str(report["unavailable"]))
 
 
-# What each rule is there to catch; the harness must see it.
+# A kernel for each fault that a rule catches.
 PROBE = r"""
 import torch
 import triton
@@ -126,7 +126,7 @@ def _wrong_kernel(x_ptr, y_ptr, out_ptr, ratio, WHAT: tl.constexpr, BLOCK: tl.co
 def _waiting_kernel(x_ptr, y_ptr, out_ptr, n, sign, BLOCK: tl.constexpr):
     offs = tl.arange(0, BLOCK)
     offs = offs[:, None] * BLOCK + offs[None, :]
-    # Computed, so it comes from registers.
+    # A computed operand comes from registers.
     x = (tl.load(x_ptr + offs).to(tl.float32) * sign).to(tl.float16)
     acc = tl.zeros([BLOCK, BLOCK], tl.float32)
     for _ in range(n):
@@ -192,10 +192,10 @@ CALLS = [
 """
 
 
-def test_the_harness_sees_what_is_wrong(tmp_path):
+def test_each_rule_catches_its_fault(tmp_path):
     probe = tmp_path / "probe.py"
     probe.write_text(PROBE)
-    # Blackwell's tensor cores have instructions of their own.
+    # sm_100, because Blackwell's tensor cores have other instructions.
     targets = (*QUICK_TARGETS, "sm_100")
     report = compile_variants(tmp_path, "--target", *targets, "--calls", str(probe))
     assert list(report["errors"]) == ["cls_attention"]

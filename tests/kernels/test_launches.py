@@ -1,6 +1,8 @@
-"""Launches of an operator, and the PyTorch operators it calls: a launch costs microseconds, and so
-does filling, sorting or converting a tensor. Counted in Triton's interpreter, where a launch that
-does not come from launch.py is seen too."""
+"""Operators make the stated number of launches and call no PyTorch operator that launches more.
+
+A launch costs microseconds, and so does filling, sorting or converting a tensor. Triton's
+interpreter counts launches, also those that do not use launch.py.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ import vispruner_kernels
 from vispruner_kernels import _backends, _checks, _schemas
 from vispruner_kernels._triton import operators
 
-# Memory, and other views of it.
+# PyTorch operators that launch nothing: allocations and views.
 FREE = (
     *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
     *("alias", "as_strided", "detach", "expand", "permute", "select", "slice", "split", "squeeze"),
@@ -30,7 +32,7 @@ FREE = (
 
 
 class Operators(TorchDispatchMode):
-    """Notes the PyTorch operators that one of ours calls."""
+    """Records the PyTorch operators that an operator of this package calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +40,7 @@ class Operators(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "vispruner":
-            # What is registered for it, which no mode would see from here.
+            # Call the registered function here: modes are off inside a registered operator.
             op = func._schema.name.split("::")[1]
             function = _backends._implementation(op, _backends.OWNERS[op, "cpu"])
             with self:
@@ -48,7 +50,7 @@ class Operators(TorchDispatchMode):
 
 
 def cases() -> Iterator[tuple[str, str, int, dict[str, Any]]]:
-    """Operator, case, launches, arguments."""
+    """Operators with the name of the case, the number of launches and the arguments."""
     for op in _schemas.SCHEMAS:
         kwargs = arguments(op)
         if "matching" in kwargs:
@@ -79,7 +81,7 @@ def cases() -> Iterator[tuple[str, str, int, dict[str, Any]]]:
 CASES = {(op, case): launches for op, case, launches, _ in cases()}
 
 
-def unseen(function: Callable[..., Any]) -> Callable[..., Any]:
+def unrecorded(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         with _disable_current_modes():
             return function(*args, **kwargs)
@@ -88,11 +90,11 @@ def unseen(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def count() -> dict[str, Any]:
-    """Launches and PyTorch's operators of every case."""
+    """Count the launches and list the PyTorch operators of every case."""
     from triton.runtime.interpreter import GridExecutor
 
     launches = 0
-    run = unseen(GridExecutor.__call__)
+    run = unrecorded(GridExecutor.__call__)
 
     def launch(*args: Any, **kwargs: Any) -> None:
         nonlocal launches
@@ -100,8 +102,8 @@ def count() -> dict[str, Any]:
         run(*args, **kwargs)
 
     GridExecutor.__call__ = launch
-    # On a GPU nobody reads offsets.
-    _checks.check_offsets = unseen(_checks.check_offsets)
+    # On a GPU, offsets are not checked.
+    _checks.check_offsets = unrecorded(_checks.check_offsets)
     counted = {}
     for op, case, _, kwargs in cases():
         launches = 0
@@ -141,16 +143,16 @@ def counted() -> Any:
 
 
 @pytest.mark.parametrize(("op", "case"), CASES)
-def test_launches(counted, op, case):
+def test_number_of_launches(counted, op, case):
     assert counted[f"{op} {case}"][0] == CASES[op, case]
 
 
 @pytest.mark.parametrize(("op", "case"), CASES)
-def test_nothing_else_runs(counted, op, case):
-    # Of no images all outputs are zeros.
+def test_no_other_pytorch_operator_runs(counted, op, case):
+    # Without images all outputs are zeros.
     free = {*FREE, "zeros"} if case == "no images" else {*FREE}
     assert set(counted[f"{op} {case}"][1]) <= free
-    # The harness sees the outputs' memory.
+    # At least the allocation of the outputs is recorded.
     assert counted[f"{op} {case}"][1]
 
 

@@ -1,4 +1,4 @@
-"""The kernels have no races that races.py can see, and it sees those that are planted."""
+"""The kernels have no races that races.py detects, and it detects races in test kernels."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ if operators.INTERPRETED:
         select,
     )
 
-# Operators and what decides which way they take.
+# Operators, and the argument that selects their code path.
 ATTENTION_CASES = [
     *((op, "") for op in CLS),
     *((op, lse) for op in ("received_scores", "received_scores_varlen") for lse in ("lse", "")),
@@ -61,15 +61,15 @@ CASES = [
     *((op, "") for op in SCORES),
     *ATTENTION_CASES,
 ]
-# Where programs see what others did.
+# The cases in which a program reads stores of another one.
 ATOMIC = [*((op, "bipartite") for op in SELECT_ALL), *ATTENTION_CASES]
-# Tokens of a sweep, and threads of a program of `_select_kernel`; both are 256 elsewhere.
+# Tokens of a sweep and threads of a program of `_select_kernel` here; a real launch has 256.
 SWEEP = 16
 
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Small inputs have several blocks, chunks, sweeps and steps of heads."""
+    """Give small inputs several blocks, chunks, sweeps and steps of heads."""
     caches = (cls_scores._plan, cls_attention._plan, received_scores._plan)
     for name, value in {"BLOCK_N": 16, "NEIGHBOURS": 8, "SMALL": 16, "EAGER": 1}.items():
         monkeypatch.setattr(select, name, value)
@@ -91,7 +91,7 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def arguments(op: str, way: str, seed: int, images: int = 2, tokens: int = 33) -> tuple[Any, ...]:
-    """Three blocks of tokens or more an image; three images or more where they are packed."""
+    """Three or more blocks of tokens per image; three or more images in packed batches."""
     generator = torch.Generator().manual_seed(seed)
     if op in ATTENTION:
         q, k, v = sample_qkv(2, 70, 3, 8, torch.float32, seed)
@@ -123,19 +123,20 @@ def arguments(op: str, way: str, seed: int, images: int = 2, tokens: int = 33) -
 def watched(
     op: str, args: tuple[Any, ...], seed: int, change: Any = None
 ) -> tuple[Any, set[races.Hazard]]:
-    """The answer, and the hazards of its launches in the context of `change`."""
+    """The result of an operator and the hazards of its launches, in the context `change`."""
     with (
         races.watch(args, seed, SWEEP if op in SELECT_ALL else None) as hazards,
         change or contextlib.nullcontext(),
     ):
         got = getattr(operators, op)(*args)
     if op in CLS:
-        # Rows of logits are loaded to the end of a vector, and what is behind them is dropped.
-        return got, {hazard for hazard in hazards if hazard.what != "load of what nobody stored"}
+        # Rows of logits are loaded to the end of a vector; the values after the row are not used.
+        unset = "load of a cell without a value"
+        return got, {hazard for hazard in hazards if hazard.what != unset}
     return got, set(hazards)
 
 
-# `prune` is `select` and a gather: one seed each.
+# `prune` is `select` and a gather, so they have one seed each.
 SEEDS = {"select": [1], "prune": [2]}
 AGAIN = pytest.mark.kernels
 
@@ -148,7 +149,7 @@ AGAIN = pytest.mark.kernels
         for turn, seed in enumerate(SEEDS.get(case[0], [1, 2]))
     ],
 )
-def test_no_hazards(op, way, seed):
+def test_operators_have_no_hazards(op, way, seed):
     args = arguments(op, way, seed)
     got, hazards = watched(op, args, seed)
     assert not hazards
@@ -176,7 +177,7 @@ def barriers() -> set[str]:
 
 @pytest.mark.kernels
 def test_every_barrier_is_needed(monkeypatch):
-    """Without any one of them there is a hazard. So the cases reach them all."""
+    """Removing any one barrier causes a hazard, so the cases reach all barriers."""
     missing = ""
     reached = set()
 
@@ -207,7 +208,7 @@ def test_every_barrier_is_needed(monkeypatch):
 
 @pytest.mark.kernels
 @pytest.mark.parametrize(("op", "way"), ATOMIC)
-def test_no_barriers(op, way, monkeypatch):
+def test_without_barriers_programs_load_too_early(op, way, monkeypatch):
     monkeypatch.setattr(tl, "debug_barrier", lambda: None)
     _, hazards = watched(op, arguments(op, way, 1), 1)
     assert "programs: load after store" in {hazard.what for hazard in hazards}
@@ -215,7 +216,7 @@ def test_no_barriers(op, way, monkeypatch):
 
 @contextlib.contextmanager
 def weaker_atomics(semantic: Any) -> Iterator[None]:
-    """All that acquire and release have `semantic` instead."""
+    """Replace acquire-release atomics by atomics of `semantic`."""
     strong = races.MEM_SEMANTIC.ACQUIRE_RELEASE
 
     def weaker(name: str) -> Callable[..., Any]:
@@ -233,7 +234,7 @@ def weaker_atomics(semantic: Any) -> Iterator[None]:
 @pytest.mark.kernels
 @pytest.mark.parametrize("semantic", ["RELAXED", "ACQUIRE", "RELEASE"])
 @pytest.mark.parametrize(("op", "way"), [case for case in ATOMIC if case[0] != "prune"])
-def test_weaker_atomics(op, way, semantic):
+def test_with_weaker_atomics_programs_load_too_early(op, way, semantic):
     change = weaker_atomics(getattr(races.MEM_SEMANTIC, semantic))
     _, hazards = watched(op, arguments(op, way, 1), 1, change)
     assert "programs: load after store" in {hazard.what for hazard in hazards}
@@ -242,7 +243,7 @@ def test_weaker_atomics(op, way, semantic):
 def kinds(
     kernel: Any, programs: int, *args: Any, uses: Any = None, seed: int = 0, **meta: Any
 ) -> set[str]:
-    """The kinds of hazards of a launch, all of whose arguments have values unless `uses` says."""
+    """The kinds of hazards of a launch. The arguments `uses` have values, by default all."""
     with races.watch(args if uses is None else uses, seed) as hazards:
         kernel[(programs,)](*args, **meta)
     return {hazard.what for hazard in hazards}
@@ -250,9 +251,9 @@ def kinds(
 
 @triton.jit
 def _neighbour_kernel(x_ptr, FIRST: tl.constexpr, THEN: tl.constexpr, BARRIER: tl.constexpr):
-    """A thread's second access is to the element of its neighbour's first."""
+    """The second access of a thread is to the element of its neighbour's first access."""
     offs = tl.arange(0, 32)
-    # Behind some barrier they all are.
+    # All accesses follow some barrier.
     tl.debug_barrier()
     if FIRST == "load":
         tl.load(x_ptr + offs)
@@ -269,14 +270,14 @@ def _neighbour_kernel(x_ptr, FIRST: tl.constexpr, THEN: tl.constexpr, BARRIER: t
 @pytest.mark.parametrize(
     ("first", "then"), [("store", "load"), ("load", "store"), ("store", "store"), ("load", "load")]
 )
-def test_threads(first, then):
+def test_a_barrier_orders_accesses_of_threads(first, then):
     x = torch.zeros(32, dtype=torch.int32)
     expected = {f"threads: {then} after {first}"} if "store" in (first, then) else set()
     assert kinds(_neighbour_kernel, 1, x, first, then, False, num_warps=1) == expected
     assert kinds(_neighbour_kernel, 1, x, first, then, True, num_warps=1) == set()
 
 
-def test_where_a_hazard_is():
+def test_a_hazard_names_both_lines():
     with races.watch([]) as hazards:
         _neighbour_kernel[(1,)](torch.zeros(32, dtype=torch.int32), "store", "load", False)
     (hazard,) = hazards
@@ -287,7 +288,7 @@ def test_where_a_hazard_is():
 
 @triton.jit
 def _add_kernel(x_ptr, CELLS: tl.constexpr, STORES: tl.constexpr, FLIPPED: tl.constexpr):
-    """Each of 32 threads loads one of CELLS, and the last STORES threads store theirs."""
+    """Each of 32 threads loads one of CELLS cells, and the last STORES threads store to theirs."""
     offs = tl.arange(0, 32)
     if FLIPPED:
         tl.load(x_ptr + 31 - offs)
@@ -309,14 +310,14 @@ def _add_kernel(x_ptr, CELLS: tl.constexpr, STORES: tl.constexpr, FLIPPED: tl.co
         ),
     ],
 )
-def test_a_thread_stores_after_it_has_loaded(cells, stores, flipped, warps, expected):
+def test_a_thread_may_store_to_the_cell_that_it_loaded(cells, stores, flipped, warps, expected):
     x = torch.zeros(32, dtype=torch.int32)
     assert kinds(_add_kernel, 1, x, cells, stores, flipped, num_warps=warps) == expected
 
 
 @triton.jit
 def _two_programs_kernel(x_ptr, LOADS: tl.constexpr):
-    """Both store, or the first loads what the second stores."""
+    """Both programs store, or the first one loads the cells that the second one stores to."""
     offs = tl.arange(0, 32)
     if LOADS and tl.program_id(0) == 0:
         tl.load(x_ptr + offs)
@@ -324,8 +325,7 @@ def _two_programs_kernel(x_ptr, LOADS: tl.constexpr):
         tl.store(x_ptr + offs, tl.program_id(0) + offs)
 
 
-def test_programs():
-    """In either order, for the order is random."""
+def test_programs_run_in_random_order_and_conflict():
     x = torch.zeros(32, dtype=torch.int32)
     found = {frozenset(kinds(_two_programs_kernel, 2, x, True, seed=seed)) for seed in range(20)}
     assert found == {
@@ -346,9 +346,9 @@ def _mailbox_kernel(
     BARRIER: tl.constexpr,
     STORE: tl.constexpr,
 ):
-    """The last program loads what all have stored before they came to words[0], which is 0."""
+    """Programs store and then arrive at words[0], which is 0; the last one loads all stores."""
     offs = tl.arange(0, 32)
-    # Like a look at a counter that nobody has opened.
+    # Like read_counter before a program has opened the counter.
     tl.load(words_ptr + 2)
     tl.atomic_add(words_ptr + 2, 1, sem="relaxed")
     tl.store(x_ptr + tl.program_id(0) * 32 + offs, offs)
@@ -376,7 +376,7 @@ def _mailbox_kernel(
         ),
     ],
 )
-def test_atomics(expected, sem, scope, barrier, store, safe):
+def test_atomics_order_programs(expected, sem, scope, barrier, store, safe):
     words, x = torch.zeros(3, dtype=torch.int32), torch.zeros(96, dtype=torch.int32)
     how = (expected, sem, scope, barrier, store)
     found = kinds(_mailbox_kernel, 3, words, x, *how, uses=[words[:2], x])
@@ -395,15 +395,15 @@ def _copy_kernel(x_ptr, out_ptr, SAME: tl.constexpr, COUNTS: tl.constexpr):
         tl.store(out_ptr + 31 - offs, tl.flip(value, 0))
 
 
-def test_what_has_values():
+def test_only_arguments_and_stored_cells_have_values():
     x, out = (torch.zeros(32, dtype=torch.int32) for _ in range(2))
-    nobody = {"load of what nobody stored"}
+    unset = {"load of a cell without a value"}
     assert kinds(_copy_kernel, 1, x, out, False, False) == set()
     assert kinds(_copy_kernel, 1, x, out, False, False, uses=[x]) == set()
-    assert kinds(_copy_kernel, 1, x, out, False, False, uses=[out]) == nobody
-    # Between the elements of an argument there are no values.
-    assert kinds(_copy_kernel, 1, x, out, False, False, uses=[x[::2]]) == nobody
-    # What an earlier launch stored.
+    assert kinds(_copy_kernel, 1, x, out, False, False, uses=[out]) == unset
+    # Memory between the elements of a strided argument has no values.
+    assert kinds(_copy_kernel, 1, x, out, False, False, uses=[x[::2]]) == unset
+    # Stores of an earlier launch are values.
     with races.watch([x]) as hazards:
         _copy_kernel[(1,)](x, out, False, False)
         _copy_kernel[(1,)](out, x, False, False)
@@ -416,12 +416,12 @@ def test_memory_without_values_is_random():
     assert len(x.unique()) == 32
 
 
-def test_two_stores_of_the_same_bits():
+def test_two_stores_of_the_same_bits_are_no_hazard():
     x, out = torch.arange(32), torch.zeros(32, dtype=torch.int64)
     assert kinds(_copy_kernel, 1, x, out, True, False) == set()
 
 
-def test_atomic_words_in_an_array():
+def test_an_atomic_word_in_an_array_is_a_hazard():
     x, out = (torch.zeros(32, dtype=torch.int32) for _ in range(2))
     assert kinds(_copy_kernel, 1, x, out, False, True) == {"an atomic word in an array"}
 
@@ -432,7 +432,7 @@ def _swap_kernel(x_ptr):
 
 
 @pytest.mark.parametrize("elements", [31, 0])
-def test_addresses_outside(elements):
+def test_addresses_outside_all_tensors_raise(elements):
     x, out = torch.zeros(elements, dtype=torch.int32), torch.zeros(32, dtype=torch.int32)
     copies = (False, False)
     for kernel, *args in (

@@ -1,6 +1,6 @@
-"""The Triton kernels in Triton's interpreter, with sizes that make small cases take every way.
+"""The Triton kernels in Triton's interpreter, with sizes for which small cases reach all branches.
 
-The tests of the operators run them too, at length: make test-triton.
+make test-triton runs the tests of the operators with these kernels too.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ if operators.INTERPRETED:
 
 @pytest.fixture(autouse=True)
 def _poisoned_scratch():
-    """torch.empty is full of NaN and of the largest integers."""
+    """Fill torch.empty with NaN and the largest integers."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -47,7 +47,7 @@ def _poisoned_scratch():
 
 @pytest.fixture
 def sizes(monkeypatch):
-    """Sets the sizes that decide which way a case takes."""
+    """Set the sizes that decide which branches a case reaches."""
 
     def set_sizes(**values: int) -> None:
         for name, value in values.items():
@@ -69,7 +69,7 @@ def small_sizes(seed: int) -> dict[str, int]:
 @pytest.mark.parametrize(
     "seeds", [range(50), pytest.param(range(50, 400), marks=pytest.mark.kernels)]
 )
-def test_select(seeds, matching, sizes):
+def test_select_matches_the_reference(seeds, matching, sizes):
     for seed in seeds:
         case = random_case(seed, matching=matching)
         sizes(**small_sizes(seed))
@@ -82,7 +82,7 @@ def test_select(seeds, matching, sizes):
 @pytest.mark.parametrize(
     "seeds", [range(15), pytest.param(range(15, 100), marks=pytest.mark.kernels)]
 )
-def test_prune(seeds, sizes):
+def test_prune_matches_the_reference(seeds, sizes):
     for seed in seeds:
         case = random_case(seed)
         sizes(**small_sizes(seed))
@@ -95,7 +95,7 @@ def test_prune(seeds, sizes):
     ("kind", "tokens"),
     [pytest.param("clustered", 576, marks=pytest.mark.kernels), ("constant", 200)],
 )
-def test_more_tokens(kind, tokens, matching):
+def test_images_of_more_tokens_match_the_reference(kind, tokens, matching):
     generator = torch.Generator().manual_seed(1)
     features = sample_features(kind, 1, tokens, 48, generator).half()
     scores = sample_scores("softmax", 1, tokens, generator)
@@ -120,25 +120,26 @@ def test_select_varlen(seeds, sizes):
     ("keep", "important"), [(22, 13), (22, 15), (23, 7), (23, 13), (23, 14), (26, 15), (49, 1)]
 )
 def test_important_tokens_of_packed_images_are_counted_in_float64(keep, important):
-    """In float32 the count is one more or one less, and other tokens are kept."""
+    """In float32 the count would differ by one, and other tokens would be kept."""
     ratio = important / keep
     count, in_float32 = int(keep * ratio), int(torch.tensor(keep) * torch.tensor(ratio))
     assert abs(in_float32 - count) == 1
-    # The other image's count is the same in float32.
+    # The count of the other image is the same in float32.
     lengths, keeps = [keep + 9, 10], [keep, 7]
     generator = torch.Generator().manual_seed(keep)
     features = sample_features("normal", 1, sum(lengths), 3, generator)[0]
     scores = sample_scores("uniform", 1, sum(lengths), generator)[0]
     offsets = sample_offsets(lengths), sample_offsets(keeps)
-    args = (features, scores, *offsets, max(lengths), sum(keeps), ratio)
+    rule = (8, "bipartite")
+    args = (features, scores, *offsets, max(lengths), sum(keeps), ratio, *rule)
     expected = reference.select_varlen(*args)
     wrong = (in_float32 + 0.5) / keep
-    assert not torch.equal(expected, reference.select_varlen(*args[:-1], wrong))
+    assert not torch.equal(expected, reference.select_varlen(*args[:-3], wrong, *rule))
     assert_same_bits(operators.select_varlen(*args), expected)
 
 
 def test_contradictory_offsets_stay_in_bounds(monkeypatch):
-    """A GPU cannot look at offsets without a copy to the host. Sentinels lie around the output."""
+    """A GPU cannot check offsets without a copy to the host. Sentinels surround the output."""
     monkeypatch.setattr(select, "check_offsets", lambda *args: None)
     for seed in range(60):
         rng = random.Random(seed)
@@ -178,7 +179,7 @@ def test_contradictory_offsets_stay_in_bounds(monkeypatch):
         assert (memory[32 + kept :] == -7).all()
 
 
-def test_select_topk_and_select_rows():
+def test_select_topk_and_select_rows_match_the_reference():
     for seed in range(100):
         rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
         n = rng.choice([1, 2, 3, 7, 16, 33, 60, 300])
@@ -193,8 +194,8 @@ def test_select_topk_and_select_rows():
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("op", ["select", "cls_attention", "cls_scores", "received_scores"])
-def test_counters_are_left_as_a_replay_wants_them(op, monkeypatch):
-    """A CUDA graph launches with the same arguments again and again: same tag, same scratch."""
+def test_a_second_launch_with_the_same_scratch_has_the_same_bits(op, monkeypatch):
+    """A CUDA graph repeats launches with the same arguments, tags and scratch included."""
     launches = []
     run = launch.run
 
@@ -206,7 +207,8 @@ def test_counters_are_left_as_a_replay_wants_them(op, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     if op == "select":
         features = sample_features("normal", 3, 150, 8, generator)
-        args = (features, torch.rand(3, 150, generator=generator), 20)
+        scores = torch.rand(3, 150, generator=generator)
+        args = (features, scores, 20, 0.5, 8, "bipartite")
     else:
         args = torch.randn(3 if op == "cls_attention" else 2, 2, 70, 3, 16, generator=generator)
     got = getattr(operators, op)(*args)
@@ -221,17 +223,17 @@ def test_counters_are_left_as_a_replay_wants_them(op, monkeypatch):
             assert_same_bits(x, expected)
 
 
-def test_every_way_is_taken(monkeypatch, sizes):
-    """Lists, whole lists, whole rows, late rounds, and removals that do not come to pass."""
-    taken = set()
+def test_small_cases_reach_all_searches_and_rounds(monkeypatch, sizes):
+    """Short lists, whole lists, full rows, late rounds, and removals that are undone."""
+    reached = set()
 
     def watch(module, name):
         function = getattr(module, name)
 
         def call(*args):
-            # The whole list of 16, or its beginning.
+            # The whole list of 16, or the short one.
             whole = name == "_nearest_listed" and "16" in str(args[-1])
-            taken.add((name, whole))
+            reached.add((name, whole))
             return function(*args)
 
         monkeypatch.setattr(module, name, call)
@@ -249,11 +251,11 @@ def test_every_way_is_taken(monkeypatch, sizes):
             args = (features, sample_scores("ties", 1, 90, generator), 12, *case[3:])
             assert_same_bits(operators.select(*args), reference.select(*args))
     names = ["_nearest_listed", "_nearest_in_row", "_bound_pairs", "count_larger"]
-    assert taken == {("_nearest_listed", True), *((name, False) for name in names)}
+    assert reached == {("_nearest_listed", True), *((name, False) for name in names)}
 
 
-def test_lists_are_the_nearest():
-    """Between half of NEIGHBOURS and all of them, in the order of the pairwise rule."""
+def test_lists_hold_the_nearest_tokens():
+    """A list has NEIGHBOURS / 2 to NEIGHBOURS tokens in the order of the pairwise rule."""
     tokens = 208
     generator = torch.Generator().manual_seed(3)
     features = sample_features("clustered", 1, tokens, 24, generator)
@@ -278,28 +280,28 @@ def test_lists_are_the_nearest():
         assert torch.equal((listed >> 32).int(), keys[token][index])
 
 
-def test_tags_are_random_and_leave_the_callers_generator_alone():
+def test_tags_are_random_and_do_not_use_the_callers_generator():
     random.seed(5)
     first = [launch.new_tag() for _ in range(100)]
     assert random.random() == random.Random(5).random()
     random.seed(5)
     assert len({*first, *(launch.new_tag() for _ in range(100))}) == 200
-    # Always an int64 to Triton, and positive with the count behind it.
+    # Triton takes every tag for an int64, and tag << 20 is positive.
     assert all(2**31 < tag and tag << 20 < 2**63 for tag in first)
 
 
-def test_too_many_programs():
+def test_too_many_programs_raise():
     with pytest.raises(ValueError, match="needs 2147483648 programs, expected at most 2147483647"):
         launch.run(select._select_kernel, 2**31, torch.empty(1))
 
 
-def test_devices():
+def test_triton_serves_cuda_and_cpu():
     assert _backends.SERVES["triton", "cuda"]
     assert _backends.SERVES["triton", "cpu"]
 
 
-def test_no_triton_on_a_gpu(monkeypatch):
-    """Nothing falls back silently."""
+def test_a_cuda_call_without_triton_raises(monkeypatch):
+    """There is no silent fallback."""
     monkeypatch.setattr(operators, "INSTALLED", False)
     monkeypatch.setattr(operators, "REASON", "Triton is not installed; pip install 'triton>=3.4'")
     operators._load.cache_clear()
@@ -311,7 +313,7 @@ def test_no_triton_on_a_gpu(monkeypatch):
         operators.select_topk(torch.rand(1, 3), 2)
 
 
-def test_a_gpu_that_is_too_old(monkeypatch):
+def test_a_gpu_that_is_too_old_raises(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Tesla V100")
     launch._check_device.cache_clear()
@@ -321,8 +323,8 @@ def test_a_gpu_that_is_too_old(monkeypatch):
         launch._check_device(0)
 
 
-def test_compiled_kernels_are_kept_by_shape_class(monkeypatch):
-    """A compiled kernel must not serve arguments that Triton would compile another one for."""
+def test_compiled_kernels_are_cached_by_shape_class(monkeypatch):
+    """A cached kernel must not serve arguments for which Triton would compile another one."""
     compiled, launched = [], []
 
     class Kernel:

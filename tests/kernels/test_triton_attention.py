@@ -1,5 +1,4 @@
-"""The attention kernels in Triton's interpreter: what the tests of the operators do not ask of all
-backends."""
+"""The attention kernels in Triton's interpreter: properties that not all backends have."""
 
 from __future__ import annotations
 
@@ -33,8 +32,10 @@ if operators.INTERPRETED:
 
 @pytest.mark.parametrize(("sequence", "logit", "lse"), [(512, 10.0, False), (1024, 8.1, True)])
 def test_rounding_does_not_add_up_over_many_rows(sequence, logit, lse):
-    """All query rows are alike and one key has most of the attention: sums of hundreds of equal
-    numbers, in whose rounding nothing cancels."""
+    """All query rows are equal and one key has most of the attention.
+
+    The sums have hundreds of equal terms, so rounding errors do not cancel.
+    """
     q, k = torch.zeros(1, sequence, 1, 128), torch.zeros(1, sequence, 1, 128)
     q[..., 0] = 1.0
     k[0, 7, 0, 0] = logit
@@ -49,7 +50,7 @@ def test_rounding_does_not_add_up_over_many_rows(sequence, logit, lse):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_products_that_cancel(dtype):
+def test_products_that_cancel_match_the_reference(dtype):
     q, k = sample_cancelling(1, 17, 2, 32, dtype, 6)
     v = sample_qkv(1, 17, 2, 32, dtype, 6)[2]
     logits = torch.einsum("bihd,bjhd->bhij", q.double(), k.double()) * 32**-0.5
@@ -67,8 +68,8 @@ def test_products_that_cancel(dtype):
 
 
 @pytest.mark.parametrize("lse", [True, False])
-def test_received_scores_in_parts(lse, monkeypatch):
-    """More queries than one program adds: an image has the same bits alone, in a batch, packed."""
+def test_an_image_in_parts_has_the_same_bits_alone_and_in_batches(lse, monkeypatch):
+    """Images have more queries than one program adds; batches are dense or packed."""
     monkeypatch.setattr(received_scores, "ADDED", 1)
     received_scores._plan.cache_clear()
     q, k, _ = sample_qkv(2, 150, 2, 16, torch.float32, 5)
@@ -91,13 +92,12 @@ def test_received_scores_have_the_same_bits_for_any_alignment():
     q, k = torch.randn(2, 1, 100, 3, 64, generator=torch.Generator().manual_seed(0)).half()
     expected = operators.received_scores(q, k)
     memory = torch.empty(q.numel() + 1, dtype=q.dtype)[1:].view(q.shape).copy_(q)
-    # Of a dimension of size 1 the stride is of no account.
+    # The stride of a dimension of size 1 does not matter.
     for same in (memory, q.as_strided(q.shape, (1, *q.stride()[1:]))):
         assert_same_bits(operators.received_scores(same, k), expected)
 
 
-def test_the_largest_scale():
-    """No factor of the logits overflows in the dtype of q."""
+def test_the_largest_scale_does_not_overflow_in_float16():
     q, k = torch.zeros(2, 1, 20, 1, 8, dtype=torch.float16)
     q[..., 0], k[0, 3, 0, 0] = 40000.0, 6e-8
     for scale in (2e38, -2e38):
@@ -108,9 +108,12 @@ def test_the_largest_scale():
         assert scores.isfinite().all()
 
 
-def test_contradictory_offsets_of_packed_attention(monkeypatch):
-    """An offset that falls counts as the largest before it, an image ends after max_seqlen tokens,
-    what is no image's is 0. NaN lies around the inputs, sentinels around the output."""
+def test_contradictory_offsets_of_packed_attention_stay_in_bounds(monkeypatch):
+    """An offset below an earlier one counts as the largest earlier one.
+
+    An image ends after max_seqlen tokens, and scores of tokens without an image are 0. There is NaN
+    around the inputs and sentinels around the output.
+    """
     monkeypatch.setattr(received_scores, "check_offsets", lambda *args: None)
     for seed in range(40):
         rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)

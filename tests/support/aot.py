@@ -1,11 +1,11 @@
-"""Compiles the kernels for GPUs that are not there, and reads what the interpreter cannot show:
-registers, shared memory, spills and instructions.
+"""Compiles the kernels for GPUs that are not present, and reports their registers, shared memory,
+spills and instructions.
 
     python tests/support/aot.py [--target sm_90] [--op select] [--quick] [--json FILE]
 
-The variants are what the operators launch: each operator is called with CPU tensors of real models'
-shapes, and its launches are caught instead of run. A new variant needs a line in aot_cases.py, a
-new rule an entry in `RULES` of aot_rules.py.
+The variants are those that the operators launch: each operator is called with CPU tensors in the
+shapes of real models, and its launches are recorded instead of run. A new variant needs a line in
+aot_cases.py, a new rule needs an entry in `RULES` of aot_rules.py.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ class Variant(NamedTuple):
 
 
 class _Driver:
-    """Triton's view of a device that is not there."""
+    """Triton's driver for a device that is not present."""
 
     def __init__(self, target: str) -> None:
         from triton.backends.compiler import GPUTarget
 
         backend, arch, _, shared, warp_size = TARGETS[target]
         self.target = GPUTarget(backend, arch, warp_size)
-        # Triton keeps compiled kernels by device.
+        # Triton caches compiled kernels by device.
         self.device = list(TARGETS).index(target)
         properties = {"max_shared_mem": shared}
         self.utils = SimpleNamespace(get_device_properties=lambda device: properties)
@@ -76,7 +76,7 @@ class _Driver:
 
 
 def _launches(case: Case, call: Callable[..., Any], target: str, tag: int) -> list[Variant]:
-    """What a call would launch; `tag` are the random bits it would draw."""
+    """The launches of a call; `tag` replaces the random bits that it would draw."""
     from triton.runtime.jit import JITFunction
 
     from vispruner_kernels._triton import launch
@@ -92,7 +92,7 @@ def _launches(case: Case, call: Callable[..., Any], target: str, tag: int) -> li
     with ExitStack() as patches:
         for owner, name, value in (
             (launch, "run", run),
-            # What does not come from there.
+            # Launches that do not use launch.run.
             (JITFunction, "run", run_past),
             (launch, "_RANDOM", SimpleNamespace(getrandbits=lambda bits: tag)),
             (torch.cuda, "get_device_capability", lambda *args: TARGETS[target].capability),
@@ -103,7 +103,7 @@ def _launches(case: Case, call: Callable[..., Any], target: str, tag: int) -> li
 
 
 def _key(variant: Variant) -> str:
-    """What Triton tells variants of a kernel apart by."""
+    """The key by which Triton distinguishes the variants of a kernel."""
     from triton.runtime.driver import driver
 
     binder = variant.kernel.device_caches[driver.active.get_current_device()][-1]
@@ -112,7 +112,7 @@ def _key(variant: Variant) -> str:
 
 
 def _calls(path: str) -> Iterator[tuple[Case, Callable[..., Any]]]:
-    """The cases of the operators, or what a Python file has in place of them."""
+    """The cases of the operators, or the CALLS of a Python file instead."""
     if not path:
         yield from ((case, getattr(operators, case.op, None)) for case in cases())
         return
@@ -127,13 +127,13 @@ def _calls(path: str) -> Iterator[tuple[Case, Callable[..., Any]]]:
 
 class Plan(NamedTuple):
     variants: list[Variant]
-    # What could not be recorded, by operator.
+    # The reasons why launches could not be recorded, by operator.
     errors: dict[str, str]
 
 
 @functools.cache
 def plan(target: str, ops: tuple[str, ...], quick: bool, path: str) -> Plan:
-    """The variants for a target, each once."""
+    """The variants for a target, without duplicates."""
     from triton.runtime.driver import driver
 
     driver.set_active(_Driver(target))
@@ -152,13 +152,13 @@ def plan(target: str, ops: tuple[str, ...], quick: bool, path: str) -> Plan:
             continue
         keys = [_key(variant) for variant in caught]
         if keys != [_key(variant) for variant in other]:
-            errors[case.op] = f"{case.label}: compiled anew for some random or other numbers"
+            errors[case.op] = f"{case.label}: compiled again for random bits or other numbers"
         for key, variant in zip(keys, caught, strict=True):
             variants.setdefault(key, variant).ops.add(case.op)
     return Plan(list(variants.values()), errors)
 
 
-# Seconds; a variant that takes longer never ends.
+# Seconds after which a compilation is taken for endless.
 LONGEST = 300
 
 
@@ -178,27 +178,27 @@ def _resources(kernel: Any) -> dict[str, int]:
         names = {"registers": "REG", "stack": "STACK", "local": "LOCAL"}
         pattern = r"\b{}:(\d+)"
     sizes = {name: re.findall(pattern.format(word), text) for name, word in names.items()}
-    # One kernel in a report.
+    # A report has exactly one kernel.
     return {name: int(size) for name, (size,) in sizes.items()}
 
 
 def compiled(target: str, number: int, *settings: Any) -> Result:
-    """Compiles a variant of a plan as its launch would."""
+    """Compile variant `number` of a plan as its launch would."""
     import triton
     from triton.runtime.driver import driver
 
     variant = plan(target, *settings).variants[number]
     driver.set_active(_Driver(target))
     result = _blank(target, variant)
-    # Warnings of the assembler: not printed before Triton 3.5, nor of what comes out of the cache.
+    # The assembler's warnings are printed from Triton 3.5 on, and not for cached kernels.
     triton.knobs.nvidia.dump_ptxas_log = True
     triton.knobs.compilation.always_compile = True
-    # Ends this process.
+    # Ends this process if the compilation takes too long.
     faulthandler.dump_traceback_later(LONGEST, exit=True)
     begun = time.perf_counter()
     meta = variant.meta
     if TARGETS[target].backend == "hip":
-        # An option of NVIDIA's assembler.
+        # maxnreg is an option of NVIDIA's assembler.
         meta = {name: value for name, value in meta.items() if name != "maxnreg"}
     try:
         with contextlib.redirect_stdout(io.StringIO()) as log:
@@ -219,7 +219,7 @@ def compiled(target: str, number: int, *settings: Any) -> Result:
 
 
 def _reason(error: BaseException | None) -> str:
-    """Places and reason; between them Triton quotes the source."""
+    """The first and last lines of an error and its causes; between them Triton quotes source."""
     text: list[str] = []
     while error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip(" ^")]
@@ -235,7 +235,7 @@ def _blank(target: str, variant: Variant) -> Result:
 
 
 def compile_all(plans: dict[str, Plan], settings: tuple[Any, ...], jobs: int) -> list[Result]:
-    # Spawned, for a process that has run threads cannot be forked safely.
+    # Spawned, because a process that has run threads cannot be forked safely.
     spawn = multiprocessing.get_context("spawn")
     tasks: list[tuple[Result, Future[Result]]] = []
     with ProcessPoolExecutor(jobs, mp_context=spawn) as pool:
@@ -254,7 +254,7 @@ def compile_all(plans: dict[str, Plan], settings: tuple[Any, ...], jobs: int) ->
 
 
 def kernels() -> set[str]:
-    """Every kernel of the package."""
+    """The names of all kernels of the package."""
     from triton.runtime.jit import JITFunction
 
     found = set()
@@ -267,12 +267,12 @@ def kernels() -> set[str]:
 
 
 def unavailable(target: str) -> str:
-    """Why this installation of Triton cannot compile for a target, or nothing."""
+    """Why this installation of Triton cannot compile for a target; empty if it can."""
     from triton.backends import backends
 
     if TARGETS[target].backend == "hip":
         try:
-            # Before 3.5 the linker is ROCm's.
+            # Before Triton 3.5 the linker is that of ROCm, which may not be installed.
             getattr(backends["amd"].compiler, "path_to_rocm_lld", lambda: None)()
         except Exception as error:
             return str(error)
@@ -286,7 +286,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="fewer shapes, dtypes and targets")
     parser.add_argument("--json", help="also write the results to a file")
     parser.add_argument(
-        "--calls", default="", help="a Python file with CALLS in place of the operators'"
+        "--calls", default="", help="a Python file with CALLS instead of those of the operators"
     )
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     options = parser.parse_args()

@@ -1,5 +1,7 @@
-"""Calls of the operators that have between them every class of kernel variant that they launch, for
-aot.py. Only shapes, dtypes, strides and alignment count; what is in the tensors does not."""
+"""Calls of the operators that together launch every class of kernel variant, for aot.py.
+
+Only shapes, dtypes, strides and alignment matter; the values in the tensors do not.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +18,11 @@ from vispruner_kernels import _checks
 FLOAT32, FLOAT16, BFLOAT16 = (torch.float32,), (torch.float16,), (torch.bfloat16,)
 ALL = FLOAT32 + FLOAT16 + BFLOAT16
 
-# To Triton a size of 1 is a constant and a multiple of 16 is known as one, as is memory that begins
-# at a multiple of 16 bytes: here a shape's last number, in elements. Where the rest of a class is
-# the same, one dtype stands for the others.
+# Triton compiles different variants for sizes of 1, for multiples of 16, and for memory that begins
+# at a multiple of 16 bytes. The last number of each shape below is the offset of its memory in
+# elements. If variants differ in nothing else, one dtype stands for all.
 
-# Images, patch tokens, channels, tokens kept.
+# Images, patch tokens, channels, tokens kept, offset.
 SELECT = {
     # LLaVA-1.5, five crops of LLaVA-NeXT, all of its crops at once, Video-LLaVA.
     (1, 576, 1024, 64, 0): ALL,
@@ -33,7 +35,7 @@ SELECT = {
     (2, 2, 1, 1, 0): FLOAT32,
     (1, 1, 1, 1, 0): FLOAT32,
 }
-# Images, tokens, heads, head dimension, tokens that are no patches.
+# Images, tokens, heads, head dimension, prefix tokens, offset.
 ATTENTION = {
     # CLIP-L, five images of it, SigLIP-so400m, Qwen2.5-VL, EVA-g, InternViT-6B.
     (1, 577, 16, 64, 1, 0): ALL,
@@ -55,12 +57,12 @@ ATTENTION = {
 class Case(NamedTuple):
     op: str
     label: str
-    # Whether the quick run has it.
+    # Whether the quick run includes it.
     quick: bool
     args: tuple[Any, ...]
-    # Another call for which nothing may be compiled anew.
+    # Arguments of another call, which must not need another compilation.
     other: tuple[Any, ...]
-    # Whether it is about constants alone, before the target plays a part.
+    # Whether it tests only constants in the frontend, which do not depend on the target.
     frontend: bool = False
 
 
@@ -84,16 +86,16 @@ def _selections(
 ) -> Iterator[Case]:
     label = f"{_name(dtype)} {b}x{n}x{c} to {keep}"
     features = _empty(offset, dtype, b, n, c)
-    # Those of cls_attention and its like.
+    # Scores as cls_attention and similar operators return them.
     scores = _empty(offset, torch.float32, b, n)
     dense = (features, scores, keep)
     packed = (features.flatten(0, 1), scores.flatten())
     packed = (*packed, _offsets([n] * b), _offsets([keep] * b), n, keep * b)
-    # Each operator, rule and alignment, and the dtypes that differ most, once in the quick run.
+    # The quick run has each operator, rule and alignment, and the most different dtypes, once.
     first = (b, dtype) == (1, torch.float32) and n > 1
     odd = (offset, dtype) == (1, torch.bfloat16)
-    # More images, packed ones of another length, and another count to keep: what was a multiple of
-    # 16 is none then, and the other way round.
+    # The other call has more images, packed images of another length, and another number of tokens
+    # to keep. So multiples of 16 become other numbers and vice versa.
     more, length = 16 * b if n < 4096 else b + 1, max(1, n - 1)
     many = (_empty(offset, dtype, more, n, c), _empty(offset, torch.float32, more, n))
     many = (*many, max(1, keep - 1))
@@ -105,10 +107,10 @@ def _selections(
     shorter = (*shorter, _offsets(lengths), _offsets(kept), length, sum(kept))
     for matching in _checks.MATCHINGS:
         rule, some = (0.5, 8, matching), f"{label} {matching}"
-        # No important tokens, and one step: 0 and 1 are special to Triton.
+        # No important tokens and a step of 1: Triton treats 0 and 1 specially.
         other = (0.0, 1, matching)
         if b == 1 or n == 2:
-            # Elsewhere it is `prune` without the last lines.
+            # In other shapes, `select` is `prune` without the gather at the end.
             args = (*dense, *rule)
             yield Case("select", some, first, args, (*many, *other))
         yield Case("prune", some, odd, (*dense, *rule), (*many, *other))
@@ -117,7 +119,7 @@ def _selections(
     if first:
         args = (features, scores.half(), keep, 0.5, 8, "bipartite")
         yield Case("select", f"{label} half scores", False, args, args)
-    # Nothing but the score decides.
+    # The scores alone decide.
     rule = (1.0, 8, "bipartite")
     yield Case("prune", f"{label} ratio 1", first or odd, (*dense, *rule), (*many, *rule))
     scores = _empty(offset, dtype, b, n)
@@ -137,7 +139,7 @@ def _attentions(
     label = f"{_name(dtype)} {b}x{s}x{h}x{d}"
     quick = (b, d) == (1, 64) or (offset, dtype) == (1, torch.bfloat16)
     quick = quick and dtype is not torch.float16
-    # Slices of what one projection computes.
+    # Slices of the output of one projection.
     q, k, v = _empty(offset, dtype, b, s, 3, h, d).unbind(2)
     # scale, num_prefix
     args, other = (None, prefix), (1.0, min(16, s - 1))

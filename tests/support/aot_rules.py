@@ -1,4 +1,4 @@
-"""What compiled kernels must and must not be, for aot.py."""
+"""Rules for compiled kernels, for aot.py."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Target(NamedTuple):
     backend: str
     arch: int | str
     capability: tuple[int, int]
-    # Bytes of shared memory that one program can have.
+    # The most bytes of shared memory of one program.
     shared: int
     warp_size: int = 32
 
@@ -31,7 +31,7 @@ QUICK_TARGETS = ("sm_80", "sm_90")
 
 
 class Result(NamedTuple):
-    """A variant, compiled."""
+    """A compiled variant."""
 
     target: str
     ops: list[str]
@@ -47,12 +47,12 @@ class Result(NamedTuple):
     # Names of `INSTRUCTIONS`.
     found: tuple[str, ...] = ()
     fusion: bool = True
-    # Whether the assembler makes wgmma, which is asynchronous, wait.
+    # Whether the assembler serializes wgmma, which is asynchronous.
     serialized: bool = False
     error: str = ""
 
 
-# Instructions in PTX that the rules are about.
+# Instructions in PTX that the rules require or forbid.
 INEXACT = ("div.full", "div.approx", "sqrt.approx", "rcp.approx", "fma.rn.f32", ".ftz")
 INSTRUCTIONS = {
     **{name: re.escape(name) for name in INEXACT},
@@ -67,10 +67,10 @@ INSTRUCTIONS = {
 
 
 def instructions(ptx: str, version: str = "") -> tuple[str, ...]:
-    # Not in comments, names of files or of the kernel.
+    # Comments, file names and the name of the kernel do not count.
     code = re.sub(r"//.*|^\s*\.(?:file|loc|visible)\b.*", "", ptx, flags=re.MULTILINE)
     if version.startswith(("3.4.", "3.5.", "3.6.")):
-        # What div_rn and sqrt_rn are there (in 3.4, not in 3.7); no operand is subnormal.
+        # In these versions of Triton, div_rn and sqrt_rn have .ftz; no operand is subnormal.
         code = re.sub(r"\b(div|sqrt)\.rn\.ftz\b", r"\1.rn", code)
     return tuple(name for name, pattern in INSTRUCTIONS.items() if re.search(pattern, code))
 
@@ -82,11 +82,13 @@ def _spills(r: Result) -> str:
 
 def _too_much_shared(r: Result) -> str:
     limit = TARGETS[r.target].shared
-    return f"{r.shared} bytes of shared memory, {limit} are there" if r.shared > limit else ""
+    return (
+        f"{r.shared} bytes of shared memory, at most {limit} available" if r.shared > limit else ""
+    )
 
 
 def _matches(r: Result) -> bool:
-    """Whether the variant has to compute similarities and more than a top-k."""
+    """Whether the variant must compute similarities, not only a top-k."""
     selects = {*r.ops} & {*SELECT_ALL} and not r.module.endswith(".topk")
     return bool(selects) and TARGETS[r.target].backend == "cuda" and not r.error
 
@@ -112,12 +114,12 @@ def _not_float64(r: Result) -> str:
     return ", ".join([*wrong, *(n for n in r.found if n == "float32 to float64")])
 
 
-# What is wrong with a variant, or nothing.
+# Each rule returns the fault of a variant; empty if there is none.
 RULES: dict[str, Callable[[Result], str]] = {
     "compiles": lambda r: r.error,
     "does not spill": _spills,
     "fits shared memory": _too_much_shared,
-    # Triton's default is another one from 3.10 on, and 3.9 warns of it.
+    # The default changes in Triton 3.10, and 3.9 warns about that.
     "states enable_fp_fusion": lambda r: "" if r.fusion else "enable_fp_fusion is not given",
     "keeps tensor cores busy": lambda r: "wgmma is serialized" if r.serialized else "",
     "multiplies int8 on tensor cores": _no_int8,

@@ -1,8 +1,8 @@
-"""Halves the time of Triton's interpreter, which patches triton.language anew at every call of a
-device function.
+"""Halves the time of Triton's interpreter, which patches triton.language at every call of a device
+function.
 
-The first call from a module in a launch patches all that the others patch again, and what a launch
-has patched is restored at its end.
+Within a launch, the first call from a module patches everything that later calls from it would
+patch. The end of the launch restores it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def patch_once() -> None:
-    """Patches triton.language once a launch and module; other interpreters stay as they are."""
+    """Patch triton.language once per launch and module; do nothing for other interpreters."""
     from triton.runtime import interpreter
 
     patch: Callable[..., Any] | None = getattr(interpreter, "_patch_lang", None)
@@ -23,7 +23,7 @@ def patch_once() -> None:
 
     def once(fn: Any) -> Any:
         nonlocal launch
-        # Nothing to restore: that launch is over, and this call begins one.
+        # If nothing is left to restore, the last launch has ended and this call begins a new one.
         if launch is None or not launch._changes:
             launch = patch(fn)
             patched.clear()

@@ -1,29 +1,31 @@
-"""Finds races in what kernels do to global memory, in Triton's interpreter.
+"""Finds races of kernels in global memory, in Triton's interpreter.
 
-The interpreter runs the programs of a launch one after another, each like one thread, so a race
-does no harm there. Here every cell of memory remembers who stored to it and who loaded from it, and
-behind which barrier, and every access is compared with those before it: vector clocks, by program.
-The programs run in random order, and what is in no argument is random bits.
+The interpreter runs the programs of a launch one after another, each like one thread, so races do
+no harm there. Here every cell of memory records which program last stored to it or loaded from it,
+and after which barrier. Every access is compared with the earlier ones, by vector clocks per
+program. Programs run in random order, and memory outside the arguments has random bits.
 
 Modelled:
-- Threads. Accesses of a program to one cell are ordered by a barrier between them, or by an atomic
-  that acquires, for its result reaches all threads by a barrier. Else only a store after a load by
-  the same thread is: by the same element of a block of the same shape, if that has no fewer
-  elements than the program has threads (or several of them load each element).
-- Programs. They are ordered by a release and an acquire of the same word, not of block scope. One
-  thread releases, so it releases what came before the last barrier only. A compare-and-swap that
-  fails releases nothing; a plain store ends what the word released.
-- Launches. Each sees all of those before.
+- Threads. Two accesses of a program to one cell are ordered if a barrier lies between them. An
+  atomic that acquires counts as a barrier, because its result reaches all threads through one.
+  Without a barrier only a store after a load by the same thread is ordered. Two accesses are by the
+  same thread if they are the same element of blocks of the same shape, and that shape has at least
+  as many elements as the program has threads (otherwise several threads load each element).
+- Programs. They are ordered by a release and an acquire of the same word, with more than block
+  scope. One thread releases, so a release covers the stores before the last barrier only. A failed
+  compare-and-swap releases nothing. A plain store to the word ends its release.
+- Launches. Each one sees all stores of earlier ones.
 - Atomic words. Plain scalar accesses to them are no hazards, but they may not be part of an array.
-- A store of the bits that are there already is no hazard to another store.
+- A store of the bits that a cell already has is no hazard to another store.
 
-Not modelled: layouts (equal shapes may lie in different threads; then a store waits for a load only
-where it depends on its value), shared memory, asynchronous copies and other moves of the compiler,
-lines in L1 that are out of date, programs that wait for each other, and what no input at hand does.
+Not modelled: layouts (blocks of one shape may be distributed differently over threads; then a store
+waits for a load only if it depends on the loaded value), shared memory, asynchronous copies and
+other reordering by the compiler, stale lines in L1, programs that wait for each other, and code
+that the inputs of the tests do not reach.
 
-Of Triton's interpreter this needs the names in PRIMITIVES, that all other loads and stores come to
-those with a mask, `data` and `get_element_ty` of handles, `grid` of `GridExecutor`, that its
-`__call__` gets the arguments of a launch, and that it does not copy CPU tensors.
+Needed of Triton's interpreter: the names in PRIMITIVES; that all other loads and stores call those
+with a mask; `data` and `get_element_ty` of handles; `grid` of `GridExecutor`; that its `__call__`
+gets the arguments of a launch; that it does not copy CPU tensors.
 """
 
 from __future__ import annotations
@@ -55,15 +57,15 @@ try:
 except (ImportError, AttributeError) as error:
     MISSING = str(error)
 
-# Bytes of a cell: no element is smaller.
+# Bytes of a cell, the size of the smallest element.
 CELL = 1
-# Instead of the one thread that loaded a cell.
+# Stands for several threads that loaded a cell.
 MANY = -1
 
 
 class Hazard(NamedTuple):
     what: str
-    # Lines of kernels; "" is none.
+    # `file:line` of both accesses; "" if there is none.
     earlier: str
     later: str
 
@@ -80,14 +82,15 @@ def _bits(x: np.ndarray) -> np.ndarray:
 
 
 class _Memory:
-    """All tensors, and the primitives, which look at them and do what they do.
+    """All tensors, and the primitives of the interpreter, which check each access and then do it.
 
-    Times are the barriers of a program, counted from 1; 0 is before the launch and -1 is never.
+    A time is the number of a barrier of a program, counted from 1; 0 is before the launch, -1 is
+    never.
     """
 
     def __init__(self, seed: int) -> None:
         self.rng, self.generator = random.Random(seed), torch.Generator().manual_seed(seed)
-        # By address: bytes, kept so that no others get the address, and when they were stored to.
+        # By address: bytes, kept alive so that the address is not reused, and times of last stores.
         self.bytes: dict[int, Tensor] = {}
         self.times: dict[int, np.ndarray] = {}
         self.hazards: Counter[Hazard] = Counter()
@@ -111,15 +114,16 @@ class _Memory:
         sizes = np.array([len(self.times[start]) for start in starts])
         self.starts, self.first = np.array(starts), np.cumsum(sizes) - sizes
         self.ends = self.starts + sizes * CELL
-        # By cell: when, by which program and where it was stored to last; by which thread and where
-        # it was loaded last; whether it was part of a block, and accessed atomically.
+        # By cell: time, program and line of the last store; thread and line of the last load;
+        # whether it was accessed as part of a block, and atomically.
         self.stored = np.concatenate([self.times[start] for start in starts])
         self.storer, self.store_line, self.load_line = np.zeros((3, len(self.stored)), int)
         self.loader = np.full(len(self.stored), MANY)
         self.in_block, self.atomic = np.zeros((2, len(self.stored)), bool)
-        # By program and cell: when it was loaded last.
+        # By program and cell: the time of the last load.
         self.loaded = np.full((programs, len(self.stored)), -1, np.int32)
-        # Up to when a program (row) has seen what each one did; the same by atomic word.
+        # The time up to which a program (row) sees the stores of each program; the same per atomic
+        # word.
         self.clock = np.zeros((programs, programs), int)
         self.released: dict[int, np.ndarray] = {}
         # Lines and shapes by number; 0 is no line.
@@ -137,7 +141,7 @@ class _Memory:
         return self.numbers.setdefault(name, len(self.numbers))
 
     def cells(self, pointers: Any, mask: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Of the elements that `mask` takes: their numbers, and cells [elements, cells of one]."""
+        """The numbers of the elements in `mask`, and their cells [elements, cells per element]."""
         taken = np.flatnonzero(np.broadcast_to(mask, pointers.data.shape))
         address = pointers.data.ravel()[taken].astype(int)
         size = pointers.get_element_ty().primitive_bitwidth // 8
@@ -153,7 +157,7 @@ class _Memory:
             self.found.append((cell, Hazard(what, list(self.numbers)[lines[cell]], _line())))
 
     def access(self, pointers: Any, mask: Any, value: Any = None, how: Any = ()) -> None:
-        """A load, or a store of `value`; `how` differs between versions of Triton."""
+        """Check a load, or a store of `value`; `how` differs between versions of Triton."""
         does, shape = "load" if value is None else "store", pointers.data.shape
         taken, cells = self.cells(pointers, mask.data)
         changes: Any = np.ones(shape, bool)
@@ -173,11 +177,11 @@ class _Memory:
         self.report(f"programs: {does} after store", unseen & ~own, cells, self.store_line)
         if value is None:
             never = self.stored[cells] < 0
-            self.report("load of what nobody stored", never, cells, self.store_line)
+            self.report("load of a cell without a value", never, cells, self.store_line)
             again = self.loaded[self.program, cells] == self.time
             thread[again & (self.loader[cells] != thread)] = MANY
             self.loader[cells] = thread
-            # Of two elements that are one cell, one is left in it.
+            # If two elements are one cell, it holds only one of their threads.
             self.loader[cells[self.loader[cells] != thread]] = MANY
             self.loaded[self.program, cells], self.load_line[cells] = self.time, here
             return
@@ -234,7 +238,7 @@ class _Memory:
     def create_atomic_cas(
         self, pointers: Any, expected: Any, value: Any, semantic: Any, scope: Any
     ) -> Any:
-        # The addresses are looked at before anything is stored there.
+        # Check the addresses before the swap stores to them.
         self.cells(pointers, True)
         found = ORIGINAL["create_atomic_cas"](pointers, expected, value, semantic, scope)
         done = bool((found.data == expected.data).all())
@@ -246,10 +250,11 @@ class _Memory:
 def watch(
     arguments: Iterable[Any], seed: int = 0, threads: int | None = None
 ) -> Iterator[Counter[Hazard]]:
-    """The hazards of the launches within, of an operator that is called with `arguments`.
+    """Collect the hazards of the launches in the context.
 
-    `seed` decides the order of programs and the random bits. A program has `threads` threads, or
-    those of its warps.
+    Only `arguments`, those of the operator that launches, have values beforehand. `seed` decides
+    the order of programs and the random bits. A program has `threads` threads, by default 32 per
+    warp.
     """
     memory, run = _Memory(seed), GridExecutor.__call__
 
