@@ -1,4 +1,4 @@
-"""Fixtures: the backends that are installed, one at a time."""
+"""Fixtures: the operators of each installed backend, and the settings of every test."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import interpreter
 import pytest
 import torch
 
-# Triton reads it at its import: without a GPU its kernels run in its interpreter.
+# Triton reads this at its import. Without a GPU its kernels run in its interpreter.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -33,7 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_finish() -> None:
-    # What is imported stays: the garbage collector need not look at it again and again.
+    # Imported modules stay in memory, so the garbage collector need not scan them.
     gc.freeze()
 
 
@@ -43,8 +43,8 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Threads that wait for each other cost more than such small inputs, above all on a busy
-    machine; tests/pytorch/test_threads.py takes more."""
+    """Use one thread: with inputs this small, threads that wait for each other cost more than the
+    work. tests/pytorch/test_threads.py uses more."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -69,7 +69,7 @@ def backends() -> list[Any]:
 
 @pytest.fixture(params=_native._C.simd_sets() if _native.INSTALLED else [])
 def simd(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The native core with each instruction set of this processor in turn."""
+    """Run the native core with each instruction set of this processor in turn."""
     before = _native._C.simd()
     _native._C.use_simd(request.param)
     yield request.param

@@ -1,4 +1,4 @@
-"""The methods: budgets known without data, scores they need, selection through the operators."""
+"""The methods: budgets known without data, the scores that they need, and their selections."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def layer():
     return q, k, features
 
 
-def test_scores_are_those_each_method_names(layer):
+def test_each_method_gets_the_scores_that_it_needs(layer):
     q, k, _ = layer
     cls, received = cls_scores(q, k), received_scores(q, k, num_prefix=1)
     for method in (VisPruner(8), FasterVLM(8)):
@@ -35,7 +35,7 @@ def test_scores_are_those_each_method_names(layer):
     assert Random(8).attention_scores(q, k) is None
 
 
-def test_selection_goes_through_the_operators(layer):
+def test_methods_select_what_their_operators_select(layer):
     q, k, features = layer
     scores = cls_scores(q, k)
     cases = {
@@ -75,7 +75,7 @@ def test_packed_images_keep_what_they_keep_alone(layer, lengths):
     assert torch.equal(without_scores, torch.cat(alone))
 
 
-def test_packed_images_have_grids_of_their_own(layer):
+def test_each_packed_image_has_its_own_grid_width(layer):
     q, k, batch = layer
     features, scores = batch.flatten(0, 1)[:96], cls_scores(q, k).flatten()[:96]
     kept = FoPru(0.5, "row").select_varlen(features, scores, [48, 48], [8, 12])
@@ -84,7 +84,7 @@ def test_packed_images_have_grids_of_their_own(layer):
         select_rows(scores[None, 48:], 12, 2)[0] + 48,
     ]
     assert torch.equal(kept, torch.cat(expected))
-    # A width of the method's own goes first.
+    # A width of the method itself takes precedence.
     kept = FoPru(0.5, "row", width=16).select_varlen(features, scores, [48, 48], [8, 12])
     expected = [select_rows(s[None], 16, 2)[0] + 48 * i for i, s in enumerate(scores.split(48))]
     assert torch.equal(kept, torch.cat(expected))
@@ -92,7 +92,7 @@ def test_packed_images_have_grids_of_their_own(layer):
         VisPruner(4).select_varlen(features, None, [40, 56])
 
 
-def test_random_is_a_set_of_its_seed(layer):
+def test_random_depends_on_its_seed_alone(layer):
     features = layer[2]
     kept = Random(40, seed=3).select(features, None)
     assert kept.shape == (2, 40)
@@ -102,7 +102,7 @@ def test_random_is_a_set_of_its_seed(layer):
     assert not torch.equal(kept, Random(40, seed=4).select(features, None))
 
 
-def test_budgets():
+def test_budgets_round_to_the_nearest_number_of_tokens():
     assert VisPruner(64).retained_tokens(576) == 64
     assert FasterVLM(0.25).retained_tokens(576) == 144
     assert [FasterVLM(x).retained_tokens(576) for x in (0.75, 0.5, 0.1, 0.05)] == [432, 288, 58, 29]
@@ -152,7 +152,7 @@ def test_budgets():
         ),
     ],
 )
-def test_bad_arguments(make, error, names):
+def test_bad_arguments_raise_an_error_that_names_them(make, error, names):
     with pytest.raises(error, match=names):
         make()
 
@@ -177,7 +177,7 @@ FIELDS = {
 
 
 @pytest.mark.parametrize(("method", "name"), FIELDS, ids=lambda x: getattr(x, "__name__", x))
-def test_wrong_types(method, name):
+def test_wrong_types_raise_a_type_error(method, name):
     for value in FIELDS[method, name]:
         with pytest.raises(TypeError, match=f"^{name} is .*, expected an? "):
             method(**{"keep": 8, name: value})
@@ -199,14 +199,14 @@ def test_wrong_types(method, name):
     ],
     ids=lambda x: x.__name__ if isinstance(x, type) else x if isinstance(x, str) else "",
 )
-def test_wrong_values(method, name, values):
+def test_wrong_values_raise_a_value_error(method, name, values):
     for value in values:
         with pytest.raises(ValueError, match=f"{name} is .*, expected ") as caught:
             method(**{"keep": 8, name: value})
         assert len(str(caught.value)) < 200
 
 
-def test_numbers_of_numpy():
+def test_numbers_of_numpy_become_those_of_python():
     kinds = {int: (np.int64, np.int8, np.uint16), float: (np.float64, np.float32, np.float16)}
     for kind in kinds[int]:
         method = VisPruner(kind(8), step=kind(4))

@@ -1,4 +1,4 @@
-"""Properties of the selection that hold for every input, sought by hypothesis."""
+"""Properties of the selection that hold for every input, checked by hypothesis."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def images(draw):
 
 
 def key(score: float) -> tuple[bool, float]:
-    """Sorts as the contract does: NaN below everything, -0.0 as 0.0."""
+    """Sort key of the contract: NaN below everything, -0.0 as 0.0."""
     return (not math.isnan(score), 0.0 if math.isnan(score) else score)
 
 
@@ -56,7 +56,7 @@ def test_important_tokens_are_kept(image, ratio, step, matching):
 
 @quick
 @given(images())
-def test_topk_takes_nothing_below_what_it_leaves(image):
+def test_topk_keeps_no_token_below_one_that_it_drops(image):
     _, scores, keep = image
     kept = set(select_topk(scores, keep)[0].tolist())
     values = scores[0].tolist()
@@ -67,8 +67,8 @@ def test_topk_takes_nothing_below_what_it_leaves(image):
 
 @quick
 @given(images(), ratios, steps, matchings, st.sampled_from([2.0**-3, 2.0, 2.0**10]))
-def test_powers_of_two_change_nothing(image, ratio, step, matching, factor):
-    """Scaling a token by a power of two leaves its fixed-point values alone."""
+def test_scaling_by_a_power_of_two_changes_nothing(image, ratio, step, matching, factor):
+    """Such a factor does not change the fixed-point values of a token."""
     features, scores, keep = image
     features = features.clamp(-(2.0**100), 2.0**100)
     tiny = features.abs().amax(-1, keepdim=True) < 1e-20
@@ -79,11 +79,13 @@ def test_powers_of_two_change_nothing(image, ratio, step, matching, factor):
 
 @quick
 @given(images(), ratios, steps, matchings, st.randoms(use_true_random=False))
-def test_distinct_scores_make_the_bipartite_rule_blind_to_indices(
+def test_permuting_tokens_with_distinct_scores_permutes_the_answer(
     image, ratio, step, matching, random
 ):
-    """The bipartite rule sees the order by score only: renaming tokens renames the answer. The
-    pairwise rule breaks ties of similarity by index, so it needs distinct similarities for that."""
+    """The bipartite rule depends on the order by score, not on indices.
+
+    The pairwise rule breaks ties of similarity by index, so its similarities must be distinct here.
+    """
     features, _, keep = image
     n = features.shape[1]
     if matching == "pairwise":
@@ -97,7 +99,7 @@ def test_distinct_scores_make_the_bipartite_rule_blind_to_indices(
 
 @quick
 @given(images(), matchings)
-def test_keep_all_and_keep_one(image, matching):
+def test_keep_all_and_keep_one_give_that_many(image, matching):
     features, scores, _ = image
     n = scores.shape[1]
     assert select(features, scores, n, 0.5, 8, matching)[0].tolist() == list(range(n))
@@ -106,7 +108,7 @@ def test_keep_all_and_keep_one(image, matching):
 
 @quick
 @given(images(), ratios, steps, matchings, st.integers(1, 4))
-def test_a_batch_is_its_images(image, ratio, step, matching, copies):
+def test_a_batch_gives_the_same_as_its_images_alone(image, ratio, step, matching, copies):
     features, scores, keep = image
     one = select(features, scores, keep, ratio, step, matching)
     many = select(
@@ -117,7 +119,7 @@ def test_a_batch_is_its_images(image, ratio, step, matching, copies):
 
 @quick
 @given(st.integers(1, 6), st.integers(1, 6), st.data())
-def test_rows_are_whole(width, height, data):
+def test_select_rows_keeps_whole_rows(width, height, data):
     n = width * height
     scores = torch.tensor([data.draw(st.lists(values, min_size=n, max_size=n))])
     rows = data.draw(st.integers(1, height))

@@ -1,4 +1,4 @@
-"""prune: the indices of select and the rows they name."""
+"""prune: the indices of select, and the rows of the features at these indices."""
 
 from __future__ import annotations
 

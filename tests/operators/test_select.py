@@ -1,4 +1,5 @@
-"""select: the reference against an oracle and the published loop, every backend against it."""
+"""select: the reference against an oracle and the published loop, backends against the
+reference."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ from vispruner_kernels.testing import (
 )
 
 QUICK = few(400)
-# Each backend and matching; the default run takes the first QUICK.
+# Seeds for each backend and matching; the default run takes the first QUICK.
 THOROUGH = 2500
 
 
@@ -74,12 +75,12 @@ def clip_sized_by_oracle(kind: str, matching: str) -> list[tuple[Case, torch.Ten
 
 @pytest.mark.parametrize("matching", ["bipartite", "pairwise"])
 @pytest.mark.parametrize("kind", FEATURE_KINDS)
-def test_576_tokens(backend, kind, matching):
+def test_576_tokens_agree_with_the_oracle(backend, kind, matching):
     for case, expected in clip_sized_by_oracle(kind, matching):
         assert torch.equal(backend.select(*case), expected)
 
 
-def test_every_small_setting(backend):
+def test_every_small_setting_agrees_with_the_oracle(backend):
     for n in range(1, 10):
         generator = torch.Generator().manual_seed(n)
         features = sample_features("duplicates", 2, n, 5, generator)
@@ -93,9 +94,9 @@ def test_every_small_setting(backend):
 
 @pytest.mark.parametrize("matching", ["bipartite", "pairwise"])
 @pytest.mark.parametrize("tokens", [729, 1024, pytest.param(2880, marks=pytest.mark.slow)])
-def test_more_tokens(backend, tokens, matching):
+def test_more_tokens_agree_with_the_reference(backend, tokens, matching):
     if tokens > 729 and backend.name == "reference":
-        pytest.skip("the reference is what the others are compared with")
+        pytest.skip("the reference would be compared with itself")
     features, scores = clip_sized(2, tokens=tokens)
     features = features[:, :, :64]
     args = (features, scores, 160, 0.5, 8, matching)
@@ -120,7 +121,7 @@ def test_order_is_that_of_the_oracle(kind, dtype):
     assert reference.order(scores).tolist() == list(oracle.order(scores.float().numpy()))
 
 
-def test_order_by_hand():
+def test_order_of_special_values():
     nan, inf = torch.nan, torch.inf
     scores = torch.tensor([nan, 0.0, 1e-45, -0.0, -1e-45, inf, -inf, 0.0, -nan, inf])
     assert reference.order(scores).tolist() == [5, 9, 2, 1, 3, 7, 4, 6, 0, 8]
@@ -129,11 +130,10 @@ def test_order_by_hand():
 @pytest.mark.parametrize(
     "budgets", [range(16, 577, 48), pytest.param(range(1, 577), marks=pytest.mark.slow)]
 )
-def test_published_rule_with_the_same_similarities(budgets):
-    """With float64 similarities in both, the rule gives what the published loop gives, wherever
-    that runs."""
+def test_the_rule_agrees_with_the_published_loop_on_equal_similarities(budgets):
+    """Both with float64 similarities, for all settings in which the published loop runs."""
     features = clip_sized(0)[0][:, :, :32].double()
-    # Distinct: the published loop leaves the order of equal scores open.
+    # Distinct scores: the published loop does not specify the order of equal ones.
     scores = torch.randperm(576, generator=torch.Generator().manual_seed(0)).float()[None]
     unit = features[0] / features[0].norm(dim=-1, keepdim=True)
     similarity = unit @ unit.T
@@ -156,7 +156,7 @@ def test_published_rule_with_the_same_similarities(budgets):
     assert failed == (587 if len(budgets) == 576 else 1)
 
 
-def test_published_loop_fails_where_the_operator_does_not():
+def test_the_operator_runs_for_budgets_at_which_the_published_loop_fails():
     features, scores = clip_sized(0)
     features = features[:, :, :64]
     wrong = 0
@@ -177,15 +177,15 @@ def test_fastervlm_and_keep_all_do_not_read_features(backend):
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.29, 0.57, 0.58, 0.999999999, 1.0])
-def test_important_count_is_pythons(backend, ratio):
-    # Equal features: the diverse tokens never are the best of the residual by score.
+def test_the_important_count_rounds_as_in_python(backend, ratio):
+    # With equal features, diverse tokens are never the best of the residual by score.
     n = 100
     features = torch.ones(1, n, 4)
     scores = torch.arange(n, 0, -1).float()[None]
     for keep in (1, 7, 50, 99, 100):
         kept = backend.select(features, scores, keep, ratio, 8, "pairwise")[0].tolist()
         important = int(keep * ratio)
-        # All similarities tie: the pairs (0, 1), (0, 2), ... fall first, so the last tokens stay.
+        # All similarities tie: pairs (0, 1), (0, 2), ... come first, so the last tokens stay.
         survivors = [important, *range(n - (keep - important) + 1, n)]
         expected = [*range(important), *survivors[: keep - important]]
         assert kept == sorted(expected), (keep, ratio)
@@ -196,7 +196,8 @@ def test_important_count_is_pythons(backend, ratio):
     ("threads", "compact_to"), [(2, 0), (32, 16), (512, 0), (512, 144), (512, 192), (1, 1024)]
 )
 def test_passes_do_not_depend_on_the_block(monkeypatch, threads, compact_to):
-    """The threads that a loop stands for, 512 as on a GPU, and from which on tokens move."""
+    """`threads` is the number of threads that a loop replaces (512 on a GPU), `compact_to` the
+    number of remaining tokens from which on their similarities are copied."""
     monkeypatch.setattr(_native.arguments, "BLOCK_THREADS", threads)
     monkeypatch.setattr(_native.arguments, "COMPACT_TO", compact_to)
     for seed in range(150):
@@ -220,7 +221,7 @@ def test_pairwise_does_not_depend_on_the_eager_rounds(monkeypatch, seeds, rounds
 
 
 @needs_native
-def test_pairwise_ties_without_eager_rounds(monkeypatch):
+def test_pairwise_ties_without_eager_rounds_are_broken_by_index(monkeypatch):
     """Few different tokens, every budget: most pairs tie, and the last round decides by index."""
     monkeypatch.setattr(_native.arguments, "EAGER_ROUNDS", 0)
     for seed in range(40):
@@ -235,8 +236,8 @@ def test_pairwise_ties_without_eager_rounds(monkeypatch):
 
 
 @needs_native
-def test_pairwise_where_one_token_is_the_partner_of_all():
-    """Equal tokens, and products of magnitudes: after 64 rounds most pairs are still to come."""
+def test_pairwise_with_one_token_as_the_best_partner_of_all():
+    """Equal tokens, and tokens on an arc: after 64 rounds most pairs are not yet resolved."""
     n = 700
     generator = torch.Generator().manual_seed(11)
     equal = torch.ones(1, n, 4)
@@ -249,11 +250,11 @@ def test_pairwise_where_one_token_is_the_partner_of_all():
 
 
 @needs_native
-def test_every_instruction_set(simd):
+def test_every_instruction_set_gives_the_same_bits(simd):
     for seed in range(200):
         case = random_case(seed)
         assert_same_bits(_native.cpu.select(*case), reference.select(*case))
-    # Sums of products that only fit an int32 over 8, some or all channels.
+    # Sums of products that fit an int32 only over 8, some or all channels.
     for kind, channels in itertools.product(("constant", "outliers", "normal"), (8, 33, 200, 1024)):
         generator = torch.Generator().manual_seed(channels)
         features = sample_features(kind, 1, 70, channels, generator)
@@ -265,7 +266,7 @@ def test_every_instruction_set(simd):
 
 @needs_native
 def test_float16_is_read_exactly(simd):
-    """Every float16 and bfloat16 as a feature beside 1.0 and as a score."""
+    """Every float16 and bfloat16 value as a score, and every finite one as a feature."""
     bits = torch.arange(-(2**15), 2**15).to(torch.int16)
     for dtype in (torch.float16, torch.bfloat16):
         values = bits.view(dtype)
@@ -283,7 +284,7 @@ def test_float16_is_read_exactly(simd):
 
 @needs_native
 def test_subnormals_survive_flush_to_zero():
-    """Bits, not float comparisons: the mode that PyTorch can switch on changes nothing."""
+    """The core compares bits, so PyTorch's flush-to-zero mode changes nothing."""
     features = torch.tensor([1.0, 2.0, 3.0]) * 2.0**-24 * torch.tensor([[1.0], [2.0], [-3.0]])
     features = torch.cat([features, features.flip(1)])[None].half()
     scores = torch.tensor([[1e-40, 2e-40, 3e-40, -1e-40, 0.0, 1e-41]])
@@ -298,8 +299,8 @@ def test_subnormals_survive_flush_to_zero():
     assert_same_bits(got, expected)
 
 
-def test_largest_sizes(backend):
-    """65536 channels at the largest sums, 16384 tokens."""
+def test_the_largest_sizes(backend):
+    """65536 channels with the largest sums of products, and 16384 tokens."""
     if backend.name != "reference":
         generator = torch.Generator().manual_seed(7)
         features = sample_features("constant", 1, 20, 65536, generator)
@@ -312,8 +313,8 @@ def test_largest_sizes(backend):
 
 @needs_native
 @pytest.mark.parametrize("kind", ["clustered", "duplicates", "constant"])
-def test_lists_of_neighbours(monkeypatch, kind):
-    """Images that are long enough for them; among equal tokens lists end without an answer."""
+def test_images_long_enough_for_neighbour_lists_agree_with_the_reference(monkeypatch, kind):
+    """With many equal tokens, a list can run out of neighbours before it gives an answer."""
     for tokens, keep, threads in ((1600, 8, 1), (1800, 300, 64)):
         generator = torch.Generator().manual_seed(tokens)
         features = sample_features(kind, 1, tokens, 16, generator)
@@ -326,7 +327,7 @@ def test_lists_of_neighbours(monkeypatch, kind):
 @pytest.mark.slow
 @needs_native
 @pytest.mark.parametrize("matching", ["bipartite", "pairwise"])
-def test_long_images(matching):
+def test_long_images_agree_with_the_reference(matching):
     generator = torch.Generator().manual_seed(9)
     features = sample_features("clustered", 1, 4001, 24, generator)
     scores = sample_scores("softmax", 1, 4001, generator)
@@ -335,15 +336,14 @@ def test_long_images(matching):
 
 
 def test_pairwise_keeps_the_more_important_of_duplicates(backend):
-    # Two scenes: tokens 0-4 and 5-9 are equal; 3 and 8 score highest of theirs.
+    # Tokens 0-4 are equal and so are 5-9; tokens 3 and 8 have the highest scores of the two groups.
     features = torch.eye(2).repeat_interleave(5, 0)[None]
     scores = torch.tensor([[0.1, 0.2, 0.3, 0.9, 0.4, 0.1, 0.2, 0.3, 0.8, 0.4]])
     kept = backend.select(features, scores, 2, 0.0, 8, "pairwise")
     assert kept.tolist() == [[3, 8]]
 
 
-def test_pairwise_is_steadier_than_bipartite_under_rounding():
-    """Why the second rule exists: bfloat16 rounding of the features changes fewer kept tokens."""
+def test_rounding_the_features_changes_fewer_tokens_with_pairwise_than_with_bipartite():
     changed = {}
     for matching in ("bipartite", "pairwise"):
         same = 0
@@ -356,7 +356,7 @@ def test_pairwise_is_steadier_than_bipartite_under_rounding():
     assert changed["pairwise"] < 0.1 < 0.2 < changed["bipartite"], changed
 
 
-def test_batch_is_its_images(backend):
+def test_a_batch_gives_the_same_as_its_images_alone(backend):
     generator = torch.Generator().manual_seed(10)
     features = sample_features("clustered", 5, 99, 48, generator)
     scores = sample_scores("softmax", 5, 99, generator)

@@ -1,4 +1,4 @@
-"""select_rows: whole rows by sums made left to right."""
+"""select_rows: whole grid rows by sums from left to right."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def test_backend_is_the_oracle(backend, kind, dtype):
             assert torch.equal(got, torch.from_numpy(expected))
 
 
-def test_sum_is_left_to_right(backend):
-    # 1e8 swallows the ones that come after it, not those before it.
+def test_the_sum_is_from_left_to_right(backend):
+    # Adding 1.0 to 1e8 changes nothing in float32, so only ones before 1e8 count.
     first = torch.tensor([1.0] * 8 + [1e8, -1e8])
     last = torch.tensor([1e8] + [1.0] * 8 + [-1e8])
     scores = torch.stack([last, first]).reshape(1, 20)
@@ -37,7 +37,7 @@ def test_sum_is_left_to_right(backend):
     assert backend.select_rows(scores.flip(1), 10, 1)[0, 0] == 0
 
 
-def test_equal_rows_upper_first_nan_last(backend):
+def test_of_equal_rows_the_upper_comes_first_and_nan_last(backend):
     scores = torch.tensor([[torch.nan, 1.0, 0.5, 0.5, 0.25, 0.75, 0.0, 0.5]])
     assert backend.select_rows(scores, 2, 2).tolist() == [[2, 3, 4, 5]]
     assert backend.select_rows(scores, 2, 4).tolist() == [list(range(8))]

@@ -1,4 +1,4 @@
-"""select_topk: rule 1 of the contract and nothing else."""
+"""select_topk: rule 1 of the contract alone."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_backend_is_the_oracle(backend, kind, dtype):
         batch, n = rng.choice([0, 1, 3]), rng.choice([1, 2, 17, 100, 577])
         keep = rng.choice([1, n, rng.randint(1, n)])
         scores = sample_scores(kind, batch, n, torch.Generator().manual_seed(seed)).to(dtype)
-        # Any strides: transposed, every other one, one value for all.
+        # Any strides: transposed, every second element, one element for all.
         for view in (scores, scores.T.contiguous().T, scores.repeat_interleave(2, 1)[:, ::2]):
             got = backend.select_topk(view, keep)
             assert_same_bits(got, reference.select_topk(scores, keep))
@@ -31,7 +31,7 @@ def test_backend_is_the_oracle(backend, kind, dtype):
         assert_same_bits(backend.select_topk(expanded, keep), torch.arange(keep).repeat(batch, 1))
 
 
-def test_largest_image(backend):
+def test_the_largest_image(backend):
     scores = sample_scores("ties", 2, 16384, torch.Generator().manual_seed(0))
     for keep in (1, 9999, 16384):
         assert_same_bits(backend.select_topk(scores, keep), reference.select_topk(scores, keep))

@@ -1,4 +1,4 @@
-"""select_varlen: image for image the bits of select."""
+"""select_varlen: the bits of select for every image."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_reference_is_the_oracle():
         assert torch.equal(got, torch.from_numpy(expected)), f"seed {seed}"
 
 
-def test_strided_arguments(backend):
+def test_arguments_may_have_any_strides(backend):
     many = map(random_packed_case, range(100))
     args = next(case for case in many if len(case.cu_seqlens) > 3 and case.total_keep > 10)
     features, scores, cu_seqlens, cu_keep, *rest = args

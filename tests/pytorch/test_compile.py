@@ -19,7 +19,7 @@ import vispruner_kernels
 
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize(("op", "number"), CASES)
-def test_compile(op, number, dynamic):
+def test_compiled_functions_give_the_same_answer(op, number, dynamic):
     args = samples(op)[number]
     for function in (getattr(vispruner_kernels, op), overload(op)):
         again = compiled(lambda *args, f=function: f(*args), dynamic)
@@ -34,7 +34,7 @@ def test_dynamic_shapes_compile_once(op):
         for size in range(4):
             args = samples(op, size=size)[0]
             assert_same_answer(again(*args), function(*args))
-    # Were it static, that would be an error.
+    # With static shapes the same calls recompile.
     again = compiled(lambda *args: function(*args), dynamic=False)
     with torch._dynamo.config.patch(error_on_recompile=True):
         again(*samples(op, size=0)[0])
@@ -44,7 +44,7 @@ def test_dynamic_shapes_compile_once(op):
 
 @pytest.mark.parametrize("op", ["select", "prune", "select_topk"])
 def test_another_keep_compiles_once_more_at_most(op):
-    # Without dynamic=True: the second value makes it dynamic, and that is all.
+    # Without dynamic=True, the second value makes `keep` dynamic; no later value recompiles.
     function = getattr(vispruner_kernels, op)
     again = compiled(lambda *args: function(*args), dynamic=None)
     *inputs, _ = samples(op)[0]
@@ -53,7 +53,7 @@ def test_another_keep_compiles_once_more_at_most(op):
             assert_same_answer(again(*inputs, keep), function(*inputs, keep))
 
 
-def test_inductor():
+def test_inductor_gives_the_same_answer():
     torch._dynamo.reset()
 
     def function(features, scores, keep):
@@ -71,7 +71,7 @@ def test_inductor():
         pytest.skip("Inductor finds no C++ compiler")
 
 
-def test_keep_from_data_in_a_compiled_function():
+def test_a_compiled_function_may_take_keep_from_data():
     def function(scores, mask):
         return vispruner_kernels.select_topk(scores, mask.sum().item())
 
@@ -81,7 +81,7 @@ def test_keep_from_data_in_a_compiled_function():
     with torch._dynamo.config.patch(capture_scalar_outputs=True, error_on_recompile=True):
         for keep in (3, 4, 19):
             assert_same_answer(again(scores, masks[keep]), function(scores, masks[keep]))
-        # The fake could not know; the kernel checks again.
+        # The fake cannot know this value; the kernel checks it.
         with pytest.raises(ValueError, match="select_topk: keep is 20, expected 1 <= keep <= 19"):
             again(scores, masks[20])
 
@@ -96,7 +96,7 @@ class Select(torch.nn.Module):
         return indices, vispruner_kernels.select(features, scores, self.keep, matching="pairwise")
 
 
-def test_export():
+def test_an_exported_program_gives_the_same_answer():
     (features, scores, keep) = samples("select")[0]
     batch, tokens = torch.export.Dim("batch"), torch.export.Dim("tokens", min=keep, max=16384)
     shapes = {0: batch, 1: tokens}

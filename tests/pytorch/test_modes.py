@@ -1,4 +1,4 @@
-"""Gradients, and the modes of PyTorch that must change nothing."""
+"""Gradients, and modes of PyTorch that must not change a result."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from vispruner_kernels.testing import (
 
 
 @pytest.mark.parametrize("op", sorted(NO_BACKWARD))
-def test_backward_raises(op):
+def test_backward_through_an_output_raises(op):
     args = with_gradients(samples(op)[0])
     first, second = overload(op)(*args)
     assert first.requires_grad
@@ -82,7 +82,7 @@ def test_the_function_prune_is_differentiable(number, dtype):
     assert_same_bits(gradient(again)[1], expected[1])
 
 
-def test_forward_mode_through_the_function_prune():
+def test_the_function_prune_has_forward_mode_gradients():
     features, scores, keep = samples("prune")[0]
     tangent = torch.randn(features.shape, generator=torch.Generator().manual_seed(8))
     kept, kept_tangent = torch.func.jvp(
@@ -96,7 +96,7 @@ def test_forward_mode_through_the_function_prune():
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize(("op", "number"), CASES)
-def test_without_gradients(op, number, mode):
+def test_results_are_the_same_without_gradients(op, number, mode):
     expected = overload(op)(*samples(op)[number])
     for args in (samples(op)[number], with_gradients(samples(op)[number])):
         for function in (getattr(vispruner_kernels, op), overload(op)):
@@ -141,8 +141,8 @@ def test_a_default_device_changes_nothing(op):
         assert_same_answer(getattr(vispruner_kernels, op)(*args), expected)
 
 
-def test_views_with_a_negative_bit():
-    # The dispatcher resolves them; a kernel that took the pointer would see the other sign.
+def test_views_with_a_negative_bit_are_resolved():
+    # The dispatcher resolves them; a kernel that read their memory would get the other sign.
     (scores, keep) = samples("select_topk")[0]
     assert_same_bits(
         vispruner_kernels.select_topk(torch._neg_view(scores), keep),

@@ -1,4 +1,4 @@
-"""The operators as PyTorch sees them: owners, schemas, opcheck, fakes."""
+"""The registration of the operators in PyTorch: owners, schemas, opcheck, fakes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from vispruner_kernels.testing import (
     sample_qkv,
 )
 
-# As docs/contract.md has them.
+# The schemas of docs/contract.md.
 CONTRACT = """
 vispruner::select(Tensor features, Tensor scores, SymInt keep, float important_ratio=0.5,
                   int step=8, str matching="bipartite") -> Tensor
@@ -78,7 +78,7 @@ DEFAULTS = {
 }
 
 
-def test_operators():
+def test_the_registered_operators_are_the_public_functions():
     names = {name.removeprefix("vispruner::").split(".")[0] for name in registered_names()}
     assert names == set(SCHEMAS) == set(_schemas.SCHEMAS) == set(vispruner_kernels.__all__)
 
@@ -89,12 +89,12 @@ def registered_names() -> list[str]:
 
 
 @pytest.mark.parametrize("op", OPERATORS)
-def test_schema_is_the_contracts(op):
+def test_the_schema_is_that_of_the_contract(op):
     assert str(overload(op)._schema) == SCHEMAS[op]
 
 
 @pytest.mark.parametrize("op", OPERATORS)
-def test_one_kernel_per_key(op):
+def test_there_is_one_kernel_per_dispatch_key(op):
     lines = torch._C._dispatch_dump(f"vispruner::{op}").splitlines()
     keys = [line.split(":")[0] for line in lines if "registered at" in line]
     own = {"CPU", "CUDA", "Meta", "Autograd[alias]", "CompositeExplicitAutograd[alias]", "debug"}
@@ -124,7 +124,7 @@ def runs_in(call: Callable[[], Any]) -> list[tuple[str, str]]:
 @pytest.mark.parametrize("device", _backends.KEYS)
 @pytest.mark.parametrize("op", OPERATORS)
 def test_the_owner_runs(op, device):
-    # The kernel of the key, called with CPU tensors: the reference takes any.
+    # Calls the kernel of the dispatch key with CPU tensors; the reference accepts any device.
     key = getattr(torch._C.DispatchKey, _backends.KEYS[device])
     owner = _backends.OWNERS[op, device]
     module = sys.modules[_backends.IMPLEMENTATIONS[op, device][owner].__module__]
@@ -133,7 +133,7 @@ def test_the_owner_runs(op, device):
         pytest.skip(f"{owner} does not take CPU tensors")
     (file, name), *_ = runs_in(lambda: overload(op)._op_dk(key, *samples(op)[0]))
     assert name == op
-    # operators.py only knows which file has a kernel.
+    # operators.py imports the file that has the kernel, from the same folder.
     folder = owner == "triton" and Path(file).parent == Path(module.__file__).parent
     assert folder or file == module.__file__
 
@@ -157,7 +157,7 @@ def test_requested_reference_owns_everything():
 
 
 @pytest.mark.parametrize("op", OPERATORS)
-def test_defaults(op):
+def test_defaults_are_those_of_the_schema(op):
     args = samples(op)[0]
     schema = overload(op)._schema
     values = [argument.default_value for argument in schema.arguments[len(args) :]]
@@ -175,7 +175,7 @@ def test_defaults(op):
 
 
 @pytest.mark.parametrize(("op", "number"), CASES)
-def test_keywords(op, number):
+def test_keywords_give_the_same_answer_as_positions(op, number):
     args = samples(op)[number]
     kwargs = dict(zip((a.name for a in overload(op)._schema.arguments), args, strict=False))
     got = overload(op)(*args)
@@ -203,14 +203,15 @@ def test_scale_defaults_to_the_root_of_the_head_dimension():
     "dtype", [torch.float32, *(pytest.param(d, marks=pytest.mark.slow) for d in DTYPES[1:])]
 )
 @pytest.mark.parametrize(("op", "number"), CASES)
-def test_opcheck(op, number, dtype):
+def test_opcheck_passes(op, number, dtype):
     torch.library.opcheck(overload(op), samples(op, dtype)[number])
 
 
 @pytest.mark.parametrize(("op", "number"), CASES)
-def test_opcheck_with_gradients(op, number):
+def test_opcheck_passes_with_gradients(op, number):
     tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
-    if op not in NO_BACKWARD:  # whose backward, which the last test runs, is an error
+    # The last test runs the backward, and for operators in NO_BACKWARD that is an error.
+    if op not in NO_BACKWARD:
         tests.append("test_aot_dispatch_dynamic")
     torch.library.opcheck(overload(op), with_gradients(samples(op)[number]), test_utils=tests)
 
@@ -218,7 +219,7 @@ def test_opcheck_with_gradients(op, number):
 @pytest.mark.parametrize("batch", [slice(0, 0), slice(0, 1), slice(None)])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("op", "number"), CASES)
-def test_fakes_look_like_results(op, number, dtype, batch):
+def test_fakes_have_the_properties_of_results(op, number, dtype, batch):
     args = samples(op, dtype)[number]
     if not op.endswith("_varlen"):
         args = tuple(x[batch] if isinstance(x, Tensor) else x for x in args)
@@ -226,15 +227,15 @@ def test_fakes_look_like_results(op, number, dtype, batch):
 
 
 @pytest.mark.parametrize("op", ["cls_attention", "cls_scores", "received_scores"])
-def test_fakes_of_one_head_or_one_channel(op):
+def test_fakes_of_one_head_or_one_channel_have_the_properties_of_results(op):
     for heads, head_dim in itertools.product((1, 2), (1, 4)):
         args = sample_qkv(2, 5, heads, head_dim, torch.float32, seed=1)
         assert_fake_is_like_real(op, args if op == "cls_attention" else args[:2])
 
 
 @pytest.mark.parametrize(("op", "number"), CASES)
-def test_fakes_of_permuted_tensors(op, number):
-    # Dense in another order of dimensions, which empty_like would give to the output.
+def test_fakes_of_permuted_tensors_have_the_properties_of_results(op, number):
+    # Dense in another order of dimensions; empty_like would give that order to the output.
     args = samples(op)[number]
     permuted = tuple(
         x.transpose(-2, -3).contiguous().transpose(-2, -3)

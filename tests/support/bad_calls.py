@@ -24,14 +24,15 @@ from torch import Tensor
 
 
 class Bad(NamedTuple):
-    """One wrong thing: `changes` are values of arguments, or functions of the right ones."""
+    """One mistake: `changes` holds wrong values of arguments, or functions of the valid ones."""
 
     ops: tuple[str, ...]
-    argument: str  # the one the message names, and
-    got: str  # what it says about it
+    # The argument that the message names, and what the message says about it.
+    argument: str
+    got: str
     error: type[Exception]
     changes: dict[str, Any]
-    # What only the values in a tensor show; a fake has none.
+    # The mistake is in the values of a tensor, and a fake has no values.
     hidden: bool = False
 
 

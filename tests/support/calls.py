@@ -1,5 +1,4 @@
-"""Calls of every operator, and every way into one; shared by the tests of what all operators have
-in common."""
+"""Calls of every operator and every way to call one, for the tests of all operators."""
 
 from __future__ import annotations
 
@@ -35,7 +34,7 @@ INTERPRETED = _backends.REQUESTED == "triton" and operators.INTERPRETED
 
 
 def few(count: int) -> int:
-    """Cases of a loop: fewer where the kernels run in Triton's interpreter."""
+    """The number of cases in a loop; an eighth of it in Triton's interpreter."""
     return count // 8 if INTERPRETED else count
 
 
@@ -60,7 +59,7 @@ def operators_of(backend: str) -> SimpleNamespace:
 
 
 def arguments(op: str) -> dict[str, Any]:
-    """A right call: 2 images of 12 tokens (7 with attention), or packed images of 5, 0 and 7."""
+    """A valid call: 2 images of 12 tokens (7 with attention), or packed images of 5, 0 and 7."""
     generator = torch.Generator().manual_seed(1)
     features = sample_features("normal", 2, 12, 6, generator)
     scores = sample_scores("uniform", 2, 12, generator)
@@ -130,7 +129,7 @@ def run_positional(op: str, kwargs: dict[str, Any]) -> Any:
 
 
 def run_backend(backend: str) -> Callable[[str, dict[str, Any]], Any]:
-    """The operator as it would be registered were `backend` its owner."""
+    """The operator as it is registered for its owner, with `backend` as the owner."""
 
     def run(op: str, kwargs: dict[str, Any]) -> Any:
         return _backends._checked(op, _backends._implementation(op, backend))(**kwargs)
@@ -138,7 +137,7 @@ def run_backend(backend: str) -> Callable[[str, dict[str, Any]], Any]:
     return run
 
 
-# Every way into an operator that sees the values of tensors, and every way that does not.
+# Every way to call an operator with real tensors, and every way to call it with fakes.
 CALLS: dict[str, Callable[[str, dict[str, Any]], Any]] = {
     "function": lambda op, kwargs: getattr(vispruner_kernels, op)(**kwargs),
     "torch.ops": lambda op, kwargs: getattr(torch.ops.vispruner, op)(**kwargs),
@@ -153,8 +152,10 @@ def overload(op: str) -> Any:
 
 
 def samples(op: str, dtype: torch.dtype = torch.float32, size: int = 0) -> list[tuple[Any, ...]]:
-    """Arguments by position, without defaults and with other values; every size grows with `size`,
-    no two sizes of a call are equal."""
+    """Arguments by position: once without defaults, once with other values.
+
+    Every size grows with `size`; no two sizes of one call are equal.
+    """
     generator = torch.Generator().manual_seed(size)
     batch, tokens, channels = 2 + size, 19 + 2 * size, 5
     features = sample_features("clustered", batch, tokens, channels, generator).to(dtype)
@@ -212,7 +213,7 @@ def compiled(function: Callable[..., Any], dynamic: bool | None) -> Callable[...
     return torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
 
 
-# The outputs through which a gradient is an error instead of absent.
+# The operators with an output whose backward raises, and the hint in the error.
 NO_BACKWARD = {
     "prune": "call vispruner_kernels.prune, or index",
     "cls_attention": "use an attention kernel that has a backward",

@@ -55,7 +55,7 @@ def fixed_point(features: Array) -> NDArray[np.int64]:
             continue
         s = np.float32(FIXED_POINT_MAX) / m
         product = x * s
-        # A float64 that slipped in would be more exact than the contract, and so differ from it.
+        # A float64 here would be more exact than the contract, and so differ from it.
         assert m.dtype == s.dtype == product.dtype == np.float32
         q[i] = np.trunc(product).astype(np.int64)
     return q
@@ -64,7 +64,7 @@ def fixed_point(features: Array) -> NDArray[np.int64]:
 def similarity(features: Array) -> NDArray[np.float32]:
     """Fixed-point cosine of every pair of rows of float32 [N, C], as float32 [N, N]."""
     q = fixed_point(features)
-    gram = q @ q.T  # int64, hence exact in any order of summation
+    gram = q @ q.T  # int64, so exact in any order of summation
     assert gram.dtype == np.int64
     n = q.shape[0]
     r = np.zeros(n, dtype=np.float32)
@@ -94,7 +94,8 @@ def remove_bipartite(residual: list[int], target: int, sim: Array, step: int) ->
 
 
 def remove_pairwise(residual: list[int], target: int, sim: Array) -> list[int]:
-    """Walk all pairs once, most similar first; of a living pair the less important token dies."""
+    """Walk all pairs once, most similar first; drop the less important token of each pair that
+    still has both tokens."""
     rank = {token: position for position, token in enumerate(residual)}
     tokens = sorted(residual)
     rows = sim.tolist()
@@ -104,13 +105,13 @@ def remove_pairwise(residual: list[int], target: int, sim: Array) -> list[int]:
         for j in tokens[position + 1 :]:
             pairs.append((-row[j], i, j))
     pairs.sort()
-    living = set(residual)
+    remaining = set(residual)
     for _, i, j in pairs:
-        if len(living) <= target:
+        if len(remaining) <= target:
             break
-        if i in living and j in living:
-            living.remove(i if rank[i] > rank[j] else j)
-    return [token for token in residual if token in living]
+        if i in remaining and j in remaining:
+            remaining.remove(i if rank[i] > rank[j] else j)
+    return [token for token in residual if token in remaining]
 
 
 def select_one(
@@ -130,7 +131,7 @@ def select_one(
     important = ordered[:t_imp]
     residual = ordered[t_imp:]
     if t_div == 0:
-        return sorted(important)  # features are not read here, so they may hold anything
+        return sorted(important)  # features are not read, so they may hold any values
     if len(residual) > t_div:
         sim = similarity(features)
         if matching == "bipartite":
@@ -188,7 +189,7 @@ def select_varlen(
 ) -> NDArray[np.int64]:
     """Kept positions [total_keep] in the packed sequence; elements past cu_keep[-1] are 0.
 
-    `max_seqlen` only sizes the scratch of a kernel; the result does not depend on it.
+    The result does not depend on `max_seqlen`: a kernel uses it to size its scratch.
     """
     starts = [int(x) for x in cu_seqlens]
     outs = [int(x) for x in cu_keep]
@@ -221,7 +222,7 @@ def select_rows(scores: Array, width: int, rows: int) -> NDArray[np.int64]:
         sums = np.zeros(n // width, dtype=np.float32)
         for y in range(n // width):
             total = np.float32(scores[b, y * width])
-            # inf - inf and an overflow to inf are valid sums, which rule 1 puts in their place.
+            # inf - inf and an overflow to inf are valid sums; rule 1 orders them.
             with np.errstate(invalid="ignore", over="ignore"):
                 for x in range(1, width):
                     total = total + np.float32(scores[b, y * width + x])
@@ -238,7 +239,7 @@ def select_rows(scores: Array, width: int, rows: int) -> NDArray[np.int64]:
 def probabilities(q: Array, k: Array, scale: float | None, lse: Array | None = None) -> Array:
     """Softmax over all keys of one head: q [Sq, D], k [S, D] -> float64 [Sq, S].
 
-    With `lse` [Sq], the given log-sum-exp takes the place of the computed one.
+    A given `lse` [Sq] replaces the computed log-sum-exp.
     """
     if scale is None:
         scale = q.shape[-1] ** -0.5
@@ -268,7 +269,7 @@ def cls_attention(
 def cls_scores(
     q: Array, k: Array, scale: float | None = None, num_prefix: int = 1
 ) -> NDArray[np.float64]:
-    """What query row 0 pays to each patch token, mean over heads: [B, N]."""
+    """The attention that query row 0 pays to each patch token, mean over heads: [B, N]."""
     batch, _, heads, _ = q.shape
     seq = k.shape[1]
     scores: Array = np.zeros((batch, seq - num_prefix), dtype=np.float64)
@@ -281,7 +282,7 @@ def cls_scores(
 
 
 def received_one(q: Array, k: Array, scale: float | None, lse: Array | None) -> Array:
-    """Mean over heads and query rows of the attention each key gets: [S, H, D] -> [S]."""
+    """Mean over heads and query rows of the attention that each key gets: [S, H, D] -> [S]."""
     seq, heads, _ = q.shape
     total = np.zeros(seq, dtype=np.float64)
     for h in range(heads):
@@ -317,7 +318,7 @@ def received_scores_varlen(
 ) -> NDArray[np.float64]:
     """`received_scores` of packed images [total, H, D] -> [total]; lse is [H, total].
 
-    Tokens that no image covers get 0.
+    Tokens that belong to no image get 0.
     """
     scores = np.zeros(q.shape[0], dtype=np.float64)
     starts = [int(x) for x in cu_seqlens]
