@@ -23,7 +23,6 @@ SOURCES = (
     "csrc/*.h",
     "csrc/cuda/*",
     "vispruner_kernels/_native/arguments.py",
-    "vispruner_kernels/_native/arguments.py",
     "vispruner_kernels/_native/cuda.py",
     "vispruner_kernels/_triton/*.py",
     "tests/support/aot*.py",
