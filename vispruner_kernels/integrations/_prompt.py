@@ -97,7 +97,7 @@ class Prompt:
         self.unchanged = 0
         if bool(real.all()) and bool(valid.all()):
             self.unchanged = int(is_visual.any(0).int().argmax())
-        # [B, L'] marks the first token of a prompt that has padding before it only now.
+        # [B, L'] the first token of each prompt that had no padding before it, and now has.
         first = (column == spare[:, None]) & (spare[:, None] > 0) & inside[:, :1] & left
         self.newly_padded = send(first, device)
         self.shape = batch, self.new_length

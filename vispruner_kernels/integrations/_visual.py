@@ -22,7 +22,7 @@ from torch import Tensor
 
 from vispruner_kernels.methods import FoPru, Method
 
-# In `Visual.layouts`: a token that separates rows of an image and has no feature.
+# In `Visual.layouts`: a token that ends a row of patches and has no feature.
 NEWLINE = -1
 
 

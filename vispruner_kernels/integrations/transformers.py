@@ -332,8 +332,8 @@ def attach(
             `prune_inputs`, and decoding that is not supported with a pruned prompt: assisted
             decoding, prompt lookup, prefill in parts, and `generate` from a cache that holds a
             pruned prompt.
-        RuntimeError: the model prunes already. While it prunes, copying it, pickling it whole and
-            exporting it raise this too.
+        RuntimeError: the model prunes already. While it prunes, copying it or pickling it whole
+            raises this too.
 
     Contract:
         `generate` treats the caller's prompt as the prompt: sequences begin with its `input_ids`,
