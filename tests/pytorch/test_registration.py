@@ -28,6 +28,7 @@ from torch._subclasses import FakeTensorMode
 
 import vispruner_kernels
 from vispruner_kernels import _backends, _checks, _schemas
+from vispruner_kernels._triton import operators as triton_operators
 from vispruner_kernels.testing import (
     DTYPES,
     sample_qkv,
@@ -136,6 +137,15 @@ def test_the_owner_runs(op, device):
     # operators.py imports the file that has the kernel, from the same folder.
     folder = owner == "triton" and Path(file).parent == Path(module.__file__).parent
     assert folder or file == module.__file__
+
+
+def test_every_function_of_the_table_is_that_of_its_operator():
+    for (op, _), functions in _backends.IMPLEMENTATIONS.items():
+        for backend, function in functions.items():
+            if backend == "triton":
+                assert function is getattr(triton_operators, op)
+            else:
+                assert function.__name__ == op
 
 
 def test_every_pair_has_an_owner():
