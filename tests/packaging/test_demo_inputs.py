@@ -248,4 +248,4 @@ def test_refuses_a_word_that_the_model_does_not_know(capsys, tmp_path, argv):
 
 def test_refuses_a_question_to_a_tower(capsys, tmp_path):
     err = refused(capsys, "--question", "where", "--model", tmp_path, "--out", tmp_path / "x.png")
-    assert "a vision tower (--model) does not answer" in err
+    assert "a vision tower (--model) answers no question" in err

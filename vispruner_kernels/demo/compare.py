@@ -6,7 +6,7 @@ import math
 import operator
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -69,15 +69,13 @@ def systems(keep: int, side: int) -> dict[str, Any]:
 
 
 def evaluate(
-    encoded: Encoded, keep: int, pixels: Tensor, truths: Mapping[str, str | None]
+    encoded: Encoded, keep: int, questions: Sequence[tuple[dict[str, Tensor], str | None]] = ()
 ) -> list[Result]:
     """Keep all tokens of a picture, then those of every method, and ask the tiny VLM each time.
 
-    `truths` has the right answer, or None if it is not known, by question. `pixels` and the
-    questions are the arguments of `tiny_vlm.inputs`, which refuses some with a ValueError.
+    A question is a pair: the result of `tiny_vlm.inputs`, and the right answer or None.
     """
-    inputs = [tiny_vlm.inputs(pixels, question) for question in truths]
-    truth = next(iter(truths.values()), None)
+    truths = [truth for _, truth in questions]
     cosine = _cosines(encoded)
     cls = cls_scores(encoded.q, encoded.k)[0]
     results = []
@@ -90,7 +88,7 @@ def evaluate(
             count = int(keep * RATIO) if name == "VisPruner" else len(kept)
             if count and scores is not None:
                 important = kept if count == len(kept) else select_topk(scores, count)[0]
-        answers = [tiny_vlm.answer(given, method) or "(nothing)" for given in inputs]
+        answers = [tiny_vlm.answer(inputs, method) or "(nothing)" for inputs, _ in questions]
         results.append(
             Result(
                 name=name,
@@ -101,8 +99,8 @@ def evaluate(
                 redundancy=redundancy(cosine, kept),
                 ms=ms,
                 answer=answers[0] if answers else "",
-                right=None if truth is None else answers[0] == truth,
-                correct=sum(map(operator.eq, answers, truths.values())),
+                right=answers[0] == truths[0] if truths and truths[0] is not None else None,
+                correct=sum(map(operator.eq, answers, truths)),
             )
         )
     return results

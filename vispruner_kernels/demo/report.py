@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from vispruner_kernels.demo import InputError, clip, encoder, picture
+from vispruner_kernels.demo import InputError, clip, encoder, picture, tiny_vlm
 from vispruner_kernels.demo.compare import ALL, Result, compare_with_loop, evaluate
 
 
@@ -24,7 +24,9 @@ def run(image: Path | None, question: str | None, keep: int, out: Path, model: s
     if not os.path.isdir(out.parent):
         raise InputError(f"--out {out}: there is no folder {out.parent}")
     if model is not None and question is not None:
-        raise InputError("--question: a vision tower (--model) does not answer, leave one out")
+        raise InputError(
+            "--question: a vision tower (--model) answers no question, use one of the two"
+        )
     path = image or picture.SAMPLE
     photo = picture.load_photo(path)
     pixels = picture.to_tensor(photo, encoder.SIZE)
@@ -37,9 +39,10 @@ def run(image: Path | None, question: str | None, keep: int, out: Path, model: s
     if image is None and model is None:
         truths |= picture.sample_answers()
     try:
-        results = evaluate(encoded, keep, pixels, truths)
+        inputs = [tiny_vlm.inputs(pixels, words) for words in truths]
     except ValueError as error:
         raise InputError(f"--{error}") from None
+    results = evaluate(encoded, keep, [*zip(inputs, truths.values(), strict=True)])
     asked = ""
     if truths:
         first, truth = next(iter(truths.items()))
@@ -69,7 +72,7 @@ def run(image: Path | None, question: str | None, keep: int, out: Path, model: s
         "  coverage: mean over all tokens of the largest cosine to a kept one (more is better)",
         "  redundancy: mean over kept tokens of the largest cosine to another (less is better)",
         f"  FoPru row: only whole rows of {side} tokens; left out if the budget is less than a row",
-        *([f"  of {known}: right answers to the picture's {known} questions"] if known else []),
+        *([f"  N of {known}: right answers to the picture's {known} questions"] if known else []),
         f"\npicture: {out}",
     ]
     return "\n".join(lines)
