@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 
 from benchmarks import harness
 from vispruner_kernels import cls_scores, select
-from vispruner_kernels.demo import encoder, picture
+from vispruner_kernels.demo import encoder
 from vispruner_kernels.testing import sample_features, sample_scores
 
 KEEPS = (32, 64, 128, 192)
@@ -33,6 +33,9 @@ def clustered(seed: int) -> tuple[Tensor, Tensor]:
 
 def pictured() -> tuple[Tensor, Tensor]:
     """Features and scores of the demo's picture."""
+    # It needs matplotlib and Pillow.
+    from vispruner_kernels.demo import picture
+
     photo = picture.load_photo(picture.SAMPLE)
     encoded = encoder.encode(picture.to_tensor(photo, encoder.SIZE))
     return encoded.features, cls_scores(encoded.q, encoded.k)
