@@ -106,7 +106,7 @@ class CheckPruned:
         if lora is not None and lora.enable_tower_connector_lora:
             raise ValueError(
                 "enable_tower_connector_lora is not supported with pruning, which runs the tower "
-                "in parts: leave it out (LoRA of the language model works)"
+                "in parts: leave it out (LoRA of the language model is accepted)"
             )
         settings.check()
 
