@@ -92,7 +92,7 @@ def test_bound_of_products_that_cancel_finds_tf32():
     q, k = sample_cancelling(1, 17, 2, 64, torch.float32, 19)
     exact = reference.received_scores(q, k)
     assert_scores_match(reference.received_scores(q, k), exact, q, k, None)
-    # TF32: tensor cores use 10 bits of each factor by default.
+    # TF32 keeps 10 bits of each factor.
     rounded = [(x.view(torch.int32) + 0x1000 & ~0x1FFF).view(torch.float32) for x in (q, k)]
     with pytest.raises(AssertionError, match="expected at most"):
         assert_scores_match(reference.received_scores(*rounded), exact, q, k, None)
