@@ -97,8 +97,8 @@ def _softmax_kernel(
     k_ptr += (image * stride_kb + head * stride_kh) * UNIT
     if VARLEN:
         start, end = image_range(cu_ptr, stride_cu, image, tokens)
+        start, end = start.to(tl.int64), end.to(tl.int64)
         S = tl.minimum(end - start, max_seqlen).to(tl.int32)
-        start = start.to(tl.int64)
         q_ptr += start * stride_qs * UNIT
         k_ptr += start * stride_ks * UNIT
     else:
