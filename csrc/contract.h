@@ -27,11 +27,11 @@ struct Tokens {
   int64_t token_stride;
 };
 
-// A token whose largest magnitude is below this, or that is not finite, has only zeros.
+// All fixed-point values of a token are 0 if its largest magnitude is below this or not finite.
 constexpr float kMinMagnitude = 1e-30f;
 // 127 * 128: both 7-bit halves of a fixed-point value fit int8.
 constexpr float kFixedPointMax = 16256.0f;
-// Products of two fixed-point values that an int32 always holds the sum of.
+// An int32 holds the sum of this many products of two fixed-point values.
 constexpr int kSafeProducts = 8;
 // Bits of a token index; N <= 16384.
 constexpr int kIndexBits = 14;
@@ -64,7 +64,7 @@ VISPRUNER_HD int32_t score_key(float x) {
   return ordered(x);
 }
 
-// Unique keys: larger first, equal values by the smaller index.
+// A unique key: the order is by value descending, then by index ascending.
 VISPRUNER_HD int64_t index_key(int32_t value, int32_t index) {
   return int64_t{value} * (int64_t{1} << 32) + (UINT32_MAX - static_cast<uint32_t>(index));
 }
@@ -84,7 +84,7 @@ VISPRUNER_HD int64_t pair_key(int32_t similarity, int32_t a, int32_t b) {
          (last - high);
 }
 
-// Tokens that VisPruner keeps by score: Python's int(keep * ratio).
+// The number of tokens that VisPruner keeps by score: int(keep * ratio) of Python.
 VISPRUNER_HD int64_t important_count(int64_t keep, double ratio) {
   return static_cast<int64_t>(static_cast<double>(keep) * ratio);
 }

@@ -46,8 +46,13 @@ void remove_duplicates(const Simd& simd, const Rows& features, int64_t channels,
     std::fill(mask.begin(), mask.begin() + n, kAllowed);
     std::vector<int32_t> partner(n), next(n + 1);
     std::vector<int64_t> pair(n);
-    pairwise(block, sim.get(), ld, n, n - keep, rule.eager_rounds,
-             {score_rank.data(), mask.data(), partner.data(), next.data(), pair.data()}, Lists{});
+    PairwiseArrays arrays;
+    arrays.score_rank = score_rank.data();
+    arrays.mask = mask.data();
+    arrays.partner = partner.data();
+    arrays.next = next.data();
+    arrays.pair = pair.data();
+    pairwise(block, sim.get(), ld, n, n - keep, rule.eager_rounds, arrays, Lists{});
     for (int32_t i = 0; i < n; ++i) {
       if (mask[i] == kAllowed) *out++ = tokens[i];
     }
@@ -61,8 +66,12 @@ void remove_duplicates(const Simd& simd, const Rows& features, int64_t channels,
   const int32_t capacity = std::min<int32_t>(rule.compact_to, static_cast<int32_t>(ld));
   const auto compact_sim = scratch<int32_t>(int64_t{capacity} * capacity);
   const auto original = scratch<int32_t>(capacity);
-  const int32_t* const kept = bipartite(block, sim.get(), ld, n, keep, step,
-                                        {residual.data(), next.data(), nearest.data(), mask.data()},
+  BipartiteArrays arrays;
+  arrays.residual = residual.data();
+  arrays.next = next.data();
+  arrays.nearest = nearest.data();
+  arrays.mask = mask.data();
+  const int32_t* const kept = bipartite(block, sim.get(), ld, n, keep, step, arrays,
                                         Lists{listed ? lists.get() : nullptr, kNeighbours},
                                         Compact{capacity, compact_sim.get(), original.get()});
   for (int32_t i = 0; i < keep; ++i) out[i] = tokens[kept[i]];

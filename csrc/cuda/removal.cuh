@@ -100,20 +100,26 @@ __device__ void remove_duplicates(Block& block, const SelectArgs& args, Arena<kS
   const int32_t ld = static_cast<int32_t>(rounded(n, 16));
   int32_t* const mask = arena.template take<int32_t>(ld);
   if constexpr (kMatching == Matching::kPairwise) {
-    int32_t* const partner = arena.template take<int32_t>(n);
-    int32_t* const next = arena.template take<int32_t>(n + 1);
-    int64_t* const pair = arena.template take<int64_t>(n);
+    PairwiseArrays arrays;
+    arrays.mask = mask;
+    arrays.partner = arena.template take<int32_t>(n);
+    arrays.next = arena.template take<int32_t>(n + 1);
+    arrays.pair = arena.template take<int64_t>(n);
     int32_t* const ranks = arena.template take<int32_t>(n);
+    arrays.score_rank = ranks;
     block.each(n, [=](int32_t t) { ranks[t] = score_rank[t]; });
     block.each(ld,
                [=](int32_t t) { mask[t] = t < n && ranks[t] >= important ? kAllowed : kExcluded; });
-    pairwise(block, sim, ld, n, n - keep, args.call.eager_rounds,
-             PairwiseArrays{ranks, mask, partner, next, pair}, take_lists(arena, lists, n));
+    pairwise(block, sim, ld, n, n - keep, args.call.eager_rounds, arrays,
+             take_lists(arena, lists, n));
   } else {
     const int32_t half = (n + 1) / 2;
     int32_t* const residual = arena.template take<int32_t>(n);
-    int32_t* const next = arena.template take<int32_t>(n + 1);
-    int32_t* const nearest = arena.template take<int32_t>(half);
+    BipartiteArrays arrays;
+    arrays.residual = residual;
+    arrays.next = arena.template take<int32_t>(n + 1);
+    arrays.nearest = arena.template take<int32_t>(half);
+    arrays.mask = mask;
     int32_t* const counts = arena.template take<int32_t>(half);
     block.each(half, [=](int32_t i) { counts[i] = 0; });
     block.counts = counts;
@@ -124,9 +130,8 @@ __device__ void remove_duplicates(Block& block, const SelectArgs& args, Arena<kS
     // If the first pass already reads the compact matrix, no list is read.
     const Lists copies =
         n - important > compact.capacity ? take_lists(arena, lists, n) : Lists{nullptr, kListed};
-    const int32_t* const kept =
-        bipartite(block, sim, ld, n - important, keep - important, args.call.step,
-                  BipartiteArrays{residual, next, nearest, mask}, copies, compact);
+    const int32_t* const kept = bipartite(block, sim, ld, n - important, keep - important,
+                                          args.call.step, arrays, copies, compact);
     block.each(n, [=](int32_t t) { mask[t] = score_rank[t] < important ? kAllowed : kExcluded; });
     block.each(keep - important, [=](int32_t p) { mask[kept[p]] = kAllowed; });
   }

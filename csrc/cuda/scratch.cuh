@@ -59,14 +59,15 @@ struct Scratch {
                                    int64_t start) const {
     const int32_t most_blocks = (tokens + kTile - 1) / kTile;
     uint64_t* const words = reinterpret_cast<uint64_t*>(scratch + counters);
-    char* const first_pass = scratch + passes + start * kTokenBytes;
-    return {reinterpret_cast<int32_t*>(scratch) + start * rounded(tokens, 16),
-            reinterpret_cast<Best*>(scratch + lists) + start * kListed,
-            reinterpret_cast<int32_t*>(scratch + score_rank) + start,
-            reinterpret_cast<char*>(
-                rounded(reinterpret_cast<int64_t>(first_pass) + image * kSlackBytes, 16)),
-            words + image,
-            words + images + image * most_blocks};
+    const int64_t first_pass = reinterpret_cast<int64_t>(scratch + passes + start * kTokenBytes);
+    ImageScratch result;
+    result.sim = reinterpret_cast<int32_t*>(scratch) + start * rounded(tokens, 16);
+    result.lists = reinterpret_cast<Best*>(scratch + lists) + start * kListed;
+    result.score_rank = reinterpret_cast<int32_t*>(scratch + score_rank) + start;
+    result.passes = reinterpret_cast<char*>(rounded(first_pass + image * kSlackBytes, 16));
+    result.done_blocks = words + image;
+    result.done_tiles = words + images + image * most_blocks;
+    return result;
   }
 };
 

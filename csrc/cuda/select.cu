@@ -80,14 +80,16 @@ struct Image {
 __device__ Image batched_image(const CudaSelect& call, int64_t image) {
   const int64_t feature_size = element_size(call.features.dtype);
   const int64_t score_size = element_size(call.scores.dtype);
-  return {call.tokens,
-          call.keep,
-          call.important,
-          image * call.tokens,
-          0,
-          call.features.data + image * call.features.image_stride * feature_size,
-          call.scores.data + image * call.scores.image_stride * score_size,
-          call.indices + image * call.keep};
+  Image result;
+  result.n = call.tokens;
+  result.keep = call.keep;
+  result.important = call.important;
+  result.start = image * call.tokens;
+  result.first_index = 0;
+  result.features = call.features.data + image * call.features.image_stride * feature_size;
+  result.scores = call.scores.data + image * call.scores.image_stride * score_size;
+  result.out = call.indices + image * call.keep;
+  return result;
 }
 
 // offsets[image] and offsets[image + 1], clamped to [0, end]. An offset below an earlier one counts
@@ -111,28 +113,29 @@ __device__ bool may_have_tile(const CudaSelect& call, int64_t image, int32_t til
 
 // An image of select_varlen. Its first tile also zeros the output slots that no image owns.
 __device__ Image packed_image(Block& block, const CudaSelect& call, int64_t image, int32_t tile) {
+  const int64_t feature_size = element_size(call.features.dtype);
+  const int64_t score_size = element_size(call.scores.dtype);
   const int64_t most = call.total < INT32_MAX ? call.total : INT32_MAX;
   const int2 range = clamped_range(block, call.cu_seqlens, image, static_cast<int32_t>(most));
   const int2 slots = clamped_range(block, call.cu_keep, image, call.total_keep);
-  const int32_t n = smaller(range.y - range.x, call.tokens);
-  const int32_t keep = smaller(slots.y - slots.x, n);
+  Image result;
+  result.n = smaller(range.y - range.x, call.tokens);
+  result.keep = smaller(slots.y - slots.x, result.n);
+  result.important = static_cast<int32_t>(important_count(result.keep, call.important_ratio));
+  result.start = range.x;
+  result.first_index = range.x;
+  result.features = call.features.data + range.x * call.features.token_stride * feature_size;
+  result.scores = call.scores.data + range.x * call.scores.token_stride * score_size;
+  result.out = call.indices + slots.x;
   const auto zero = [&](int32_t begin, int32_t end) {
     for (int32_t i = begin + threadIdx.x; i < end; i += kThreads) call.indices[i] = 0;
   };
   if (tile == 0) {
     if (image == 0) zero(0, slots.x);
-    zero(slots.x + keep, slots.y);
+    zero(slots.x + result.keep, slots.y);
     if (image == call.images - 1) zero(slots.y, call.total_keep);
   }
-  return {
-      n,
-      keep,
-      static_cast<int32_t>(important_count(keep, call.important_ratio)),
-      range.x,
-      range.x,
-      call.features.data + range.x * call.features.token_stride * element_size(call.features.dtype),
-      call.scores.data + range.x * call.scores.token_stride * element_size(call.scores.dtype),
-      call.indices + slots.x};
+  return result;
 }
 
 // Lists the neighbours of one block of tokens. Rows are copied to shared memory first if one row
