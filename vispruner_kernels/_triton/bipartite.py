@@ -1,6 +1,7 @@
 """The published rule of duplicate removal, run by one program per image.
 
-Its data fits the cache of one multiprocessor: a step costs a load or two and a barrier.
+A pass is a chain of dependent loads and barriers. At 576 tokens ranking takes most of its time
+(docs/measured.md).
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from vispruner_kernels._triton.rules import (
 )
 
 # States of a token. The state of a living residual token is the parity of its position: a are the
-# even positions, b the odd ones.
+# even positions, b the odd ones. The other states are even too, so only tokens of b have an odd
+# state, which is what a search tests.
 DROPPED = tl.constexpr(-2)
 IMPORTANT = tl.constexpr(-4)
-# Tokens per step of a sweep.
+# Tokens per iteration of a loop over all tokens.
 SWEEP = tl.constexpr(256)
 
 
@@ -86,7 +88,7 @@ def bipartite(
         residual_ptr, next_ptr = next_ptr, residual_ptr
         n -= drop
     if n > keep:
-        # The same steps on similarities in registers.
+        # The same passes on similarities in registers.
         offs = tl.arange(0, SMALL)
         mask = offs < n
         token = tl.load(residual_ptr + offs, mask=mask, other=0)

@@ -23,8 +23,9 @@ _LOCK = threading.Lock()
 # Seeded by the system, so that the caller's generators stay unchanged and calls share no tag.
 _RANDOM = random.Random()
 _TAG_BITS = 42
-# Compiled kernels and the values of their constants, by shape class. Triton has a cache too, but a
-# lookup there takes three times as long as the rest of a launch.
+# Compiled kernels and the values of their constants, by device, argument classes (_describe) and
+# constants. Triton has a cache too, but a lookup there takes three times as long as the rest of a
+# launch.
 _COMPILED: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
 

@@ -38,8 +38,8 @@ def list_neighbours(sim_ptr, ld, lists_ptr, N, token, NEIGHBOURS: tl.constexpr):
     """List the tokens that reach a similarity threshold, most similar first, then INT64_MIN.
 
     `token` [ROWS]. Bisection searches a threshold that NEIGHBOURS / 2 to NEIGHBOURS tokens reach.
-    Results do not depend on the threshold: a token outside a list is less similar than each token
-    in it.
+    If HALVINGS bisections find none, the list has fewer tokens, or none. Results do not depend on
+    the threshold: a token outside a list is less similar than each token in it.
     """
     mask = token < N
     row_ptr = sim_ptr + token.to(tl.int64) * ld

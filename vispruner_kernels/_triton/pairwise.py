@@ -1,6 +1,7 @@
 """Our rule of duplicate removal, run by one program per image.
 
-csrc/passes.h has the same rounds.
+csrc/passes.h has the same rule in C++. A round begins with the removal there, and with the search
+here.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from vispruner_kernels._triton.rules import (
     ranked_offsets,
 )
 
-# States of a token.
+# States of a token. DEAD: removed. ALIVE: residual, may be removed. CHOSEN: important, is kept.
 DEAD = tl.constexpr(0)
 ALIVE = tl.constexpr(1)
 CHOSEN = tl.constexpr(2)
-# Tokens per step of a sweep.
+# Tokens per iteration of a loop over all tokens.
 SWEEP = tl.constexpr(256)
 
 
@@ -46,7 +47,8 @@ def pairwise(
 ):
     """Remove `drop` tokens in rounds: a round resolves all pairs that are best for both tokens.
 
-    Initially partner[t] is -1 and pair[t] is INT64_MAX. A token without a living partner is
+    The caller has set partner[t] to -1 and pair[t] to INT64_MAX for every residual token, so all of
+    them search in the first round. A token without a living partner is
     orphaned. In the first EAGER rounds every orphaned token searches again. Later only those that
     could form the best pair do, because a single token may then be the partner of most others.
     pair[t] of a dead token is the pair that removed it.

@@ -5,6 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# tl.debug_barrier() is __syncthreads(): the threads of a program see each other's stores. It stands
+# wherever a thread reads elements that another one stored.
+
 INT32_MIN = tl.constexpr(-(2**31))
 INT32_MAX = tl.constexpr(2**31 - 1)
 INT64_MIN = tl.constexpr(-(2**63))

@@ -84,7 +84,7 @@ def _select_kernel(
       runs the passes of the image.
     Scratch: similarities [tokens, ld] int32, lists, a few words per token, counters (scratch.py).
     Moves: features 2 * (N / BLOCK_N + 1) times, all but the first from L2; similarities written
-      once, and read for the lists.
+      once, read several times for the lists, and in part by the passes.
     Deterministic: all sums and comparisons are on integers; the order of arrival decides only which
       program continues.
 
@@ -152,7 +152,8 @@ def _select_kernel(
     keys_ptr, sorted_ptr, next_ptr = pair_ptr, rank_ptr, partner_ptr
     block_counters_ptr = counters_ptr + images + image.to(tl.int64) * max_blocks
     image_counter_ptr = counters_ptr + image
-    # Pairs of blocks by their distance around a circle: each pair once.
+    # Tile t pairs block a = t % blocks with block (a + t // blocks) % blocks: each pair once, and
+    # the diagonal first. A block is in `blocks` tiles.
     block_a = tile % blocks
     block_b = (block_a + tile // blocks) % blocks
 

@@ -87,6 +87,7 @@ def similarity(
         high_low = tl.dot(a_hi, b_lo, high_low, out_dtype=tl.int32)
         low_high = tl.dot(a_lo, b_hi, low_high, out_dtype=tl.int32)
         low = tl.dot(a_lo, b_lo, low, out_dtype=tl.int32)
+    # |mixed| <= C * 2 * 127**2, which fits int32 up to the 65536 channels that the check allows.
     mixed = high_low + low_high
     gram = (high.to(tl.int64) << 14) + (mixed.to(tl.int64) << 7) + low.to(tl.int64)
     r_a, r_b = _reciprocal_norm(square_a), _reciprocal_norm(square_b)
