@@ -1,4 +1,4 @@
-"""received_scores_varlen: to the bit received_scores image by image, on every backend.
+"""received_scores_varlen: the bits of received_scores for every image, on every backend.
 
 test_attention_scores.py has the tests of images of one size.
 """
