@@ -11,9 +11,8 @@
 //                          where(i) reads nothing that use(j) writes, j != i
 // each_list(n, where, token, lists, mask, use): use(i, best) for each i with where(i): the first
 //                          entry of lists.of(token(i)) that the mask allows, or kNoNeighbour
-// each_ranked(values, n, f): f(i, rank of values[i]): the number of larger values, and of equal
-// ones
-//                          before it; no value is kNoSimilarity
+// each_ranked(values, n, f): f(i, rank of values[i]). The rank counts larger values, and equal ones
+//                          before i; no value is kNoSimilarity
 // gather(sim, ld, tokens, n, out, width): out[p][q] = sim[tokens[p]][tokens[q]], p, q < n
 // next_allowed(mask, n, next): next[i] is the first allowed index >= i, or n; next[n + 1]
 // max(n, f), count(n, f):  reductions over f(0) .. f(n - 1); every thread gets the result
@@ -25,8 +24,9 @@
 // kListsAreGiven:          constant: true if lists are made before the passes, false if bipartite
 //                          makes them with `nearest`
 //
-// Tokens have indices 0 .. n - 1 in ascending order of their index in the image. `sim` is [n, ld]
-// of ordered similarity keys, symmetric, kNoSimilarity on the diagonal; n <= ld.
+// The index of a token is its row of `sim`, in ascending order of its index in the image. A CPU has
+// rows for the residual tokens only, CUDA for all tokens of the image. `sim` [rows, ld] holds
+// ordered similarity keys, symmetric, kNoSimilarity on the diagonal; rows <= ld.
 #pragma once
 
 #include "contract.h"
@@ -57,9 +57,9 @@ struct Lists {
 };
 
 // Memory for a smaller similarity matrix: `sim` [capacity, capacity], and for each of its tokens
-// the index before the copy, `original` [capacity]. `capacity` is a multiple of 16. As soon as no
-// more tokens are left, bipartite copies their similarities there, because short rows are read
-// faster.
+// the index before the copy, `original` [capacity]. `capacity` is a multiple of 16. As soon as
+// at most `capacity` tokens are left, bipartite copies their similarities there, because short rows
+// are read faster.
 struct Compact {
   int32_t capacity;
   int32_t* sim;
@@ -68,7 +68,7 @@ struct Compact {
 
 // The memory of bipartite.
 struct BipartiteArrays {
-  // [n] At first all tokens by score, the best first; then those that are left, in their order.
+  // [n] At first the n residual tokens by score, the best first; then those that are left.
   int32_t* residual;
   // [n] The order of the next pass.
   int32_t* next;
@@ -194,7 +194,8 @@ VISPRUNER_HD int32_t* bipartite(Block& block, const int32_t* sim, int64_t ld, in
 // tokens that are each other's nearest. A token is orphaned when its partner is removed. In the
 // first `eager_rounds` rounds every orphaned token searches again. Later only those search that
 // could form the best pair: by then one token may be the partner of most others, and all their rows
-// would be read again for each pair that is removed. Lists are full, or there are none.
+// would be read again for each pair that is removed. Lists are made before the first
+// round, or there are none.
 template <class Block>
 VISPRUNER_HD void pairwise(Block& block, const int32_t* sim, int64_t ld, int32_t n, int32_t drop,
                            int32_t eager_rounds, PairwiseArrays arrays, Lists lists) {
@@ -271,8 +272,8 @@ VISPRUNER_HD void pairwise(Block& block, const int32_t* sim, int64_t ld, int32_t
       search([=](int32_t i) { return orphaned(i) && pair[i] >= best; });
     }
     if (removed < drop) continue;
-    // Every later removal is of a pair that is allowed now. So the removals above all allowed pairs
-    // are the first ones.
+    // Every later removal is by a pair that is allowed now. So a removal by a better pair than all
+    // of these comes before every later removal: it is final.
     bound = block.max(n, [=](int32_t i) { return mask[i] == kAllowed ? pair[i] : kNoPair; });
     certain = block.count(n, [=](int32_t i) { return mask[i] == kExcluded && pair[i] > bound; });
   }
