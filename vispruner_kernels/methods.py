@@ -1,12 +1,12 @@
-"""The three published methods by name: the scores that each needs and the tokens that it keeps.
+"""VisPruner, FasterVLM, FoPru and a random control: their scores and the tokens that they keep.
 
     method = VisPruner(keep=64)
     scores = method.attention_scores(q, k)         # q, k of the layer whose output is `features`
     indices = method.select(features, scores)      # int64 [B, 64]
 
-A budget is a count of tokens (an int) or a fraction of N (a float in (0, 1]). VisPruner and
-FasterVLM rank by the attention of the [CLS] token. For an encoder without one, their authors advise
-the attention that tokens receive: `VisPruner(64, scores="received")`.
+A budget is a count of tokens (an int) or a fraction of N (a float in (0, 1]): 1 is one token, 1.0
+is all. VisPruner and FasterVLM rank by the attention of the [CLS] token. For an encoder without
+one, their authors advise the attention that tokens receive: `VisPruner(64, scores="received")`.
 """
 
 from __future__ import annotations
@@ -174,7 +174,10 @@ class Method:
 class VisPruner(Method):
     """Keep important tokens by score, then diverse ones by removing duplicates.
 
-    arXiv 2412.01818v2.
+    arXiv 2412.01818v2. `important_ratio` is the share of the budget that goes to important tokens.
+    `step` is the number of tokens that a pass of the bipartite rule removes. `matching` is the rule
+    of duplicate removal: "bipartite" as published, or "pairwise", ours. `scores` is "cls" or
+    "received" attention. docs/contract.md, section 2, defines all of it.
     """
 
     important_ratio: float = 0.5
@@ -233,7 +236,8 @@ class FoPru(Method):
 
     arXiv 2411.14164; how attention is averaged is our reading of it. `width` is the number of
     tokens in a grid row, by default the side of a square grid. With "row" a count must be a
-    multiple of it; a fraction is rounded to whole rows, and to 1 row instead of 0.
+    multiple of it (48 or 72, not 64, on a grid of 24 x 24); a fraction is rounded to whole rows,
+    and to 1 row instead of 0.
     """
 
     strategy: str = "rank"
@@ -289,7 +293,11 @@ class FoPru(Method):
 
 @dataclass(frozen=True)
 class Random(Method):
-    """A control: keep tokens drawn by a seed, the same ones of every image in any batch."""
+    """A control: keep tokens drawn by a seed.
+
+    All images with N tokens keep the same ones. For a fair control use another `seed` for each
+    image, and average over several.
+    """
 
     seed: int = 0
 
