@@ -83,17 +83,18 @@ def select(
 
     Contract:
         Bit-identical on every backend, device, batch size and thread count. Equal scores: smaller
-        index first; NaN last; -0.0 == 0.0. Similarity is an exact fixed-point cosine. A token has
-        similarity 0 to all others if one of its values is not finite or all are below 1e-30 in
-        magnitude. No synchronisation, safe in a CUDA graph, no gradient. Contract 2.
+        index first; NaN scores last; -0.0 == 0.0. Similarity is an exact fixed-point cosine. A
+        token has similarity 0 to all others if one of its values is not finite or all are below
+        1e-30 in magnitude. No synchronisation, safe in a CUDA graph, no gradient. Contract 2.
 
     Cost:
-        One read of the features and about N*N*C/2 integer multiply-adds per image. Scratch per
-        image in flight: 4*N*N + 2*N*C bytes in C++, about 20*N*N + 16*N*C in the reference. On a
-        CUDA device: one launch, which reads the features about N / 16 times, once from memory and
-        then from its cache; scratch of 4*N*N + 288*N bytes per image of the batch, so 1 GiB at
-        N=16384. One block runs all passes of an image, one after another: about
-        (N - keep) / step passes with "bipartite", a few dozen rounds with "pairwise".
+        About N*N*C/2 integer multiply-adds per image. One block runs all passes of an image, one
+        after another: about (N - keep) / step with "bipartite", a few dozen with "pairwise", which
+        is much faster for thousands of tokens (docs/performance.md).
+        C++: one read of the features; scratch of 4*N*N + 2*N*C bytes per image in flight.
+        CUDA: one launch; each feature is read about N / 16 times, first from memory, then from L2;
+        scratch of 4*N*N + 288*N bytes per image of the batch, so 1 GiB at N=16384.
+        Reference: scratch of about 20*N*N + 16*N*C bytes per image in flight.
 
     Source:
         VisPruner, arXiv 2412.01818v2, section 3; Theia-4869/VisPruner at aefa01a,
@@ -207,15 +208,17 @@ def select_varlen(
             at 0, fall or contradict ``max_seqlen``, ``total_keep`` or the lengths.
 
     Contract:
-        The bits of `select` for every image. Kernels on a GPU copy nothing to the host and clamp
-        contradictory offsets; the reference copies the offsets to the host. No gradient.
+        The bits of `select` for every image. Kernels on a GPU do not check offsets: wrong ones are
+        clamped and give wrong tokens without an error. They copy nothing to the host; the reference
+        copies the offsets. No gradient.
         Contract 3.
 
     Cost:
         The sum of `select` over the images. On a CUDA device one launch, sized for B images of
         max_seqlen tokens: B * max_seqlen**2 / 8192 programs and scratch of 4*total*max_seqlen +
-        288*total + B * max_seqlen / 8 bytes. A ``max_seqlen`` above the longest image therefore
-        costs time and memory, though programs beyond an image's length exit immediately.
+        288*total + B * max_seqlen / 8 bytes. So pass the length of the longest image: a larger
+        ``max_seqlen`` costs time and memory, though programs beyond an image's length exit
+        immediately.
 
     Source:
         As `select`; the packing is that of flash-attn's ``flash_attn_varlen_func``.
@@ -263,9 +266,9 @@ def select_topk(scores: Tensor, keep: int) -> Tensor:
         ``torch.topk`` does not specify ties. No synchronisation, no gradient. Contract 3.
 
     Cost:
-        One partial sort of N 64-bit keys per image; 8*N bytes of scratch. On a CUDA device one
-        launch without scratch: it keeps the keys in registers and counts them 32 times to find the
-        last one kept.
+        C++: one partial sort of N 64-bit keys per image; 8*N bytes of scratch. CUDA: one launch
+        without scratch; it keeps 32-bit keys in registers and finds the last kept one by a binary
+        search of 32 steps.
 
     Source:
         FasterVLM, arXiv 2412.01818v1; FoPru, arXiv 2411.14164.
@@ -340,9 +343,9 @@ def cls_attention(
         backward through ``out`` raises; ``scores`` carry no gradient. Contract 4.
 
     Cost:
-        PyTorch's ``scaled_dot_product_attention`` and one more read of K. On a CUDA device one
-        launch: a FlashAttention forward with additional programs for the CLS row; scratch of about
-        4*B*H*S bytes.
+        CPU: PyTorch's ``scaled_dot_product_attention`` and one more read of K. CUDA: one launch, a
+        FlashAttention forward with additional programs for the CLS row; scratch of about 4*B*H*S
+        bytes.
 
     Source:
         VisPruner, arXiv 2412.01818v2, section 3.2.

@@ -234,7 +234,7 @@ def test_names_the_error_of_a_failed_write(capsys, tower, tmp_path, monkeypatch)
 @pytest.mark.parametrize("module", ["matplotlib", "PIL", "transformers"])
 def test_names_a_missing_package(capsys, monkeypatch, module):
     monkeypatch.setitem(sys.modules, module, None)
-    assert f"needs {module}: pip install vispruner_kernels[demo]" in refused(capsys)
+    assert f'needs {module}: pip install ".[demo]" in a clone' in refused(capsys)
 
 
 @pytest.mark.parametrize("argv", [[], [picture.SAMPLE]])

@@ -33,7 +33,7 @@ try:
 except ImportError as error:
     raise ImportError(
         "vispruner_kernels.integrations.transformers needs transformers: "
-        "pip install vispruner_kernels[transformers]"
+        'pip install "transformers>=5.3"'
     ) from error
 
 from vispruner_kernels.integrations._prompt import (
@@ -86,8 +86,8 @@ class PrunedInputs(dict[str, Any]):
 
     Attributes:
         kept: for each image, then for each video: int64, ascending, the indices of its kept tokens
-            among its tokens in the prompt. For an image of plain patches these are the indices of
-            `Method.select`. None if there was nothing to prune.
+            among its tokens in the unpruned prompt (newlines count). For an image of plain patches
+            these are the indices of `Method.select`. None if there was nothing to prune.
         input_ids: [B, L'] the prompt with the remaining placeholders. None if the caller passed
             only embeddings.
         removed: [B] the number of tokens removed from each prompt.
@@ -148,15 +148,14 @@ def prune_inputs(
             for a tower without one, pass `scores="received"` to them.
         budget: "image": `method.keep` counts tokens of an image. "tile": it counts tokens of each
             tile of LLaVA-NeXT or LLaVA-OneVision, after unpadding, as VisPruner was published.
-            Videos always have a budget per frame.
+            Videos always have a budget per frame (Qwen2.5-VL: per two frames).
         newlines: "keep" or "drop" the tokens that end a row of an image. No budget includes them.
-        small: "error" or "keep". A small image (or tile or frame, if it has its own budget) has no
-            more tokens than the count. "keep" keeps all its tokens; "error" refuses a count above
-            their number.
+        small: what to do with an image (or tile or frame, if it has its own budget) that has fewer
+            tokens than the count. "error": raise ValueError. "keep": keep all its tokens.
 
     Returns:
         PrunedInputs: `inputs_embeds`, `attention_mask`, `position_ids` and `labels` if needed, and
-        the other arguments in `inputs`. Without images the inputs themselves.
+        the other arguments in `inputs`. Without images a PrunedInputs with the entries of `inputs`.
 
     Raises:
         TypeError: the model or the method is not supported.
@@ -169,8 +168,8 @@ def prune_inputs(
         numbered tile by tile. Other layers keep their attention implementation. When this returns
         or raises, the model is unchanged, except for `rope_deltas` of Qwen2.5-VL, which belongs to
         the last prompt as after the model's own forward. Padding is at the left. Differentiable
-        with respect to features, projector and embeddings. Several threads may prune at once, and
-        hooks of the model may call this.
+        with respect to features, projector and embeddings; for inference, call it in
+        `torch.no_grad()`. Several threads may prune at once, and hooks of the model may call this.
 
     Cost:
         One run of the tower for the images and one for the videos, up to the layer that outputs the
