@@ -79,9 +79,7 @@ def _check_packages() -> None:
         import PIL  # noqa: F401
         import transformers
     except ImportError as error:
-        raise InputError(
-            f'the demo needs {error.name}: pip install ".[demo]" in a clone'
-        ) from None
+        raise InputError(f'the demo needs {error.name}: pip install ".[demo]" in a clone') from None
     # Warnings about the unused text half of a CLIP checkpoint and about retries. Errors are raised.
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
