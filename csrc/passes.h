@@ -46,9 +46,10 @@ struct alignas(8) Best {
 };
 constexpr Best kNoNeighbour = {kNoSimilarity, -1};
 
-// The nearest neighbours of each token, [n, length], nearest first; ties by the smaller index. If
-// the mask excludes a whole list, the answer is in `sim`. Null: there are no lists. If the Block
-// has no given lists, bipartite makes them, and again whenever half of the tokens have gone.
+// The nearest neighbours of each token, [n, length], nearest first; ties by the smaller index. No
+// other token is nearer than the last one, or as near with a smaller index. If the mask excludes a
+// whole list, the answer is in `sim`. Null: there are no lists. If the Block has no given lists,
+// bipartite makes them, and again whenever half of the tokens have gone.
 struct Lists {
   Best* data;
   int32_t length;
@@ -57,8 +58,8 @@ struct Lists {
 };
 
 // Memory for a smaller similarity matrix: `sim` [capacity, capacity], and for each of its tokens
-// the index before the copy, `original` [capacity]. `capacity` is a multiple of 16. As soon as
-// at most `capacity` tokens are left, bipartite copies their similarities there, because short rows
+// the index before the copy, `original` [capacity]. `capacity` is a multiple of 16. As soon as at
+// most `capacity` tokens are left, bipartite copies their similarities there, because short rows
 // are read faster.
 struct Compact {
   int32_t capacity;
@@ -194,8 +195,8 @@ VISPRUNER_HD int32_t* bipartite(Block& block, const int32_t* sim, int64_t ld, in
 // tokens that are each other's nearest. A token is orphaned when its partner is removed. In the
 // first `eager_rounds` rounds every orphaned token searches again. Later only those search that
 // could form the best pair: by then one token may be the partner of most others, and all their rows
-// would be read again for each pair that is removed. Lists are made before the first
-// round, or there are none.
+// would be read again for each pair that is removed. Lists were made with all tokens of the mask
+// allowed, or there are none.
 template <class Block>
 VISPRUNER_HD void pairwise(Block& block, const int32_t* sim, int64_t ld, int32_t n, int32_t drop,
                            int32_t eager_rounds, PairwiseArrays arrays, Lists lists) {

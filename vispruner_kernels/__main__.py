@@ -42,10 +42,10 @@ def _cuda_state() -> str:
     if not cuda.INSTALLED:
         return cuda.REASON
     architectures = ", ".join(f"sm_{name}" for name in _native._C.cuda_architectures.split())
-    return (
-        f"C++, select, prune and select_varlen for {architectures}; "
-        "only with VISPRUNER_KERNELS_BACKEND=native: no results from a GPU yet"
-    )
+    state = f"C++, select, prune and select_varlen for {architectures}"
+    if next(iter(_backends.IMPLEMENTATIONS["select", "cuda"])) == "native":
+        return state
+    return f"{state}; only with VISPRUNER_KERNELS_BACKEND=native: no results from a GPU yet"
 
 
 def _triton_state() -> str:

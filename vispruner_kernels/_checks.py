@@ -4,7 +4,7 @@ A check raises ``TypeError`` for a wrong type or dtype and ``ValueError`` for a 
 stride or device. `_backends` runs it before every implementation and every fake, so a bad call gets
 the same exception from all of them. A check takes every argument of its operator by position.
 
-While a compiler traces, sizes are symbols. A condition that it cannot decide counts as met.
+While a compiler traces, sizes are symbols. A requirement that it cannot decide counts as met.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ DEVICES = ("cpu", "cuda", "meta")
 
 
 def _holds(condition: Any) -> bool:
-    """The truth of a condition; False where a tracing compiler cannot decide it."""
+    """Whether a rule is violated; False where a tracing compiler cannot decide it."""
     if isinstance(condition, bool):
         return condition
     from torch.fx.experimental.symbolic_shapes import guard_or_false
@@ -83,7 +83,7 @@ def wrong_type(where: str, name: str, value: object, expected: str) -> TypeError
 
 
 def check_int(where: str, name: str, value: Any) -> None:
-    """An int of 64 bits, NumPy's included; no bool, and no tensor, which a copy would read."""
+    """An int of 64 bits, NumPy's included; no bool, and no tensor, which may be on a device."""
     if isinstance(value, bool) or not isinstance(value, Integral | torch.SymInt):
         raise wrong_type(where, name, value, "an int")
     if isinstance(value, int) and not -(2**63) <= value < 2**63:

@@ -47,7 +47,8 @@ def _call(operator: Any, *args: Any) -> Any:
     try:
         return operator(*args)
     except (RuntimeError, ValueError):
-        # PyTorch refused an argument, for example an int of 65 bits; raise our error instead.
+        # PyTorch refused an argument, for example an int of 65 bits, or Python could not print it
+        # (more than 4300 digits). Raise our error instead.
         check_types(operator._opname, args)
         raise
 
@@ -88,9 +89,9 @@ def select(
         1e-30 in magnitude. No synchronisation, safe in a CUDA graph, no gradient. Contract 2.
 
     Cost:
-        About N*N*C/2 integer multiply-adds per image. One block runs all passes of an image, one
-        after another: about (N - keep) / step with "bipartite", a few dozen with "pairwise", which
-        is much faster for thousands of tokens (docs/performance.md).
+        About N*N*C/2 integer multiply-adds per image. The passes of an image run one after another,
+        on one thread or thread block: about (N - keep) / step with "bipartite", a few dozen with
+        "pairwise", which is much faster for thousands of tokens (docs/performance.md).
         C++: one read of the features; scratch of 4*N*N + 2*N*C bytes per image in flight.
         CUDA: one launch; each feature is read about N / 16 times, first from memory, then from L2;
         scratch of 4*N*N + 288*N bytes per image of the batch, so 1 GiB at N=16384.

@@ -162,7 +162,7 @@ __device__ void list_block(const SelectArgs& args, const ImageScratch& scratch, 
   }
 }
 
-// Copies the kept rows of features[keep] to kept[keep].
+// Copies features[indices[k]] to kept[k] for k < keep.
 __device__ void gather_kept(const SelectArgs& args, const char* features, const int64_t* indices,
                             int32_t keep, char* kept) {
   const int64_t size = element_size(args.call.features.dtype);

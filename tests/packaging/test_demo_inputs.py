@@ -79,6 +79,11 @@ def test_encoder_reads_the_layer_before_the_last(image, encoded):
     assert torch.equal(encoded.features, outputs["features"][:, 1:])
     assert torch.equal(encoded.q, outputs["q"].unflatten(-1, (2, 64)))
     assert torch.equal(encoded.k, outputs["k"].unflatten(-1, (2, 64)))
+    assert {encoded.features.dtype, encoded.q.dtype, encoded.k.dtype} == {torch.float32}
+    again = encoder.encode(image)
+    assert torch.equal(encoded.features, again.features)
+    assert torch.equal(encoded.q, again.q)
+    assert torch.equal(encoded.k, again.k)
 
 
 def test_encoder_refuses_another_size():

@@ -242,15 +242,29 @@ def test_answers_have_a_colour_and_a_sign_for_right_and_wrong(sample):
 @pytest.mark.parametrize("answer", ["bottom right", " ".join(["triangle"] * 4)])
 def test_answers_do_not_cover_the_title_or_the_caption(sample, answer):
     without, with_answer = (
-        drawn(sample, [picture.Panel("FoPru rank", "64 tokens", [], words, False)])
+        drawn(sample, 6 * [picture.Panel("FoPru rank", "64 tokens", [], words, False)])
         for words in ("", answer)
     )
-    left, top = picture.panel_origin(0)
-    rows, columns = (without != with_answer).any(-1).nonzero()
-    assert top - picture.CAPTION < rows.min() < rows.max() < top - 30
-    assert left + 165 < columns.min() < columns.max() < left + picture.PANEL
+    changed = (without != with_answer).any(-1)
+    for index in range(6):
+        left, top = picture.panel_origin(index)
+        area = changed[top - picture.CAPTION : top, left + 165 : left + picture.PANEL]
+        rows, columns = area.nonzero()
+        assert 5 < rows.min() < rows.max() < picture.CAPTION - 30
+        assert columns.min() > 10
+        area[:] = False
+    # Nothing changes outside these areas.
+    assert not changed.any()
 
 
-def test_text_is_drawn_literally(sample):
+def test_a_long_question_ends_before_the_margin(sample):
+    question = "question: " + "what colour is the triangle ? " * 9
+    changed = (drawn(sample, [], question="") != drawn(sample, [], question=question)).any(-1)
+    rows, columns = changed.nonzero()
+    assert columns.max() < picture.WIDTH - picture.GAP
+    assert rows.max() < picture.HEADER
+
+
+def test_dollars_and_missing_letters_raise_nothing(sample):
     # Neither formulas nor letters that the font lacks raise an error or a warning.
     drawn(sample, [], heading=["$a_b$ \u4e00", "x^2$"], question="$")

@@ -25,6 +25,7 @@ SOURCES = (
     "vispruner_kernels/_native/arguments.py",
     "vispruner_kernels/_native/cuda.py",
     "vispruner_kernels/_triton/*.py",
+    "vispruner_kernels/testing.py",
     "tests/support/aot*.py",
     "tests/support/calls.py",
     "tests/support/cuda_on_cpu/**/*.*",
@@ -35,6 +36,7 @@ SOURCES = (
     "tests/kernels/test_aot.py",
     "tests/kernels/test_cuda_on_cpu.py",
     "tests/gpu/test_gpu_*.py",
+    "tests/kernels/test_race_detector.py",
     "tests/kernels/test_races.py",
     "tests/kernels/test_triton.py",
 )

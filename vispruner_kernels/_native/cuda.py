@@ -1,6 +1,6 @@
 """The CUDA kernels of the C++ core: one launch on the current stream of the tensors' device.
 
-The arguments have been checked. Each call allocates its output and one scratch buffer.
+The arguments have been checked. Each call allocates its outputs and one scratch buffer.
 """
 
 from __future__ import annotations

@@ -48,9 +48,9 @@ def pairwise(
     """Remove `drop` tokens in rounds: a round resolves all pairs that are best for both tokens.
 
     The caller has set partner[t] to -1 and pair[t] to INT64_MAX for every residual token, so all of
-    them search in the first round. A token without a living partner is
-    orphaned. In the first EAGER rounds every orphaned token searches again. Later only those that
-    could form the best pair do, because a single token may then be the partner of most others.
+    them search in the first round. A token without a living partner is orphaned. In the first EAGER
+    rounds every orphaned token searches again. Later only those that could form the best pair do,
+    because a single token may then be the partner of most others.
     pair[t] of a dead token is the pair that removed it.
     """
     dead = 0
@@ -140,7 +140,9 @@ def _orphaned(state_ptr, partner_ptr, offs_n, N):
 
 @triton.jit
 def _bound_pairs(state_ptr, partner_ptr, pair_ptr, search_ptr, living_ptr, N, highest):
-    """Set pair[t] of orphaned tokens to the best pair that they can find; return the best of all.
+    """Set pair[t] of orphaned tokens to an upper bound of the pairs that they can find.
+
+    Return the highest bound.
 
     The lost partner was the nearest token, and the first one with its similarity. So no living
     token is nearer, and only those after the lost partner can be as near: the bound is a pair with

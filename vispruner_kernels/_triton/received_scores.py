@@ -22,7 +22,7 @@ from vispruner_kernels._triton.attention import (
 )
 from vispruner_kernels._triton.offsets import image_range, zero_gaps
 from vispruner_kernels._triton.rules import arrive, close_counter, read_counter
-from vispruner_kernels._triton.softmax_rows import _softmax_kernel, load_rows, scratch_arrays
+from vispruner_kernels._triton.softmax_rows import _softmax_kernel, load_rows, received_scratch
 
 # (bytes of an element, padded head dimension): BLOCK, STEP and num_stages, as registers and shared
 # memory allow. A program keeps BLOCK rows in registers, of queries in the first launch and of keys
@@ -117,7 +117,7 @@ def _received_kernel(
     part = tl.program_id(0) // blocks % max_parts
     block = tl.program_id(0) % blocks
     first = block * BLOCK
-    counters_ptr, sums_ptr, rows_ptr = scratch_arrays(
+    counters_ptr, sums_ptr, rows_ptr = received_scratch(
         scratch_ptr, images, blocks, H, max_parts, tokens
     )
     counter_ptr = counters_ptr + image * blocks + block

@@ -37,9 +37,19 @@ SMALL = 128 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7) else
 EAGER = 64
 # Integers that may change without another compilation.
 INTEGERS = (
-    *("max_tokens", "dense_keep", "dense_important", "step", "total", "total_keep", "ratio_bits"),
-    *("stride_sb", "tag"),
+    "max_tokens",
+    "dense_keep",
+    "dense_important",
+    "step",
+    "total",
+    "total_keep",
+    "ratio_bits",
+    "stride_sb",
+    "tag",
 )
+# The bits of -0.0: an int64 to Triton, as those of every other ratio. The bits of 0.0 would be an
+# int32, and a variant of their own.
+NO_RATIO = -(2**63)
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -127,7 +137,7 @@ def _select_kernel(
         scores_ptr += image.to(tl.int64) * stride_sb
         out_ptr += image.to(tl.int64) * keep
         kept_ptr += image.to(tl.int64) * keep * C
-    # If the scores alone decide, the tiles on the diagonal suffice.
+    # If the scores alone decide, or all tokens are kept, the tiles on the diagonal suffice.
     removes = (keep > important) & (keep < N)
     if tile >= tl.where(removes, blocks * (blocks + 1) // 2, blocks):
         return
@@ -274,17 +284,15 @@ def _launch(
     important: int = 0,
     kept: Tensor | None = None,
     offsets: tuple[Tensor, Tensor] | None = None,
-    ratio: float = 0.0,
+    ratio_bits: int = NO_RATIO,
 ) -> None:
-    """`keep`, `important` and `kept` of images of one length, or `offsets` and `ratio`."""
+    """`keep`, `important` and `kept` of images of one length, or `offsets` and `ratio_bits`."""
     tokens = features.numel() // features.shape[-1]
     channels, strides = features.shape[-1], features.stride()
     # Loads that are not vectors need a register per address.
     aligned = (channels | strides[0] | strides[-2]) % 16 == 0 and features.data_ptr() % 16 == 0
     grid, similarities, rounded, words = layout(images, tokens, max_tokens, BLOCK_N, NEIGHBOURS)
     cu_seqlens, cu_keep = offsets or (out, out)
-    # Triton would take the bits of 0.0 for an int32, and compile a variant for them.
-    ratio_bits = struct.unpack("<q", struct.pack("<d", ratio or -0.0))[0]
     launch.run(
         _select_kernel,
         grid,
@@ -358,7 +366,7 @@ def _select(
     if batch == 0:
         return out
     if important == keep or keep == n:
-        # The scores alone decide.
+        # The scores alone decide, or all tokens are kept.
         topk.launch_topk(scores, features, out, kept)
     else:
         _launch(
@@ -405,6 +413,6 @@ def select_varlen(
         matching,
         out,
         offsets=(cu_seqlens, cu_keep),
-        ratio=important_ratio,
+        ratio_bits=struct.unpack("<q", struct.pack("<d", important_ratio or -0.0))[0],
     )
     return out

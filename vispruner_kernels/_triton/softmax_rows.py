@@ -19,7 +19,7 @@ INTEGERS = (
 
 
 @triton.jit
-def scratch_arrays(scratch_ptr, images, blocks, H, parts, tokens):
+def received_scratch(scratch_ptr, images, blocks, H, parts, tokens):
     """(counters, sums, rows) of `received_scores`, all of 8 bytes.
 
     Counters are int64 [images, blocks], partial sums are float64 [H, parts, tokens]. Rows are pairs
@@ -80,7 +80,7 @@ def _softmax_kernel(
     """rows[query] = the largest logit of a query row, 1 / the sum of its exponentials.
 
     Grid: (images * heads * blocks of BLOCK queries).
-    Scratch: 8 bytes per head and token, `rows` of `scratch_arrays`.
+    Scratch: 8 bytes per head and token, `rows` of `received_scratch`.
     Moves: q once, k once per block.
     Deterministic: one program per row, keys in order.
 
@@ -92,7 +92,7 @@ def _softmax_kernel(
     head = (tl.program_id(0) // blocks % H).to(tl.int64)
     first = tl.program_id(0) % blocks * BLOCK
     parts = tl.cdiv(max_seqlen, ROWS)
-    _, _, rows_ptr = scratch_arrays(scratch_ptr, images, blocks, H, parts, tokens)
+    _, _, rows_ptr = received_scratch(scratch_ptr, images, blocks, H, parts, tokens)
     q_ptr += (image * stride_qb + head * stride_qh) * UNIT
     k_ptr += (image * stride_kb + head * stride_kh) * UNIT
     if VARLEN:

@@ -45,8 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("vispruner_kernels.demo:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     try:
-        # File names may have bytes that are not UTF-8.
-        print(os.fsencode(text).decode(errors="replace"), flush=True)
+        # A file name may have characters that stdout cannot encode.
+        encoding = sys.stdout.encoding or "utf-8"
+        print(text.encode(encoding, "replace").decode(encoding), flush=True)
     except BrokenPipeError:
         # The reader closed the pipe, as `head -2` does. Python flushes stdout again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -79,7 +80,8 @@ def _check_packages() -> None:
         import PIL  # noqa: F401
         import transformers
     except ImportError as error:
-        raise InputError(f'the demo needs {error.name}: pip install ".[demo]" in a clone') from None
+        needed = error.name or error
+        raise InputError(f'the demo needs {needed}: pip install ".[demo]" in a clone') from None
     # Warnings about the unused text half of a CLIP checkpoint and about retries. Errors are raised.
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -147,7 +147,7 @@ def draw(
         figure = Figure(figsize=(WIDTH / _DPI, HEIGHT / _DPI), dpi=_DPI, facecolor="white")
         FigureCanvasAgg(figure)
         _write(figure, GAP, 45, heading[0], fontsize=19, weight="bold")
-        _write(figure, GAP, 82, question, fontsize=14)
+        _write(figure, GAP, 82, textwrap.shorten(question, 120, placeholder="..."), fontsize=14)
         for line, words in enumerate(heading[1:]):
             y = (111 if question else 80) + 25 * line
             _write(figure, GAP, y, words, fontsize=11.5, color=_QUIET)

@@ -48,7 +48,7 @@ def run(image: Path | None, question: str | None, keep: int, out: Path, model: s
         first, truth = next(iter(truths.items()))
         asked = f"question: {first}" + (f"   (true answer: {truth})" if truth else "")
     # File names may have bytes that are not UTF-8.
-    name = os.fsencode(path.name).decode(errors="replace")
+    name = path.name.encode(errors="replace").decode()
     heading = [
         f"{n} visual tokens, {keep} kept",
         f"{name}, patches scored by a {encoded.label}",
