@@ -260,9 +260,17 @@ def test_prunes_inside_a_peft_model():
         assert length(wrapped) == PRUNED
 
 
+@pytest.fixture
+def accelerate():
+    """The package, without the state of the process that its settings must agree with."""
+    package = pytest.importorskip("accelerate")
+    package.state.AcceleratorState._reset_state(reset_partial_state=True)
+    yield package
+    package.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.mark.parametrize("first", ["attach", "prepare"])
-def test_prunes_a_model_that_accelerate_prepared(first):
-    accelerate = pytest.importorskip("accelerate")
+def test_prunes_a_model_that_accelerate_prepared(accelerate, first):
     model = vlms.make("llava")
     accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
     handle = attach(model, METHOD) if first == "attach" else None
@@ -275,12 +283,11 @@ def test_prunes_a_model_that_accelerate_prepared(first):
     assert length(unwrapped) == LENGTH
 
 
-def test_the_trainer_of_the_page_prunes_its_inputs(tmp_path):
+def test_the_trainer_of_the_page_prunes_its_inputs(accelerate, tmp_path):
     """The class in docs/transformers.md gives the results of a Trainer with pruned inputs.
 
     Label smoothing and metrics are on.
     """
-    pytest.importorskip("accelerate")
     from transformers import Trainer, TrainingArguments
 
     page = (Path(__file__).parents[2] / "docs" / "transformers.md").read_text()
