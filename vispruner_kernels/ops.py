@@ -2,8 +2,7 @@
 
 Axis letters: B images, N patch tokens of an image, C channels, T tokens kept, S sequence length of
 the vision encoder (prefix and patches), H heads, D head dimension. docs/contract.md has the exact
-rules; "Contract 2." cites its section 2. `IMPLEMENTATIONS` in _backends.py leads from an operator
-to its kernels.
+rules. `IMPLEMENTATIONS` in _backends.py leads from an operator to its kernels.
 """
 
 from __future__ import annotations
@@ -86,7 +85,8 @@ def select(
         Bit-identical on every backend, device, batch size and thread count. Equal scores: smaller
         index first; NaN scores last; -0.0 == 0.0. Similarity is an exact fixed-point cosine. A
         token has similarity 0 to all others if one of its values is not finite or all are below
-        1e-30 in magnitude. No synchronisation, safe in a CUDA graph, no gradient. Contract 2.
+        1e-30 in magnitude. No synchronisation, safe in a CUDA graph, no gradient.
+        See docs/contract.md, section 2.
 
     Cost:
         About N*N*C/2 integer multiply-adds per image. The passes of an image run one after another,
@@ -142,7 +142,7 @@ def prune(
         ``indices`` are those of `select`; ``kept`` has the bits of the rows at these indices. This
         function is differentiable with respect to ``features`` (index, then gather).
         ``torch.ops.vispruner.prune`` is not, and its backward raises. Otherwise as `select`.
-        Contract 3.
+        See docs/contract.md, section 3.
 
     Cost:
         That of `select`, and one read and write of B*T*C elements.
@@ -212,7 +212,7 @@ def select_varlen(
         The bits of `select` for every image. Kernels on a GPU do not check offsets: wrong ones are
         clamped and give wrong tokens without an error. They copy nothing to the host; the reference
         copies the offsets. No gradient.
-        Contract 3.
+        See docs/contract.md, section 3.
 
     Cost:
         The sum of `select` over the images. On a CUDA device one launch, sized for B images of
@@ -264,7 +264,8 @@ def select_topk(scores: Tensor, keep: int) -> Tensor:
 
     Contract:
         Ties, NaN and -0.0 as in `select`, so the result equals ``select(..., important_ratio=1)``.
-        ``torch.topk`` does not specify ties. No synchronisation, no gradient. Contract 3.
+        ``torch.topk`` does not specify ties. No synchronisation, no gradient.
+        See docs/contract.md, section 3.
 
     Cost:
         C++: one partial sort of N 64-bit keys per image; 8*N bytes of scratch. CUDA: one launch
@@ -300,7 +301,7 @@ def select_rows(scores: Tensor, width: int, rows: int) -> Tensor:
 
     Contract:
         A row's score is the sum of its tokens' scores, left to right in float32. Equal rows: upper
-        row first; NaN last. No synchronisation, no gradient. Contract 3.
+        row first; NaN last. No synchronisation, no gradient. See docs/contract.md, section 3.
 
     Cost:
         One read of ``scores``.
@@ -341,7 +342,8 @@ def cls_attention(
         ``scores``: softmax over all S keys, prefix columns dropped without renormalising, mean over
         heads; the same bits from run to run and for any batch size. If the products of a logit
         cancel, the error grows with ``scale * sum(|q * k|)``, as for every float32 logit. A
-        backward through ``out`` raises; ``scores`` carry no gradient. Contract 4.
+        backward through ``out`` raises; ``scores`` carry no gradient.
+        See docs/contract.md, section 4.
 
     Cost:
         CPU: PyTorch's ``scaled_dot_product_attention`` and one more read of K. CUDA: one launch, a
@@ -381,7 +383,7 @@ def cls_scores(q: Tensor, k: Tensor, scale: float | None = None, num_prefix: int
 
     Contract:
         The ``scores`` of `cls_attention`, with its determinism and accuracy. No synchronisation, no
-        gradient. Contract 4.
+        gradient. See docs/contract.md, section 4.
 
     Cost:
         One read of K. On a CUDA device one launch and scratch of about 4*B*H*S bytes.
@@ -427,7 +429,7 @@ def received_scores(
     Contract:
         Same bits from run to run and for any batch size; no S x S matrix is stored. If the products
         of a logit cancel, the error grows with ``scale * sum(|q * k|)``, as for every float32
-        logit. No synchronisation, no gradient. Contract 4.
+        logit. No synchronisation, no gradient. See docs/contract.md, section 4.
 
     Cost:
         The Q @ K half of the attention with ``lse``, twice that without. With ``lse`` the C++ core
@@ -477,7 +479,8 @@ def received_scores_varlen(
             at 0, fall, or contradict ``max_seqlen`` or the length of ``q``.
 
     Contract:
-        The bits of `received_scores` with ``num_prefix=0`` for every image. Contract 4.
+        The bits of `received_scores` with ``num_prefix=0`` for every image.
+        See docs/contract.md, section 4.
 
     Cost:
         The sum of `received_scores` over the images.
