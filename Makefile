@@ -195,7 +195,7 @@ dist-test: dev ## build the sdist and the wheel; install and test each in a new 
 	  installed=$$($$1/bin/python -c "$$package"); \
 	  case $$installed in */$$1/lib/*) ;; *) echo "make: imported $$installed" >&2; exit 1;; esac; \
 	  [ "$$(find "$$installed" -name '_C*.so' | wc -l)" -eq $$3 ] || \
-	    { echo "make: expected $$3 native core(s) in $$installed" >&2; exit 1; }; \
+	    { echo "make: expected $$3 C++ core(s) in $$installed" >&2; exit 1; }; \
 	  rm -rf sources; mkdir sources; \
 	  tar -xzf "$$repo"/dist/*.tar.gz -C sources --strip-components 1; \
 	  rm -r sources/vispruner_kernels; ln -s "$$installed" sources/vispruner_kernels; \

@@ -177,7 +177,7 @@ class NinjaBuildExt(build_ext):
         if "1" in (NATIVE, CUDA):
             raise BaseError(f"vispruner_kernels._C was not built: {problem}")
         print(
-            f"vispruner_kernels: WITHOUT the native core, CPU operators run on the slower PyTorch "
+            f"vispruner_kernels: WITHOUT the C++ core, CPU operators run on the slower PyTorch "
             f"reference: {problem}. VISPRUNER_KERNELS_NATIVE=1 makes this an error. To try again: "
             "pip install --no-cache-dir --force-reinstall --no-deps .",
             file=sys.stderr,

@@ -2,7 +2,7 @@
 
 A row is a shape and a matching. A backend is called as the dispatcher calls it, without the
 dispatcher and the check of arguments. Before it is timed, its answer must equal the CPU's bit for
-bit: that of the reference or, for a GPU, of the native core where it is built. A wrong answer
+bit: that of the reference or, for a GPU, of the C++ core where it is built. A wrong answer
 prints WRONG instead of times. A missing backend prints "not installed", which is no failure.
 
 A batch repeats DISTINCT images, each time at another address, so that the CPU computes its answer

@@ -91,7 +91,7 @@ def header(
         "commit": commit or _commit(),
         "machine": f"{_processor()}, {platform.system()} {platform.machine()}",
         **{f"owner of {op}": _backends.OWNERS[op, device] for op in ops},
-        "simd": _native._C.simd() if _native.INSTALLED else "native core not built",
+        "simd": _native._C.simd() if _native.INSTALLED else "C++ core not built",
         "threads": threads,
         "python": platform.python_version(),
         "torch": torch.__version__,

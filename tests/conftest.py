@@ -69,7 +69,7 @@ def backends() -> list[Any]:
 
 @pytest.fixture(params=_native._C.simd_sets() if _native.INSTALLED else [])
 def simd(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Run the native core with each instruction set of this processor in turn."""
+    """Run the C++ core with each instruction set of this processor in turn."""
     before = _native._C.simd()
     _native._C.use_simd(request.param)
     yield request.param

@@ -32,17 +32,17 @@ def _native_state() -> str:
     if not _native.INSTALLED:
         return (
             f"not built ({_native.REASON}); the reference serves the CPU. "
-            f"For the fast core {_native.REMEDY}"
+            f"For the core {_native.REMEDY}"
         )
     sets = ", ".join(_native._C.simd_sets())
-    return f"C++, {_native._C.simd()} in use (this processor has {sets})"
+    return f"{_native._C.simd()} in use (this processor has {sets})"
 
 
 def _cuda_state() -> str:
     if not cuda.INSTALLED:
         return cuda.REASON
     architectures = ", ".join(f"sm_{name}" for name in _native._C.cuda_architectures.split())
-    state = f"C++, select, prune and select_varlen for {architectures}"
+    state = f"select, prune and select_varlen for {architectures}"
     if next(iter(_backends.IMPLEMENTATIONS["select", "cuda"])) == "native":
         return state
     return f"{state}; only with VISPRUNER_KERNELS_BACKEND=native: no results from a GPU yet"
@@ -66,7 +66,7 @@ def report() -> str:
         "triton": _version("triton"),
         "transformers": _version("transformers"),
         "GPU": _gpu(),
-        "native core": _native_state(),
+        "C++ core (native)": _native_state(),
         "CUDA kernels": _cuda_state(),
         "Triton kernels": _triton_state(),
         "backend": f"{_backends.REQUESTED} (VISPRUNER_KERNELS_BACKEND)",

@@ -414,8 +414,9 @@ def received_scores(
         q: [B, S, H, D] float32, float16 or bfloat16, 1 <= D <= 256, last stride 1.
         k: as ``q``, same shape and dtype.
         scale: factor of the logits, finite; ``D ** -0.5`` by default.
-        num_prefix: leading tokens whose columns are dropped, 0 <= num_prefix < S; their query rows
-            stay in the mean.
+        num_prefix: leading tokens that are not patches, 0 <= num_prefix < S; their columns are
+            dropped, and their query rows stay in the mean. The default is for towers without a
+            [CLS] token.
         lse: float32 [B, H, S], the natural log-sum-exp of each row's scaled logits, as flash-attn's
             ``softmax_lse``; computed if it is None.
 
@@ -432,11 +433,12 @@ def received_scores(
         logit. No synchronisation, no gradient. See docs/contract.md, section 4.
 
     Cost:
-        The Q @ K half of the attention with ``lse``, twice that without. With ``lse`` the C++ core
-        on a CPU adds the logits of a head in float64 if their products cancel, which takes about 3
-        times as long. On a CUDA device: with ``lse`` one launch and scratch of about 8*B*H*S bytes,
-        without it two launches and 16*B*H*S bytes; 8*B*H*S bytes more for every further 2048 rows
-        (1024 or 512 in float32 and with D > 128).
+        The Q @ K half of the attention with ``lse``, twice that without.
+        C++: with ``lse``, if the products of a head's logits cancel, the core adds that head in
+        float64, which takes about 3 times as long.
+        CUDA: with ``lse`` one launch and scratch of about 8*B*H*S bytes, without it two launches
+        and 16*B*H*S bytes. 8*B*H*S bytes more for every further 2048 query rows (every 1024 for
+        D > 128 or float32, every 512 for float32 with 64 < D <= 128).
 
     Source:
         FoPru, arXiv 2411.14164; the mean over query rows is our reading of its "significance".

@@ -21,7 +21,7 @@ def test_the_reference_serves_the_cpu_without_the_core():
     got = answers(WITHOUT_CORE + ANSWER)
     assert got["digests"] == by_reference["digests"]
     assert set(owners(got["report"]).values()) == {("reference", "triton")}
-    line = next(x for x in got["report"].splitlines() if x.startswith("native core"))
+    line = next(x for x in got["report"].splitlines() if x.startswith("C++ core (native)"))
     assert "not built" in line
     assert "the reference serves the CPU" in line
     assert REMEDY in line

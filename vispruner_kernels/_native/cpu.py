@@ -36,13 +36,13 @@ def _rule(important_ratio: float, step: int, matching: str) -> _C.SelectRule:
 def select(
     features: Tensor, scores: Tensor, keep: int, important_ratio: float, step: int, matching: str
 ) -> Tensor:
-    batch, n, channels = features.shape
-    indices = _empty(batch, keep, torch.int64)
+    images, tokens, channels = features.shape
+    indices = _empty(images, keep, torch.int64)
     _C.select(
         features=arguments.tokens(features),
         scores=arguments.tokens(scores),
-        images=batch,
-        tokens=n,
+        images=images,
+        tokens=tokens,
         channels=channels,
         keep=keep,
         rule=_rule(important_ratio, step, matching),
@@ -56,14 +56,14 @@ def select(
 def prune(
     features: Tensor, scores: Tensor, keep: int, important_ratio: float, step: int, matching: str
 ) -> tuple[Tensor, Tensor]:
-    batch, n, channels = features.shape
-    indices = _empty(batch, keep, torch.int64)
-    kept = torch.empty((batch, keep, channels), dtype=features.dtype, device="cpu")
+    images, tokens, channels = features.shape
+    indices = _empty(images, keep, torch.int64)
+    kept = torch.empty((images, keep, channels), dtype=features.dtype, device="cpu")
     _C.select(
         features=arguments.tokens(features),
         scores=arguments.tokens(scores),
-        images=batch,
-        tokens=n,
+        images=images,
+        tokens=tokens,
         channels=channels,
         keep=keep,
         rule=_rule(important_ratio, step, matching),
@@ -107,12 +107,12 @@ def select_varlen(
 
 
 def select_topk(scores: Tensor, keep: int) -> Tensor:
-    batch, n = scores.shape
-    indices = _empty(batch, keep, torch.int64)
+    images, tokens = scores.shape
+    indices = _empty(images, keep, torch.int64)
     _C.select_topk(
         scores=arguments.tokens(scores),
-        images=batch,
-        tokens=n,
+        images=images,
+        tokens=tokens,
         keep=keep,
         threads=torch.get_num_threads(),
         indices=indices.data_ptr(),
@@ -121,12 +121,12 @@ def select_topk(scores: Tensor, keep: int) -> Tensor:
 
 
 def select_rows(scores: Tensor, width: int, rows: int) -> Tensor:
-    batch, n = scores.shape
-    indices = _empty(batch, rows * width, torch.int64)
+    images, tokens = scores.shape
+    indices = _empty(images, rows * width, torch.int64)
     _C.select_rows(
         scores=arguments.tokens(scores),
-        images=batch,
-        tokens=n,
+        images=images,
+        tokens=tokens,
         width=width,
         rows=rows,
         threads=torch.get_num_threads(),
@@ -172,7 +172,7 @@ def _shape(q: Tensor, images: int, scale: float | None, num_prefix: int) -> _C.A
     }
 
 
-def cls_scores(q: Tensor, k: Tensor, scale: float | None = None, num_prefix: int = 1) -> Tensor:
+def cls_scores(q: Tensor, k: Tensor, scale: float | None, num_prefix: int) -> Tensor:
     scores = _empty(q.shape[0], q.shape[1] - num_prefix, torch.float32)
     _C.cls_scores(
         q=_heads(q),
@@ -185,7 +185,7 @@ def cls_scores(q: Tensor, k: Tensor, scale: float | None = None, num_prefix: int
 
 
 def cls_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, num_prefix: int = 1
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None, num_prefix: int
 ) -> tuple[Tensor, Tensor]:
     scores = cls_scores(q, k, scale, num_prefix)
     return reference.attention(q, k, v, scale), scores
@@ -194,9 +194,9 @@ def cls_attention(
 def received_scores(
     q: Tensor,
     k: Tensor,
-    scale: float | None = None,
-    num_prefix: int = 0,
-    lse: Tensor | None = None,
+    scale: float | None,
+    num_prefix: int,
+    lse: Tensor | None,
 ) -> Tensor:
     scores = _empty(q.shape[0], q.shape[1] - num_prefix, torch.float32)
     _C.received_scores(
@@ -215,8 +215,8 @@ def received_scores_varlen(
     k: Tensor,
     cu_seqlens: Tensor,
     max_seqlen: int,
-    scale: float | None = None,
-    lse: Tensor | None = None,
+    scale: float | None,
+    lse: Tensor | None,
 ) -> Tensor:
     total = q.shape[0]
     # A copy: another thread may write to the original between the check and the use.

@@ -19,7 +19,7 @@ def _reason() -> str:
     if torch.version.hip:
         return "not for HIP devices"
     if not _native.INSTALLED:
-        return "not built, as the native core"
+        return "not built, because the C++ core is not built"
     if not hasattr(_C, "cuda_select"):
         return f"not built; install nvcc and {_native.reinstall('VISPRUNER_KERNELS_CUDA')}"
     return ""
@@ -56,14 +56,14 @@ def _select(
     matching: str,
     kept: int,
 ) -> Tensor:
-    batch, n, channels = features.shape
+    images, tokens, channels = features.shape
     device = features.device
     # Faster than torch.empty.
-    out = torch.empty_strided((batch, keep), (keep, 1), dtype=torch.int64, device=device)
-    if batch == 0:
+    out = torch.empty_strided((images, keep), (keep, 1), dtype=torch.int64, device=device)
+    if images == 0:
         return out
     important = int(keep * important_ratio)
-    size = _scratch_bytes(batch, n, batch * n, important < keep < n)
+    size = _scratch_bytes(images, tokens, images * tokens, important < keep < tokens)
     scratch = torch.empty_strided((size,), (1,), dtype=torch.int8, device=device)
     device_index, stream = _device_and_stream(out)
     _C.cuda_select(
@@ -72,15 +72,15 @@ def _select(
             "scores": arguments.tokens(scores),
             "cu_seqlens": _NO_OFFSETS,
             "cu_keep": _NO_OFFSETS,
-            "images": batch,
-            "tokens": n,
+            "images": images,
+            "tokens": tokens,
             "channels": channels,
-            "total": batch * n,
+            "total": images * tokens,
             "keep": keep,
             "important": important,
             "total_keep": 0,
             "important_ratio": important_ratio,
-            "step": min(step, n),
+            "step": min(step, tokens),
             "matching": arguments.MATCHINGS[matching],
             "eager_rounds": arguments.EAGER_ROUNDS,
             "indices": out.data_ptr(),

@@ -226,7 +226,7 @@ def _plan(
 
 
 def cls_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, num_prefix: int = 1
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None, num_prefix: int
 ) -> tuple[Tensor, Tensor]:
     batch, tokens, _, head_dim = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)

@@ -100,7 +100,7 @@ def _plan(
     return shape[0] * shape[2] * chunks, shape[0] * sizes[-1] * LINE.value, [*sizes, *strides], meta
 
 
-def cls_scores(q: Tensor, k: Tensor, scale: float | None = None, num_prefix: int = 1) -> Tensor:
+def cls_scores(q: Tensor, k: Tensor, scale: float | None, num_prefix: int) -> Tensor:
     batch, tokens, _, head_dim = q.shape
     scores = torch.empty((batch, tokens - num_prefix), dtype=torch.float32, device=q.device)
     if batch:

@@ -287,9 +287,9 @@ def _launch(
 def received_scores(
     q: Tensor,
     k: Tensor,
-    scale: float | None = None,
-    num_prefix: int = 0,
-    lse: Tensor | None = None,
+    scale: float | None,
+    num_prefix: int,
+    lse: Tensor | None,
 ) -> Tensor:
     batch, sequence = q.shape[:2]
     scores = torch.empty((batch, sequence - num_prefix), dtype=torch.float32, device=q.device)
@@ -303,8 +303,8 @@ def received_scores_varlen(
     k: Tensor,
     cu_seqlens: Tensor,
     max_seqlen: int,
-    scale: float | None = None,
-    lse: Tensor | None = None,
+    scale: float | None,
+    lse: Tensor | None,
 ) -> Tensor:
     tokens, images = q.shape[0], cu_seqlens.shape[0] - 1
     if q.device.type == "cpu":

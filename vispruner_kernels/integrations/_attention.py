@@ -54,7 +54,7 @@ _LOCK = threading.Lock()
 # For each change of a module: how many captures need it, and the function that undoes it.
 _CHANGED: dict[tuple[Any, Any], tuple[int, Callable[[], None]]] = {}
 # Attribute of a config that names our function: the original config.
-_ORIGINAL_CONFIG = "_vispruner_before"
+_ORIGINAL_CONFIG = "_vispruner_original_config"
 
 
 @contextmanager

@@ -28,7 +28,7 @@ NAMES = (NEW_NAME, OLD_NAME)
 # From these versions on, the methods of models accept the new name only.
 _OLD_NAME_ENDS = {"forward": (5, 40), "generate": (6, 0)}
 # Attribute of a cache that holds a pruned prompt, and attribute of the class of such a cache.
-_HELD, _ROWS_IN_STEP = "_vispruner_held", "_vispruner_rows_follow"
+_HELD, _ROWS_IN_STEP = "_vispruner_held", "_vispruner_rows_in_step"
 
 
 @functools.cache

@@ -149,14 +149,14 @@ class _Pruned(_Mixin):
         # With mm_encoder_tp_mode="data" each rank has the whole tower.
         shared = ranks > attention.tp_size
         if shared:
-            # Each rank encodes the same number of tiles; the last ones are zeros if need be.
+            # Each rank encodes the same number of tiles; zeros fill the last ones.
             each = -(-count // ranks)
             spare = pixels.new_zeros(each * ranks - count, *pixels.shape[1:])
             rank = get_tensor_model_parallel_rank()
             pixels = torch.cat([pixels, spare])[rank * each : (rank + 1) * each]
-        with self._reading(attention.attn) as read:
+        with self._capture_scores(attention.attn) as captured:
             features = self._image_pixels_to_features(self.vision_tower, pixels)
-        scores = read[0] if read else None
+        scores = captured[0] if captured else None
         if shared:
             gather = tensor_model_parallel_all_gather
             features = gather(features.contiguous(), dim=0)[:count]
@@ -169,25 +169,25 @@ class _Pruned(_Mixin):
         return features, scores
 
     @contextmanager
-    def _reading(self, attention: Any) -> Iterator[list[Tensor]]:
+    def _capture_scores(self, attention: Any) -> Iterator[list[Tensor]]:
         """While the context is open, collect scores [G, tokens] from each call of this attention;
         collect nothing if the method needs no scores."""
         settings = self.settings
-        read: list[Tensor] = []
+        captured: list[Tensor] = []
 
-        def note(module: Any, args: tuple[Tensor, ...]) -> None:
+        def capture(module: Any, args: tuple[Tensor, ...]) -> None:
             # q and k are slices of one qkv tensor, [G, S, H * D] each.
             q, k = (x.unflatten(-1, (module.num_heads, module.head_size)) for x in args[:2])
             scores = settings.method.attention_scores(q, k, module.scale, settings.prefix)
             assert scores is not None
-            read.append(scores[:, settings.dropped - settings.prefix :])
+            captured.append(scores[:, settings.dropped - settings.prefix :])
 
         if settings.method.needs is None:
-            yield read
+            yield captured
             return
-        hook = attention.register_forward_pre_hook(note)
+        hook = attention.register_forward_pre_hook(capture)
         try:
-            yield read
+            yield captured
         finally:
             hook.remove()
 

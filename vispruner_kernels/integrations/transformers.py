@@ -165,20 +165,24 @@ def prune_inputs(
 
     Contract:
         Indices are those of `method.select` on the features and scores of this call; patches are
-        numbered tile by tile. Other layers keep their attention implementation. When this returns
-        or raises, the model is unchanged, except for `rope_deltas` of Qwen2.5-VL, which belongs to
-        the last prompt as after the model's own forward. Padding is at the left. Differentiable
-        with respect to features, projector and embeddings; for inference, call it in
+        numbered tile by tile. Padding is at the left. Other layers keep their attention
+        implementation.
+        When this returns or raises, the model is unchanged, except for `rope_deltas` of Qwen2.5-VL:
+        they are those of this prompt, as after the model's own forward.
+        Differentiable with respect to features, projector and embeddings; for inference, call it in
         `torch.no_grad()`. Several threads may prune at once, and hooks of the model may call this.
 
     Cost:
-        One run of the tower for the images and one for the videos, up to the layer that outputs the
-        features. One launch selects for all images, even of several sizes. FoPru rows and `Random`
-        need one launch for each run of equal sizes, and interpolated images have their own. The ids
-        and the mask are copied to the host before the tower runs. Afterwards the host does not wait
-        for the device, except in the model's own packing of interpolated images. All patches are
-        projected where tokens are interpolated after the projector: videos, and images above 9
-        tiles, of LLaVA-OneVision.
+        Tower: one run for the images and one for the videos, up to the layer that outputs the
+        features.
+        Selection: one launch for all images, even of several sizes. FoPru rows and `Random` take
+        one launch for each group of consecutive images of equal size; an interpolated image takes
+        its own.
+        Projector: kept tokens only. LLaVA-OneVision interpolates tokens of videos, and of images
+        above 9 tiles, after the projector; there all patches are projected.
+        Synchronisation: the ids and the mask are copied to the host before the tower runs.
+        Afterwards the host does not wait for the device, except in the model's own packing of
+        interpolated images.
 
     Source:
         VisPruner, arXiv 2412.01818v2.
@@ -316,33 +320,34 @@ def attach(
     """Make `model.generate(**inputs)` and `model(**inputs)` prune, until `remove()`.
 
     Args:
-        model: as in `prune_inputs`.
-        method: as in `prune_inputs`.
-        budget: as in `prune_inputs`.
-        newlines: as in `prune_inputs`.
-        small: as in `prune_inputs`.
+        model: a model that `prune_inputs` supports, not wrapped.
+        method: one of `vispruner_kernels.methods`.
+        budget: "image" or "tile": what `method.keep` counts. `prune_inputs` explains this and the
+            next two.
+        newlines: "keep" or "drop" the tokens that end a row of an image.
+        small: "error" or "keep" for an image with fewer tokens than the count.
 
     Returns:
         Handle: `remove()` restores the model; `with attach(...):` calls it at the end.
 
     Raises:
         TypeError: the model or the method is not supported.
-        ValueError: from `attach`, a wrong option. From a call of the model, the errors of
-            `prune_inputs`, and decoding that is not supported with a pruned prompt: assisted
-            decoding, prompt lookup, prefill in parts, and `generate` from a cache that holds a
-            pruned prompt.
-        RuntimeError: the model prunes already. While it prunes, copying it or pickling it whole
-            raises this too.
+        ValueError: a wrong option.
+        RuntimeError: the model prunes already.
+
+        Calls of the attached model raise the errors of `prune_inputs`. They also raise ValueError
+        for assisted decoding, prompt lookup, prefill in parts, and `generate` from a cache that
+        holds a pruned prompt. Copying or pickling an attached model raises RuntimeError.
 
     Contract:
-        `generate` treats the caller's prompt as the prompt: sequences begin with its `input_ids`,
-        `max_length` counts them, and logits processors, stopping criteria and streamers get them.
-        Padding moves to the left. `forward` of the model and of its core (`model.model`) returns
-        logits of the pruned length. Labels of that length are in `out.labels`; fields with
-        projected features have those of kept tokens. To decode by hand, pass the mask and the
-        positions of the unpruned prompt, or neither.
-        The model and its core get a subclass of their class. So pruning stays on when others wrap
-        `model.forward`, and replicas of DataParallel prune with their own weights.
+        `generate`: sequences begin with the caller's `input_ids`, `max_length` counts them, and
+        logits processors, stopping criteria and streamers get them. Padding moves to the left.
+        `forward` of the model and of its core (`model.model`): logits have the pruned length.
+        `out.labels` are labels of that length. Projected features in the output are those of kept
+        tokens.
+        Decoding by hand: pass the mask and the positions of the unpruned prompt, or neither.
+        The class of the model and of its core is replaced by a subclass. So pruning stays on if
+        other code wraps `model.forward`, and replicas of DataParallel prune with their own weights.
 
     Cost:
         That of `prune_inputs` in each call with images; none in other calls.
