@@ -2,7 +2,8 @@
 # To start again: rm -rf .venv
 
 PYTHON ?= python3
-# PyTorch: the standard build where there is an NVIDIA driver, otherwise the CPU build from this index.
+# PyTorch: the standard build with an NVIDIA driver or on macOS, otherwise the CPU build, from pip's
+# own index or from this one.
 TORCH ?= torch==2.13.0
 TORCH_CPU ?= $(TORCH)+cpu
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
@@ -70,8 +71,8 @@ test: dev ## run the quick tests, on the CPU (PYTEST_ARGS=...)
 test-again: dev ## run the quick tests for another VISPRUNER_KERNELS_BACKEND, without tests/kernels and tests/gpu
 	$(PY) -m pytest $(XDIST) $(UNCHANGED) $(PYTEST_ARGS)
 
-# These include the tests of test-kernels that depend on the whole package, such as those of
-# `make test-gpu` in Triton's interpreter.
+# Some tests of test-kernels depend on the whole package, for example the run of test-gpu's tests in
+# Triton's interpreter. test-slow runs these too.
 test-slow: dev ## run the long tests that need no GPU
 	$(PY) -m pytest -m "(slow or kernels) and not gpu" $(KERNELS) $(XDIST) $(PYTEST_ARGS)
 
@@ -211,8 +212,8 @@ clean: ## remove everything that was built, except .venv
 	rm -f vispruner_kernels/_C.*.so
 	find vispruner_kernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
-# Set-up has four steps. A step runs again only after a change of one of its prerequisites. A stamp has
-# the time at which its step began, so that a change during the step counts too.
+# Set-up has four steps. A step runs again only after a change of one of its prerequisites. The stamps
+# of the last two have the time at which the step began, so that a change during it counts too.
 
 .venv/stamp-venv:
 	@fail() { echo "make: $$*" >&2; exit 1; }; \

@@ -9,7 +9,7 @@ VISPRUNER_KERNELS_CUDA     auto: compile csrc/cuda/*.cu into _C if nvcc is found
                            1: compile them or fail      0: leave them out
 
 The CUDA kernels are compiled for all of ARCHITECTURES that nvcc knows.
-VISPRUNER_KERNELS_CUDA_ARCHITECTURES names others, as in "80;90".
+VISPRUNER_KERNELS_CUDA_ARCHITECTURES replaces this list, as in "80;90".
 """
 
 import os
@@ -41,7 +41,7 @@ HARDENING = [
 ]
 LINK_HARDENING = [["-Wl,-z,relro,-z,now"], ["-Wl,-z,noexecstack"]]
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
-# Also compiled to PTX, from which the driver compiles for GPUs between and after these.
+# Also compiled to PTX, from which the driver compiles for later GPUs that are not in the list.
 PTX_ARCHITECTURE = "100"
 
 
@@ -120,7 +120,8 @@ def find_architectures(nvcc):
     found = asked or [architecture for architecture in ARCHITECTURES if architecture in known]
     if not found:
         raise BaseError(f"{nvcc} knows none of sm_{', sm_'.join(ARCHITECTURES)}")
-    for architecture in set(ARCHITECTURES) - set(asked or known) if not asked else ():
+    missing = [] if asked else [name for name in ARCHITECTURES if name not in known]
+    for architecture in missing:
         print(f"vispruner_kernels: {nvcc} cannot compile for sm_{architecture}", file=sys.stderr)
     newest = max(found, key=lambda architecture: int(re.sub(r"\D", "", architecture)))
     ptx = PTX_ARCHITECTURE if PTX_ARCHITECTURE in found else newest

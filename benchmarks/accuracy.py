@@ -88,7 +88,8 @@ def systems(budget: int) -> dict[str, Method]:
 
 
 def chance(batch: answers.Batch, budget: int, first: int, run: int) -> Tensor:
-    """`[B, budget]`: random tokens, drawn for each picture; `first` is the first one's number."""
+    """`[B, budget]`: random tokens, drawn for each picture; `first` is the number of
+    the first picture of the batch."""
     one = [
         Random(budget, seed=SEEDS * (first + i) + run).select(batch.features[i : i + 1], None)
         for i in range(len(batch.features))
@@ -144,7 +145,7 @@ def rows_of(hits: Hits) -> harness.Rows:
             asked = [i for i, each in enumerate(ASKED) if each == name]
             row[name] = Figure.of(right[:, asked].mean(1))
         chance = hits.get(("random", budget))
-        row["less random"] = Figure.of((right - chance[1]).mean(1)) if chance else None
+        row["minus random"] = Figure.of((right - chance[1]).mean(1)) if chance else None
         rows.append(row)
     return sorted(rows, key=lambda row: -row["budget"])
 
@@ -214,7 +215,7 @@ def compare(rows: harness.Rows, committed: harness.Rows) -> tuple[list[str], boo
         old = known.pop((row["system"], row["budget"]))
         for name in ("all", *TYPES):
             difference = row[name].mean - old[name]["%"]
-            # A figure without spread has an error of 0: half an answer takes its place.
+            # A figure without spread has an error of 0. The share of half a picture replaces it.
             error = max(old[name]["error"], 50 / old["pictures"])
             key = f"{row['system']}, {row['budget']} tokens, {name}"
             deviations[key] = difference / error

@@ -1,18 +1,20 @@
-"""The backends of `select` against each other and the published loop, to choose its owner.
+"""The backends of `select` against each other and the published loop, to choose its owner (the one
+that runs it).
 
 A row is a shape and a matching. A backend is called as the dispatcher calls it, without the
 dispatcher and the check of arguments. Before it is timed, its answer must equal the CPU's bit for
 bit: that of the reference or, for a GPU, of the C++ core where it is built. A wrong answer
 prints WRONG instead of times. A missing backend prints "not installed", which is no failure.
 
-A batch repeats DISTINCT images, each time at another address, so that the CPU computes its answer
-once for all batches. If the slowest image sets a batch's time, it is the slowest of these.
+A batch holds copies of the same few (DISTINCT) images at different addresses, so that the CPU
+computes its answers once for all batches. If the slowest image sets a batch's time, it is the
+slowest of these.
 
 "clock" is the clock of the ratios: on a GPU the device time. Batches of more than PAIRS pairs of
 tokens have only a wall time, because samples of their host time would take minutes. There the wall
-time is some tens of milliseconds, and some tenths of a millisecond more than the device time. The
-published loop runs in a graph as in `benchmarks.select`, with the GPU as default device, and only
-for the batch sizes PUBLISHED.
+time is some tens of milliseconds. It exceeds the device time by only some tenths of a millisecond.
+The published loop runs in a graph as in `benchmarks.select`, with the GPU as default device, and
+only for the batch sizes PUBLISHED.
 
 A case is timed for about SECONDS and at least three turns. The summary counts, by number of
 tokens and matching, the cases in which the native backend is right, and those in which it is also

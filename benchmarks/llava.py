@@ -8,8 +8,9 @@ first token:
                  every token projected, then dropped
     ours         prune_inputs and model.forward, as a user calls them
 
-Every way is checked before it is timed: ours against the reference and against dropping the tokens
-by hand, no pruning against the model with every token kept, published for its number of tokens.
+Every way is checked before it is timed. "ours" must keep the tokens of the reference, and its
+logits must agree with those after dropping tokens by hand. "no pruning" must agree with the model
+that keeps every token. "published" must keep the right number of tokens.
 
 Each stage is timed alone and the total as a whole; "rest" is the total less the stages. FLOPs are
 counted by the formulas of docs/transformers.md, two for a multiply-add, without the selection.

@@ -1,4 +1,4 @@
-"""The operators that select against the published loop in eager PyTorch, in one run.
+"""Times of `select` and the published loop, and of the other selections and plain PyTorch.
 
 Every answer is checked before it is timed: ours must equal the reference bit for bit, the loop's
 must have the right number of distinct tokens. A wrong answer prints WRONG instead of a time, and an

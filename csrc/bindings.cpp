@@ -1,6 +1,6 @@
 // vispruner_kernels._C: the operators of csrc/cpu and csrc/cuda over plain pointers. The only file
-// that includes Python. vispruner_kernels/_native takes the pointers from tensors and has checked
-// the arguments.
+// that includes Python. vispruner_kernels/_native takes the pointers from tensors. The arguments
+// have been checked before.
 //
 // All arguments of operators are keywords. A struct is a dict with exactly the names of its fields:
 // a missing or unknown name is a TypeError. That costs about 1 us per call more than positional
@@ -143,7 +143,8 @@ T from_passed(typename Passed<T>::Type value) {
 
 template <class Struct>
 [[noreturn]] void wrong_fields() {
-  std::string message = std::string(Layout<Struct>::kName) + " is a dict of";
+  std::string message =
+      std::string(Layout<Struct>::kName) + " must be a dict with exactly these names:";
   std::apply([&](const auto&... each) { ((message += std::string(" ") + each.name), ...); },
              Layout<Struct>::kFields);
   throw py::type_error(message);

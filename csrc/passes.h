@@ -14,18 +14,19 @@
 // each_ranked(values, n, f): f(i, rank of values[i]). The rank counts larger values, and equal ones
 //                          before i; no value is kNoSimilarity
 // gather(sim, ld, tokens, n, out, width): out[p][q] = sim[tokens[p]][tokens[q]], p, q < n
-// next_allowed(mask, n, next): next[i] is the first allowed index >= i, or n; next[n + 1]
+// next_allowed(mask, n, next): next[i] is the first allowed index >= i, or n; `next` has n + 1
+//                          elements
 // max(n, f), count(n, f):  reductions over f(0) .. f(n - 1); every thread gets the result
 // row_max(row, mask, n):   row function: the largest allowed value, max over j of
 //                          min(row[j], mask[j])
 // row_argmax(...):         row function: that maximum and the first j that attains it
 // nearest(..., list, length): row function: the `length` largest allowed values in descending
-//                          order, ties by index; entries without a value keep their index
+//                          order, ties by index; entries that get no value stay as they were
 // kListsAreGiven:          constant: true if lists are made before the passes, false if bipartite
 //                          makes them with `nearest`
 //
-// The index of a token is its row of `sim`, in ascending order of its index in the image. A CPU has
-// rows for the residual tokens only, CUDA for all tokens of the image. `sim` [rows, ld] holds
+// The index of a token, here, is its row of `sim`. Rows are in the order of the tokens in the
+// image; a CPU has rows for the residual tokens only, CUDA for all tokens. `sim` [rows, ld] holds
 // ordered similarity keys, symmetric, kNoSimilarity on the diagonal; rows <= ld.
 #pragma once
 
@@ -48,7 +49,7 @@ constexpr Best kNoNeighbour = {kNoSimilarity, -1};
 
 // The nearest neighbours of each token, [n, length], nearest first; ties by the smaller index. No
 // other token is nearer than the last one, or as near with a smaller index. If the mask excludes a
-// whole list, the answer is in `sim`. Null: there are no lists. If the Block has no given lists,
+// whole list, the answer is in `sim`. Null: there are no lists. If kListsAreGiven is false,
 // bipartite makes them, and again whenever half of the tokens have gone.
 struct Lists {
   Best* data;
@@ -232,8 +233,8 @@ VISPRUNER_HD void pairwise(Block& block, const int32_t* sim, int64_t ld, int32_t
   block.each(n, [=](int32_t i) { set_partner(i, kNoNeighbour, kNoPartner); });
   search([=](int32_t i) { return mask[i] == kAllowed; });
   int32_t removed = 0;
-  // The removed tokens whose pair is above `bound` are among the first `drop` removals of the rule.
-  // `certain` is their number.
+  // Once `removed` >= `drop`: the removed tokens whose pair is above `bound` are the first
+  // `certain` removals of the rule. `certain` may exceed `drop`.
   int64_t bound = kNoPair;
   int32_t certain = 0;
   for (int32_t round = 0; certain < drop; ++round) {
@@ -245,16 +246,18 @@ VISPRUNER_HD void pairwise(Block& block, const int32_t* sim, int64_t ld, int32_t
       if (loses) mask[i] = kExcluded;
       return loses;
     });
-    // Every round removes a token, unless the scores are being overwritten.
+    // Every round removes a token, unless another thread or stream overwrites the scores during the
+    // call.
     if (removed_now == 0) break;
     removed += removed_now;
     // Phase 2: orphaned tokens search again.
     if (round < eager_rounds) {
       search(orphaned);
     } else {
-      // An upper bound of the pair that an orphaned token can form, in pair[i]: its similarity is
-      // at most that of the lost partner; if equal, then to the first allowed token behind the lost
-      // partner at best, because the lost partner was the first with this similarity.
+      // pair[i] becomes an upper bound of the pair that the orphaned token i can form. Its
+      // similarity is at most that with the lost partner. The lost partner was the first token with
+      // this similarity, so another one is at best the first allowed token behind it. If there is
+      // none, the bound is the lowest key with this similarity.
       block.next_allowed(mask, n, next);
       block.each(n, [=](int32_t i) {
         if (!orphaned(i)) return;
@@ -278,7 +281,8 @@ VISPRUNER_HD void pairwise(Block& block, const int32_t* sim, int64_t ld, int32_t
     bound = block.max(n, [=](int32_t i) { return mask[i] == kAllowed ? pair[i] : kNoPair; });
     certain = block.count(n, [=](int32_t i) { return mask[i] == kExcluded && pair[i] > bound; });
   }
-  // If there are more than `drop`, bisect for the pair of the last one: no two have the same pair.
+  // If there are more than `drop`, bisect for the pair of the `drop`-th removal: no two removals
+  // have the same pair.
   int64_t above = INT64_MAX;
   while (certain > drop) {
     const int64_t middle = (bound & above) + ((bound ^ above) >> 1);

@@ -23,11 +23,11 @@ from vispruner_kernels._triton import operators as triton
 # Device type -> dispatch key. HIP devices are "cuda" devices to PyTorch.
 KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 
-# (operator, device type) -> backend -> function. The first backend of a line that serves the device
-# owns the operator. A backend after "reference" owns it only if VISPRUNER_KERNELS_BACKEND names it:
-# Triton's interpreter on a CPU is for tests, and the CUDA kernels of the C++ core have no results
-# from a GPU yet. To come first they must give the CPU's bits in thousands of cases on a GPU and be
-# faster than Triton there, by results in benchmarks/results.
+# (operator, device type) -> backend -> function. The first backend of an entry that serves the
+# device owns the operator. A backend after "reference" owns it only if VISPRUNER_KERNELS_BACKEND
+# names it: Triton's interpreter on a CPU is for tests, and the CUDA kernels of the C++ core have no
+# results from a GPU yet. To come first, these kernels must give the CPU's bits in thousands of
+# cases on a GPU and be faster than Triton there, by results in benchmarks/results.
 IMPLEMENTATIONS: dict[tuple[str, str], dict[str, Callable[..., Any]]] = {
     ("select", "cpu"): {
         "native": cpu.select,
@@ -122,8 +122,8 @@ SERVES: dict[tuple[str, str], bool] = {
     ("reference", "cuda"): True,
     ("triton", "cpu"): triton.INSTALLED and triton.INTERPRETED,
     # Also where Triton is not installed: its operators then raise and say what to install. Not on
-    # AMD GPUs: there a barrier in Triton does not wait for stores, and the kernels that finish in
-    # one launch rely on that.
+    # AMD GPUs: the kernels that finish in one launch need a barrier that waits for stores, and
+    # Triton's barrier does not wait there.
     ("triton", "cuda"): torch.version.hip is None,
 }
 
@@ -224,7 +224,7 @@ _INNER = tuple(os.path.dirname(file) + os.sep for file in (str(torch.__file__), 
 
 
 def _warn() -> None:
-    """Warn with the line that called an operator, past PyTorch's frames and this package's."""
+    """Warn at the line that called an operator: skip the frames of PyTorch and of this package."""
     frame, level = sys._getframe(1), 2
     while frame.f_back and frame.f_code.co_filename.startswith(_INNER):
         frame, level = frame.f_back, level + 1
@@ -275,7 +275,8 @@ def _register() -> torch.library.Library:
             function = _implementation(op, owner, device)
             if CHECKED:
                 function = _compared(op, function)
-            if device == "cpu" and owner == "reference" != REQUESTED and not _native.INSTALLED:
+            falls_back = owner == "reference" and REQUESTED != "reference"
+            if device == "cpu" and falls_back and not _native.INSTALLED:
                 function = _warns_once(function)
             library.impl(op, _checked(op, function), key)
         # On another device the check raises and names it, so the implementation is never reached.

@@ -4,7 +4,8 @@ A check raises ``TypeError`` for a wrong type or dtype and ``ValueError`` for a 
 stride or device. `_backends` runs it before every implementation and every fake, so a bad call gets
 the same exception from all of them. A check takes every argument of its operator by position.
 
-While a compiler traces, sizes are symbols. A requirement that it cannot decide counts as met.
+While a compiler traces, sizes are symbols. A condition that it cannot decide counts as false; most
+checks then pass.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ DEVICES = ("cpu", "cuda", "meta")
 # Values and symbols in messages.
 
 
-def _holds(condition: Any) -> bool:
-    """Whether a rule is violated; False where a tracing compiler cannot decide it."""
+def _is_true(condition: Any) -> bool:
+    """Whether the condition is true; False where a tracing compiler cannot decide it."""
     if isinstance(condition, bool):
         return condition
     from torch.fx.experimental.symbolic_shapes import guard_or_false
@@ -55,11 +56,12 @@ def _values(sizes: Any) -> list[Any]:
 def _outside(value: Any, low: Any, high: Any) -> bool:
     below, above = value < low, value > high
     # Most calls end here, without a function call.
-    return not (below is False and above is False) and (_holds(below) or _holds(above))
+    return not (below is False and above is False) and (_is_true(below) or _is_true(above))
 
 
 def shown(value: object) -> str:
-    """A value for a message, on one short line; for what may be on a device only the type."""
+    """A value for a message, on one short line. Of a tensor or another object only the type is
+    shown, because its value may be on a device."""
     if isinstance(value, int) and value.bit_length() > 200:
         return f"an int of {value.bit_length()} bits"
     try:
@@ -142,7 +144,7 @@ def _shape(op: str, name: str, tensor: Tensor, layout: str, wanted: tuple[Any, .
     differs: Any = len(shape) != len(wanted)
     for got, want in zip(shape, wanted):  # noqa: B905 (this is faster)
         unequal = got != want
-        differs = differs or (unequal is not False and _holds(unequal))
+        differs = differs or (unequal is not False and _is_true(unequal))
     if differs:
         raise ValueError(
             f"{op}: {name} has shape {_values(tensor.shape)}, expected {layout} = {_values(wanted)}"
@@ -152,9 +154,9 @@ def _shape(op: str, name: str, tensor: Tensor, layout: str, wanted: tuple[Any, .
 def _last_stride(op: str, name: str, tensor: Tensor) -> None:
     # A dimension of size 1 may have any stride, and so may a tensor without elements.
     if (
-        _holds(tensor.stride()[-1] != 1)
-        and not _holds(tensor.shape[-1] == 1)
-        and not _holds(tensor.numel() == 0)
+        _is_true(tensor.stride()[-1] != 1)
+        and not _is_true(tensor.shape[-1] == 1)
+        and not _is_true(tensor.numel() == 0)
     ):
         raise ValueError(
             f"{op}: {name} has stride {_value(tensor.stride(-1))} in its last dimension, "
@@ -169,10 +171,11 @@ def _range(op: str, name: str, value: Any, low: Any, high: Any, meaning: str = "
         )
 
 
-def _tokens(op: str, name: str, tokens: Any) -> None:
+def _tokens(op: str, name: str, tokens: Any, which: str = "") -> None:
     if _outside(tokens, 1, MAX_TOKENS):
         raise ValueError(
-            f"{op}: {name} has {_value(tokens)} tokens per image, expected 1 <= N <= {MAX_TOKENS}"
+            f"{op}: {name} has {_value(tokens)} tokens per image{which}, "
+            f"expected 1 <= N <= {MAX_TOKENS}"
         )
 
 
@@ -269,7 +272,7 @@ def select_rows(scores: Tensor, width: Any, rows: Any) -> None:
     _scores(op, scores)
     tokens = scores.shape[1]
     _range(op, "width", width, 1, tokens, " = N")
-    if _holds(tokens % width != 0):
+    if _is_true(tokens % width != 0):
         raise ValueError(
             f"{op}: width is {_value(width)}, expected a divisor of N = {_value(tokens)}"
         )
@@ -286,7 +289,7 @@ def _attention(op: str, tensors: dict[str, Tensor], layout: str, scale: float | 
     _dims(op, "q", q, layout)
     _last_stride(op, "q", q)
     *_, heads, head_dim = q.shape
-    if _holds(heads < 1):
+    if _is_true(heads < 1):
         raise ValueError(f"{op}: q has shape {_values(q.shape)}, expected at least one head")
     if _outside(head_dim, 1, MAX_HEAD_DIM):
         raise ValueError(
@@ -306,10 +309,10 @@ def _attention(op: str, tensors: dict[str, Tensor], layout: str, scale: float | 
 
 def _prefix(op: str, q: Tensor, num_prefix: Any, low: int) -> None:
     sequence = q.shape[1]
-    if _holds(sequence < low + 1):
+    if _is_true(sequence < low + 1):
         raise ValueError(f"{op}: q has {_value(sequence)} tokens, expected at least {low + 1}")
     _range(op, "num_prefix", num_prefix, low, sequence - 1, " = S - 1")
-    _tokens(op, "q", sequence - num_prefix)
+    _tokens(op, "q", sequence - num_prefix, " after the prefix")
 
 
 def _lse(op: str, lse: Tensor | None, layout: str, wanted: tuple[Any, ...], q: Tensor) -> None:
@@ -359,7 +362,7 @@ def received_scores_varlen(
 
 def _offsets(op: str, name: str, offsets: Tensor, first: str, like: Tensor) -> None:
     _dtype(op, name, offsets, (torch.int32,))
-    if offsets.dim() != 1 or _holds(offsets.shape[0] < 1):
+    if offsets.dim() != 1 or _is_true(offsets.shape[0] < 1):
         raise ValueError(f"{op}: {name} has shape {_values(offsets.shape)}, expected [B + 1]")
     _device(op, name, offsets, first, like)
 
@@ -384,7 +387,7 @@ def check_offsets(
     if max(lengths, default=0) > max_seqlen:
         raise ValueError(
             f"{op}: max_seqlen is {max_seqlen}, expected at least {max(lengths)}, "
-            f"the longest of cu_seqlens"
+            "the length of the longest image"
         )
     if cu_keep is None:
         return seq, []

@@ -110,7 +110,7 @@ ARGUMENTS: dict[str, tuple[tuple[str, str], ...]] = {
     op: tuple((argument.name, str(argument.type)) for argument in arguments)
     for op, arguments in _PARSED.items()
 }
-# How many leading arguments hold all tensors.
+# The number of arguments up to the last tensor.
 TENSORS: dict[str, int] = {
     op: max(i for i, (_, kind) in enumerate(arguments, 1) if "Tensor" in kind)
     for op, arguments in ARGUMENTS.items()
@@ -136,7 +136,8 @@ def complete(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[An
 def check_types(op: str, args: tuple[Any, ...]) -> None:
     """Refuse a type that PyTorch would convert silently or refuse with an error of its own.
 
-    It converts a bool, a fraction or a tensor with one element to the type of the schema.
+    It converts a bool, a `fractions.Fraction` or a tensor with one element to the type of the
+    schema.
     """
     where = f"{op}: "
     for (name, kind), value in zip(ARGUMENTS[op], args, strict=True):

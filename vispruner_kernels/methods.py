@@ -115,10 +115,11 @@ class Method:
         lengths: Sequence[int],
         widths: Sequence[int | None] | None = None,
     ) -> Tensor:
-        """Positions, int64 and ascending, kept of packed features [total, C] and scores [total].
+        """Positions of the kept tokens in packed features [total, C] with scores [total]: int64,
+        ascending.
 
         Image i is the next `lengths[i]` tokens and keeps the tokens that `select` keeps of it.
-        `widths[i]`, if given, is the width of its grid, unless the method has a width itself.
+        `widths[i]`, if given, is the width of its grid. A `width` of the method takes precedence.
         """
         shapes = [*zip(lengths, widths or [None] * len(lengths), strict=True)]
         rule = self._rule()
@@ -126,7 +127,7 @@ class Method:
             counts = [self.retained_tokens(n) for n in lengths]
             return ops.select_varlen(
                 features,
-                self._needed(features[None], None if scores is None else scores[None])[0],
+                self._checked_scores(features[None], None if scores is None else scores[None])[0],
                 _offsets(lengths, features.device),
                 _offsets(counts, features.device),
                 max(lengths),
@@ -155,7 +156,8 @@ class Method:
         """This method for a grid of `width` tokens a row."""
         return self
 
-    def _needed(self, features: Tensor, scores: Tensor | None) -> Tensor:
+    def _checked_scores(self, features: Tensor, scores: Tensor | None) -> Tensor:
+        """The scores; a ValueError if they are missing or do not match the features."""
         name = type(self).__name__
         if scores is None:
             raise ValueError(
@@ -203,7 +205,7 @@ class VisPruner(Method):
     def select(self, features: Tensor, scores: Tensor | None) -> Tensor:
         """`ops.select` with this method's budget and rule."""
         keep = self.retained_tokens(features.shape[1])
-        return ops.select(features, self._needed(features, scores), keep, *self._rule())
+        return ops.select(features, self._checked_scores(features, scores), keep, *self._rule())
 
 
 @dataclass(frozen=True)
@@ -226,7 +228,7 @@ class FasterVLM(Method):
     def select(self, features: Tensor, scores: Tensor | None) -> Tensor:
         """`ops.select_topk` with this method's budget."""
         return ops.select_topk(
-            self._needed(features, scores), self.retained_tokens(features.shape[1])
+            self._checked_scores(features, scores), self.retained_tokens(features.shape[1])
         )
 
 
@@ -265,7 +267,7 @@ class FoPru(Method):
         if n % width or (self.width is None and width * width != n):
             raise ValueError(
                 f"width is {self.width}, expected a divisor of the image's {n} tokens"
-                + (" (they are no square grid)" if self.width is None else "")
+                + (", which are no square grid" if self.width is None else "")
             )
         return width
 
@@ -286,9 +288,9 @@ class FoPru(Method):
         n = features.shape[1]
         keep = self.retained_tokens(n)
         if self.strategy == "rank":
-            return ops.select_topk(self._needed(features, scores), keep)
+            return ops.select_topk(self._checked_scores(features, scores), keep)
         width = self.grid_width(n)
-        return ops.select_rows(self._needed(features, scores), width, keep // width)
+        return ops.select_rows(self._checked_scores(features, scores), width, keep // width)
 
 
 @dataclass(frozen=True)

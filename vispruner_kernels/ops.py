@@ -60,7 +60,7 @@ def select(
     step: int = 8,
     matching: str = "bipartite",
 ) -> Tensor:
-    """Select tokens as VisPruner does: the most important ones, then the rest without duplicates.
+    """Select tokens as VisPruner does: the most important ones, then those that are no duplicates.
 
     Args:
         features: [B, N, C] float32, float16 or bfloat16; 1 <= N <= 16384, 1 <= C <= 65536; last
@@ -205,8 +205,9 @@ def select_varlen(
 
     Raises:
         TypeError: a wrong type or dtype.
-        ValueError: a wrong shape, stride, range or device; on a CPU also offsets that do not start
-            at 0, fall or contradict ``max_seqlen``, ``total_keep`` or the lengths.
+        ValueError: a wrong shape, stride, range or device. On a CPU also: offsets that start at
+            another value than 0, offsets that fall, and offsets that contradict ``max_seqlen``,
+            ``total_keep`` or the lengths.
 
     Contract:
         The bits of `select` for every image. Kernels on a GPU do not check offsets: wrong ones are
@@ -216,8 +217,8 @@ def select_varlen(
 
     Cost:
         The sum of `select` over the images. On a CUDA device one launch, sized for B images of
-        max_seqlen tokens: B * max_seqlen**2 / 8192 programs and scratch of 4*total*max_seqlen +
-        288*total + B * max_seqlen / 8 bytes. So pass the length of the longest image: a larger
+        max_seqlen tokens: about B * max_seqlen**2 / 2048 programs and scratch of 4*total*max_seqlen
+        + 288*total + B * max_seqlen / 4 bytes. So pass the length of the longest image: a larger
         ``max_seqlen`` costs time and memory, though programs beyond an image's length exit
         immediately.
 
@@ -437,8 +438,8 @@ def received_scores(
         C++: with ``lse``, if the products of a head's logits cancel, the core adds that head in
         float64, which takes about 3 times as long.
         CUDA: with ``lse`` one launch and scratch of about 8*B*H*S bytes, without it two launches
-        and 16*B*H*S bytes. 8*B*H*S bytes more for every further 2048 query rows (every 1024 for
-        D > 128 or float32, every 512 for float32 with 64 < D <= 128).
+        and 16*B*H*S bytes. 8*B*H*S bytes more for every further 2048 query rows. (Instead of
+        2048: 1024 in float32 and for D > 128, except 512 in float32 with 64 < D <= 128.)
 
     Source:
         FoPru, arXiv 2411.14164; the mean over query rows is our reading of its "significance".
@@ -477,8 +478,9 @@ def received_scores_varlen(
 
     Raises:
         TypeError: a wrong type or dtype.
-        ValueError: a wrong shape, stride, range or device; on a CPU also offsets that do not start
-            at 0, fall, or contradict ``max_seqlen`` or the length of ``q``.
+        ValueError: a wrong shape, stride, range or device. On a CPU also: offsets that start at
+            another value than 0, offsets that fall, and offsets that contradict ``max_seqlen`` or
+            the length of ``q``.
 
     Contract:
         The bits of `received_scores` with ``num_prefix=0`` for every image.

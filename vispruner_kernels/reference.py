@@ -1,8 +1,9 @@
 """The reference: every operator in plain PyTorch, step by step as in docs/contract.md.
 
-It runs on any device and owns an operator on devices without kernels. It computes one image at a
-time, so that the batch changes no bit and scratch stays small. `_backends` has checked the
-arguments. Only the varlen operators synchronise on a GPU: they copy their offsets to the host.
+It runs on any device and owns an operator on devices without kernels. It computes similarities and
+scores one image at a time, so that the batch changes no bit of them and scratch stays small.
+`attention` computes the whole batch in one call. `_backends` has checked the arguments. Only the
+varlen operators synchronise on a GPU: they copy their offsets to the host.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from vispruner_kernels._checks import check_offsets
 
 # A token has similarity 0 to all others if its largest magnitude is below this or not finite.
 MIN_MAGNITUDE = 1e-30
-# 127 * 128: the largest fixed-point value whose two 7-bit halves fit int8.
+# 127 * 128. Up to this magnitude both halves of a value, q >> 7 and q & 127, are at most 127 in
+# magnitude.
 FIXED_POINT_MAX = 16256.0
 # Query rows per block of attention, so that no S x S matrix is stored.
 BLOCK_ROWS = 64
@@ -61,17 +63,18 @@ def bipartite(sim: Tensor, residual: Tensor, keep: int, step: int) -> Tensor:
     """Drop up to `step` tokens at even positions per pass until `keep` of `residual` remain."""
     while len(residual) > keep:
         a, b = residual[0::2], residual[1::2]
-        r = min(step, len(residual) - keep, len(a))
+        n_drop = min(step, len(residual) - keep, len(a))
         nearest = sim[a][:, b].amax(-1)
         by_similarity = torch.sort(nearest, descending=True, stable=True).indices
-        residual = torch.cat([a[by_similarity[r:]], b])
+        residual = torch.cat([a[by_similarity[n_drop:]], b])
     return residual
 
 
 def pairwise(sim: Tensor, residual: Tensor, keep: int) -> Tensor:
     """Drop the less important token of the most similar remaining pair until `keep` remain.
 
-    In rounds: every round resolves all pairs that are the best pair of both their tokens.
+    In rounds: a round takes every pair that is the best pair of both its tokens, and removes the
+    less important token of each.
     """
     tokens, rank = torch.sort(residual)  # rank: a token's position in the order by score
     n = len(tokens)
@@ -88,7 +91,7 @@ def pairwise(sim: Tensor, residual: Tensor, keep: int) -> Tensor:
         if sim.device.type == "cpu" and remains.sum() == 1:
             break
         remaining_sim = torch.where(remains[:, None] & remains[None, :], sim, -torch.inf)
-        # argmax gives the first maximum. The pairs of one token are in the order of its partners.
+        # argmax gives the first maximum: of equally similar pairs, that with the smaller partner.
         best_sim, best = remaining_sim.amax(-1), remaining_sim.argmax(-1)
         mutual = (best[best] == own) & (best_sim > -torch.inf)
         removed = mutual & (rank > rank[best])

@@ -117,6 +117,39 @@ def random_case(seed: int, max_tokens: int = 64, matching: str | None = None) ->
     )
 
 
+def hubs(tokens: int) -> Tensor:
+    """float32 [1, tokens, tokens]: the first token is the nearest of all others; without it the
+    second one is, and so on.
+
+    So if the first token of such an order is the least important one, each round of the pairwise
+    rule removes few tokens, and orphans most of the others.
+    """
+    # Similarities to the earlier token of a pair. A larger range is no Gram matrix.
+    falling = 0.3 + torch.linspace(2 / tokens, 0.0, tokens, dtype=torch.float64)
+    index = torch.arange(tokens)
+    gram = falling[torch.minimum(index[:, None], index)].fill_diagonal_(1.0)
+    return torch.linalg.cholesky(gram).float()[None]
+
+
+def hub_cases(tokens: int) -> list[Case]:
+    """Calls with the pairwise rule: equal tokens, hubs in order and shuffled, tokens on an arc."""
+    generator = torch.Generator().manual_seed(11)
+    angle = torch.linspace(0.1, 1.5, tokens)[None, :, None]
+    in_order = hubs(tokens)
+    kinds = (
+        torch.ones(1, tokens, 2),
+        in_order,
+        in_order[:, torch.randperm(tokens, generator=generator)],
+        torch.cat([angle.cos(), angle.sin()], 2),
+    )
+    scores = torch.arange(tokens).float()[None], torch.rand(1, tokens, generator=generator)
+    return [
+        Case(features, score, tokens // 10, 0.0, 8, "pairwise")
+        for features in kinds
+        for score in scores
+    ]
+
+
 class PackedCase(NamedTuple):
     """Arguments of `select_varlen`."""
 

@@ -18,9 +18,9 @@ from benchmarks.tiny_vlm.supervision import SLOTS, Sample
 def attend_to_neighbours(tower: Any) -> None:
     """Initialise the tower so that each head attends to one neighbour of a patch.
 
-    The layers then start as convolutions do, as Zheng et al. (arXiv:2404.01139) propose. They fit q
-    and k to such attention. Here the position embeddings are sines and cosines, for which q and k
-    have a closed form.
+    The layers then start as convolutions do, as Zheng et al. (arXiv:2404.01139) propose. The
+    authors fit q and k to such attention. Here the position embeddings are sines and cosines, for
+    which q and k have a closed form.
     """
     width, heads = tower.config.hidden_size, tower.config.num_attention_heads
     waves = math.pi / 40 * torch.arange(1, width // 4 + 1)

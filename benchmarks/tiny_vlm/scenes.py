@@ -29,7 +29,7 @@ COLOURS = {
     "white": (245, 245, 245),
 }
 KINDS = (*SHAPES, "frame", "number")
-# The share of each kind on a sheet.
+# The share of each kind on a sheet, a picture that trains the vision tower.
 SHEET = (0.08, 0.08, 0.08, 0.08, 0.08, 0.27, 0.33)
 TYPES = ("number", "frame", "colour", "place", "relation", "count")
 # The types of the questions about one test picture, in this order, and the largest number of

@@ -13,7 +13,8 @@ inline Rows head_rows(const Heads& x, DType dtype, int64_t image, int64_t start,
   return {x.data + offset * element_size(dtype), dtype, x.token_stride};
 }
 
-// scores[S - num_prefix] = the mean over heads of sums[H, S] over `rows` rows.
+// sums[H, S] are sums over `rows` query rows. scores[S - num_prefix]: their mean over heads and
+// rows, without the first num_prefix columns.
 inline void mean_of_heads(const double* sums, int64_t heads, int64_t sequence, int64_t rows,
                           int64_t num_prefix, float* scores) {
   for (int64_t j = num_prefix; j < sequence; ++j) {

@@ -7,8 +7,8 @@
 namespace vispruner {
 namespace {
 
-// The cost of a multiply-add, relative to one of the similarities: each one reads a key from
-// memory.
+// The cost of a multiply-add, relative to one of the similarities: each one reads an element of a
+// key from memory.
 constexpr int64_t kLogitWork = 32;
 
 // weights[S]: the CLS row of one head.

@@ -1,4 +1,4 @@
-// Tokens by score: rule 1 of the contract.
+// Tokens by score: docs/contract.md, section 2, step 1.
 #pragma once
 
 #include <algorithm>
@@ -13,8 +13,8 @@ namespace vispruner {
 // The cost of reading and ranking a score, in multiply-adds of the similarities.
 constexpr int64_t kKeyWork = 512;
 
-// Sort keys of the scores of one image: the larger key ranks first, and its low half holds the
-// index.
+// Sort keys of the scores of one image. The larger key ranks first. The low half of a key encodes
+// the token's index, see key_index.
 inline std::vector<int64_t> score_keys(const Simd& simd, const Tokens& scores, int64_t image,
                                        int64_t tokens) {
   const int64_t size = element_size(scores.dtype);

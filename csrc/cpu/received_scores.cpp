@@ -59,7 +59,7 @@ void received_head(const Simd& simd, const Rows& q, const Rows& k, int64_t n,
   }
   const bool exact =
       lse && cancels(simd, queries.get(), n, shape, lse, lse_stride, std::sqrt(longest));
-  const auto compute_logits = exact ? simd.exact_logits : simd.logits;
+  const auto compute_logits = exact ? simd.logits_float64 : simd.logits;
   const auto logits = scratch<float>(kQueryRows * ld);
   std::fill(weights, weights + n, 0.0);
   for (int64_t first = 0; first < n; first += kQueryRows) {

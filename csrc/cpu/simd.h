@@ -9,7 +9,8 @@
 
 namespace vispruner {
 
-// Tokens of a panel. Also the side of a tile of the Gram matrix, and the lanes of a vector.
+// Tokens of a panel (similarity.cpp). Also the side of a tile of the Gram matrix, and the lanes of
+// a vector.
 constexpr int kPanel = 16;
 // n rounded up to whole panels.
 inline int64_t padded(int64_t n) { return (n + kPanel - 1) / kPanel * kPanel; }
@@ -28,7 +29,8 @@ struct Simd {
   void (*fixed_point)(const float* x, float scale, int64_t channels, int16_t* q, int64_t n);
   // n is a multiple of kSafeProducts.
   int64_t (*squared_norm)(const int16_t* q, int64_t n);
-  // gram[16][16] of two panels [pairs][16][2]; 2 * pairs is a multiple of kSafeProducts.
+  // gram[16][16] of two panels (similarity.cpp), [pairs][16] int32, each two int16; 2 * pairs is a
+  // multiple of kSafeProducts.
   void (*gram_tile)(const int32_t* a, const int32_t* b, int64_t pairs, int64_t* gram);
   // Ordered keys of float(gram[i][j]) * (ri[i] * rj[j]), and their transpose.
   void (*similarity_tile)(const int64_t* gram, const float* ri, const float* rj, int32_t* keys,
@@ -47,8 +49,8 @@ struct Simd {
   void (*logits)(const float* q, const float* kt, int64_t head_dim, int64_t n, float scale,
                  float* out);
   // The same with sums in float64, rounded once at the end: half the speed or less.
-  void (*exact_logits)(const float* q, const float* kt, int64_t head_dim, int64_t n, float scale,
-                       float* out);
+  void (*logits_float64)(const float* q, const float* kt, int64_t head_dim, int64_t n, float scale,
+                         float* out);
   float (*max)(const float* x, int64_t n);
   // x = exp(x - shift) in place; returns the sum.
   double (*exp_sum)(float* x, float shift, int64_t n);

@@ -17,8 +17,8 @@ void from_float16(const uint16_t* x, float* out, int64_t n) {
     const uint32_t sign = (x[i] & 0x8000u) << 16;
     const uint32_t rest = x[i] & 0x7fffu;
     // Normal numbers: the exponent's bias changes from 15 to 127. inf and NaN: the exponent becomes
-    // 255. Subnormal numbers are an integer times 2^-24, which is no subnormal float32: a CPU mode
-    // may flush those.
+    // 255. A subnormal number is an integer times 2^-24. That is a normal float32 or 0, so a
+    // flush-to-zero mode does not change it.
     const uint32_t wide = (rest << 13) + (rest >= 0x7c00u ? 224u << 23 : 112u << 23);
     const float small = static_cast<float>(static_cast<int32_t>(rest)) * 0x1p-24f;
     uint32_t small_bits;
@@ -239,8 +239,8 @@ void logits(const float* q, const float* kt, int64_t head_dim, int64_t n, float 
   for (; j < n; j += 16) logits_tile<1>(q, kt + j, head_dim, n, scale, out + j);
 }
 
-void exact_logits(const float* q, const float* kt, int64_t head_dim, int64_t n, float scale,
-                  float* out) {
+void logits_float64(const float* q, const float* kt, int64_t head_dim, int64_t n, float scale,
+                    float* out) {
   // Loops over lanes instead of vectors, because the compiler spills vectors of doubles.
   constexpr int kLanes = 8;
   for (int64_t j = 0; j < n; j += kLanes) {
@@ -268,7 +268,7 @@ float max(const float* x, int64_t n) {
 }
 
 // exp in 16 lanes, as 2^n times a polynomial of the remainder. Error: at most 2 units in the last
-// place. 0 below the normal range, infinity above exp(88), NaN for NaN.
+// place. 0 below exp(-87), infinity above exp(88), NaN for NaN.
 inline void exp_lanes(Float32x16* x, float shift) {
   const Float32x16 zero = {};
   const Float32x16 t = *x - shift;
@@ -333,7 +333,7 @@ constexpr Simd kSimd = {VISPRUNER_SET_NAME,
                         rank,
                         dot,
                         logits,
-                        exact_logits,
+                        logits_float64,
                         vispruner::VISPRUNER_SPACE::max,
                         exp_sum,
                         accumulate};

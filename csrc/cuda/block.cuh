@@ -37,8 +37,8 @@ struct CudaBlock {
   }
 
   // A warp tests 32 indices at once, then handles those that pass. Consecutive indices belong to
-  // different warps, because those that pass are often neighbours; those of one warp are in
-  // different banks. Returns the k-th index of this warp.
+  // different warps, because those that pass are often neighbours. The 32 indices of a warp are in
+  // 16 banks, two in each. Returns the k-th index of this warp.
   __device__ static int32_t index_of(int32_t k) { return k * kWarps + (warp_id() + k) % kWarps; }
   template <class Where, class F, class Use>
   __device__ void each_row(int32_t n, Where where, F f, Use use) {
@@ -143,8 +143,9 @@ struct CudaBlock {
   }
 
   // Ranks by counting. A task is 32 values, one per lane, and a slice of the values that they are
-  // compared with: all lanes load the same address. A warp has up to eight tasks. The number of
-  // slices is a power of two, because a division would take as long as a slice.
+  // compared with: all lanes load the same address. A warp has up to eight tasks for 4096 values,
+  // and more beyond. The number of slices is a power of two, because a division would take as long
+  // as a slice.
   template <class F>
   __device__ void each_ranked(const int32_t* values, int32_t n, F f) {
     const int32_t groups = (n + kWarp - 1) / kWarp;

@@ -1,6 +1,6 @@
 // The operators on CUDA devices: pointers to memory of the device, sizes, strides in elements, a
 // stream. The caller has checked the arguments. Inputs are only read. Throws std::runtime_error if
-// CUDA refuses a launch, std::invalid_argument if a grid would be too large.
+// a CUDA call fails, std::invalid_argument if a grid would be too large.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +23,7 @@ struct CudaSelect {
   Offsets cu_keep;
   // Above 0.
   int64_t images;
-  // Of one image; of select_varlen: max_seqlen.
+  // Of one image; select_varlen: an upper bound of the longest image.
   int32_t tokens;
   int32_t channels;
   // Tokens of all images.
@@ -31,7 +31,7 @@ struct CudaSelect {
   // select and prune only: tokens kept of an image, and how many of them by score.
   int32_t keep;
   int32_t important;
-  // select_varlen only: the size of `indices`, and the share of tokens kept by score.
+  // select_varlen only: the size of `indices`, and the share of kept tokens chosen by score.
   int32_t total_keep;
   double important_ratio;
   int32_t step;
@@ -46,7 +46,8 @@ struct CudaSelect {
 };
 
 // `tokens` and `total` as in CudaSelect. `removes`: whether the call may need similarities. They
-// are not needed if score alone decides; with offsets the host cannot know, so pass true.
+// are not needed if score alone decides or all tokens are kept. With offsets the host cannot know,
+// so pass true.
 int64_t cuda_select_scratch(int64_t images, int64_t tokens, int64_t total, bool removes);
 
 // One launch on `stream`, a cudaStream_t of the device.

@@ -21,7 +21,7 @@ __device__ inline float half_to_float(uint16_t bits) {
 }
 
 // Adds 1 to *word and returns the old value, as an acquire-release operation: a thread that adds
-// later sees all that this thread has read or stored before.
+// later sees all stores that this thread made or observed before.
 __device__ inline uint64_t arrive_at(uint64_t* word) {
   uint64_t before;
   asm volatile("atom.acq_rel.gpu.global.add.u64 %0, [%1], 1;"

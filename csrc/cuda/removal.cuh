@@ -42,8 +42,9 @@ __device__ inline void copy_lists(const Best* lists, int32_t n, int32_t length, 
   static_assert(sizeof(uint4) == 2 * sizeof(Best), "two entries at a time");
   // A batch is loaded before it is stored, because the compiler must assume that they alias.
   constexpr int32_t kBatch = 8;
-  const int32_t log2 = 30 - __clz(length);
-  const int32_t count = n << log2;
+  // log2 of the uint4 of a list.
+  const int32_t vectors_log2 = 30 - __clz(length);
+  const int32_t count = n << vectors_log2;
   const uint4* const from = reinterpret_cast<const uint4*>(lists);
   uint4* const to = reinterpret_cast<uint4*>(copy);
   for (int32_t first = threadIdx.x; first < count; first += kBatch * kThreads) {
@@ -51,8 +52,8 @@ __device__ inline void copy_lists(const Best* lists, int32_t n, int32_t length, 
 #pragma unroll
     for (int32_t b = 0; b < kBatch; ++b) {
       const int32_t v = first + b * kThreads;
-      const int32_t token = v >> log2;
-      if (v < count) two[b] = from[int64_t{token} * (kListed / 2) + (v - (token << log2))];
+      const int32_t token = v >> vectors_log2;
+      if (v < count) two[b] = from[int64_t{token} * (kListed / 2) + (v - (token << vectors_log2))];
     }
 #pragma unroll
     for (int32_t b = 0; b < kBatch; ++b) {
@@ -75,7 +76,7 @@ __device__ Lists take_lists(Arena<kShared>& arena, const Best* lists, int32_t n)
 }
 
 // The compact matrix for the passes, in the free shared memory. The lists are there too: they are
-// not used after the copy.
+// not used after the similarities are copied to this matrix.
 template <bool kShared>
 __device__ Compact take_compact(const Arena<kShared>& arena) {
   Compact compact = {0, nullptr, nullptr};

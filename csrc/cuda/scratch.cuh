@@ -19,7 +19,7 @@ constexpr int32_t kSlackBytes = 512;
 VISPRUNER_HD int64_t rounded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // A counter is a 64-bit word of the call's own scratch: the call's random tag, and below it
-// kCountBits bits that count blocks, more than ever arrive at one counter.
+// kCountBits bits that count arrivals. They can count more blocks than ever arrive at one counter.
 constexpr int32_t kCountBits = 20;
 
 // The scratch of one image. Its first token is token `start` of all images.

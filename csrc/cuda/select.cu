@@ -14,7 +14,7 @@ namespace {
 
 // Shared memory for the totals of a block.
 constexpr int32_t kTotalsBytes = 2 * kWarps * sizeof(int64_t);
-// Keys of scores that a block compares with at a time.
+// Score keys in shared memory at a time.
 constexpr int32_t kScores = 4096;
 static_assert(kScores * sizeof(int32_t) <= kTileBytes, "the keys are in the memory of the tile");
 static_assert(kWarps * kStagingBytes <= kTileBytes, "the staging is in the memory of the tile");
@@ -194,7 +194,7 @@ __device__ void gather_kept(const SelectArgs& args, const char* features, const 
 
 // Grid: images * tiles of 64 x 64 similarities. The last tile to arrive at one of its two blocks of
 //   tokens lists their neighbours; the last block of tokens to arrive at an image runs its passes.
-// Shared: 41 KiB for a tile; for the passes as much as the device has.
+// Shared: 41 KiB for a tile; for the passes as much as they use, up to the limit of the device.
 // Moves: features 2 * (N / 64 + 1) times, from L2 after the first time; similarities out once, and
 //   in for the lists.
 // Deterministic: all sums and comparisons are of integers; the order of arrival decides only which
@@ -283,11 +283,11 @@ __global__ void __launch_bounds__(kThreads, 1) select_kernel(const SelectArgs ar
 
 void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
-  // The next call is not to find it.
+  // Clears the error, so that the next CUDA call does not report it.
   cudaGetLastError();
   throw std::runtime_error(std::string("vispruner_kernels: ") + what + ": " +
                            cudaGetErrorName(error) + ": " + cudaGetErrorString(error) +
-                           "; VISPRUNER_KERNELS_BACKEND=triton does without the CUDA kernels");
+                           "; VISPRUNER_KERNELS_BACKEND=triton avoids these CUDA kernels");
 }
 
 using Kernel = void (*)(const SelectArgs);
@@ -351,7 +351,8 @@ class DeviceGuard {
   int before_ = 0;
 };
 
-// A random tag, never 0 and different for each call: a counter through a mixer (splitmix64).
+// A random tag, never 0 and almost surely different for each call: a counter through a mixer
+// (splitmix64).
 uint64_t new_tag() {
   static std::atomic<uint64_t> calls{uint64_t{std::random_device{}()} << 32 |
                                      std::random_device{}()};

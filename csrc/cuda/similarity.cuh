@@ -1,5 +1,5 @@
-// The fixed-point cosine similarities of two blocks of tokens (docs/contract.md, section 2.3), on
-// int8 tensor cores.
+// The fixed-point cosine similarities of two blocks of tokens (docs/contract.md, section 2, step
+// 3), on int8 tensor cores.
 #pragma once
 
 #include "cuda/block.cuh"

@@ -202,9 +202,9 @@ def test_environment():
 def late(monkeypatch):
     """A function that makes processes run out of time, on machines of any speed.
 
-    Its argument has, for an argument of a process, a file and a count. The first `count` waits for
-    such a process time out as soon as the file exists. The function returns the list of the time
-    limits that the processes had."""
+    It takes a dict from a command-line argument to a file and a count. If a process has this
+    argument, each of its first `count` calls of `wait` times out as soon as the file exists. The
+    function returns a list of the time limits of the first `wait` of each such process."""
 
     def set_late(files: dict[str, tuple[Path, int]]) -> list[float]:
         limits = []

@@ -124,7 +124,7 @@ def test_aligned_and_unaligned_tensors_give_the_same_answer(name):
         assert_agree(call, got, expected(call))
 
 
-# Strides that do not fit an int32, alone (BEYOND) or times the index of a token (FAR).
+# Strides: BEYOND alone does not fit an int32; FAR does not after a product with a token's index.
 
 FAR, BEYOND = 2**25, 2**31 + 16
 # The distance between tensors that lie in each other's gaps.

@@ -35,6 +35,7 @@ from vispruner_kernels.testing import (
     FEATURE_KINDS,
     SCORE_KINDS,
     Case,
+    hub_cases,
     random_case,
     sample_features,
     sample_offsets,
@@ -311,18 +312,8 @@ def test_every_branch_of_the_passes_gives_the_bits_of_the_cpu(constants, variant
 
 
 def test_pairwise_has_the_bits_of_the_cpu_if_one_token_is_the_partner_of_all():
-    """Equal tokens, and tokens on an arc: after EAGER rounds most pairs are not yet found."""
-    tokens = some(701, 41)
-    generator = torch.Generator().manual_seed(11)
-    angle = torch.linspace(0.1, 1.5, tokens)[None, :, None]
-    hub = torch.cat([angle.cos(), angle.sin()], 2)
-    mixed = hub[:, torch.randperm(tokens, generator=generator)]
-    ascending = torch.arange(tokens).float()[None]
-    calls = [
-        ("select", (features, scores, tokens // 10, 0.0, 8, "pairwise"))
-        for features in (torch.ones_like(hub), hub, mixed)
-        for scores in (ascending, torch.rand(1, tokens, generator=generator))
-    ]
+    """After EAGER rounds most of the removals are still to come."""
+    calls = [("select", tuple(case)) for case in hub_cases(some(701, 41))]
     assert_answers(answers(calls), [expected(call) for call in calls])
 
 

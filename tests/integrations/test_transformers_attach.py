@@ -105,7 +105,7 @@ def test_remove_restores_a_forward_that_was_stored_before():
 
     model.forward = mine
     handle = attach(model, VisPruner(4))
-    with pytest.raises(RuntimeError, match="prunes already"):
+    with pytest.raises(RuntimeError, match="already attached"):
         attach(model, VisPruner(5))
     with torch.no_grad():
         assert model(**inputs).logits.shape[1] == 1 + 3 + 4 + 5

@@ -60,7 +60,7 @@ def test_forward_returns_logits_and_loss_of_the_pruned_prompt(family):
             assert torch.equal(model(**inputs, return_dict=False)[0], out.logits)
             text = prompts(family, [7])
             if family == "qwen2.5-vl":
-                # transformers 5.3 applies them to the next prompt, even without pruning.
+                # transformers 5.3 applies old rope_deltas to the next prompt, even without pruning.
                 model.model.rope_deltas = None
             assert torch.equal(model(**text).logits, _unattached(model, text))
 
@@ -151,7 +151,7 @@ def test_padding_between_turns_stays_masked(cache_name):
 
 
 def test_copies_of_a_cache_keep_the_record_and_a_reset_drops_it(cache_name):
-    """The record is also valid under another handle."""
+    """The record of what pruning removed is also valid if another `attach` prunes."""
     from transformers import StaticCache
 
     model, method = vlms.shared("llava"), VisPruner(4)

@@ -156,7 +156,7 @@ def test_refuses_a_count_above_the_tokens_of_an_image():
     fails(model, prompts("qwen2.5-vl", *small), FoPru(9), ValueError, *words)
     # Unpadding leaves 8 of the 16 patches of a tile.
     wide = one("llava-next", (30, 150))
-    words = "image 0, grid 1 of the batch", "keep is 9, expected 1 <= keep <= 8"
+    words = "image 0, tile or frame 1 of the batch", "keep is 9, expected 1 <= keep <= 8"
     model = vlms.shared("llava-next")
     fails(model, wide, VisPruner(9), ValueError, *words, budget="tile")
     words = "video 0, grid 0 of the batch", "keep is 17"
@@ -311,7 +311,7 @@ def test_qwen_needs_positions_for_images_after_a_cached_prompt():
         cache = vlms.cache_of(model(**prompts("qwen2.5-vl", [9]), use_cache=True))
     for name in vlms.CACHE_NAMES:
         inputs = one("qwen2.5-vl") | {name: cache}
-        words = f"position_ids are missing: they continue those of the tokens in {name}"
+        words = f"position_ids are missing: {name} has tokens already"
         with pytest.raises(ValueError, match=words):
             prune_inputs(model, inputs, FoPru(4))
 

@@ -18,8 +18,8 @@ from vispruner_kernels.integrations.transformers import attach, prune_inputs
 from vispruner_kernels.methods import FasterVLM, FoPru, Method, Random, VisPruner
 
 # Family, images (sizes), videos (frames), budget, count, and the expected number of kept tokens
-# without newlines, for each image, then for each video. At least one is small. If sizes differ, one
-# is not small.
+# without newlines, for each image, then for each video. At least one of them is small; in the cases
+# "all" every one is.
 CASES = {
     "llava": ("llava", [None, None], [], "image", 17, [16, 16]),
     "llava, as many": ("llava", [None], [], "image", 16, [16]),

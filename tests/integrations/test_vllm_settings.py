@@ -183,7 +183,7 @@ def test_a_tile_without_tokens_after_unpadding_has_no_budget():
 
 
 @pytest.mark.parametrize("small", ["error", "keep"])
-def test_no_image_gets_more_than_the_most(small):
+def test_no_image_gets_more_placeholders_than_vllm_reserves(small):
     """The method refuses images that fill the tallest tiles, because 12 does not divide their 80
     patches. It accepts images that unpadding cuts to 72 patches."""
     found = config("llava-next", method="fopru", strategy="row", width=12, keep=12, small=small)
@@ -196,7 +196,7 @@ def test_no_image_gets_more_than_the_most(small):
     assert settings.count((140, 40)) == 12 + 14 <= settings.most
 
 
-def test_no_request_gets_more_than_the_most():
+def test_no_request_gets_more_placeholders_than_vllm_reserves():
     """This holds also for images to which the server's own keep cannot apply."""
     settings = Settings.of(
         config("llava-next", method="fopru", strategy="row", keep=8, budget="tile")

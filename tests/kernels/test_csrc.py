@@ -196,7 +196,9 @@ def test_arguments_are_keywords():
 def test_a_struct_has_exactly_its_fields():
     call = topk_arguments(torch.zeros(1, 2, dtype=torch.int64))
     scores = call.pop("scores")
-    message = "^Tokens is a dict of data dtype image_stride token_stride$"
+    message = (
+        "^Tokens must be a dict with exactly these names: data dtype image_stride token_stride$"
+    )
     for name in scores:
         rest = {key: value for key, value in scores.items() if key != name}
         for wrong in (rest, rest | {"other": 0}, scores | {"other": 0}):
@@ -239,7 +241,7 @@ def test_the_stub_has_the_fields_of_each_struct():
     assert stub["SelectRule"] == list(rule)
     assert stub.keys() - {"CudaSelect", "Offsets"} == calls.keys() - {"CudaSelect", "Offsets"}
     for name, call in calls.items():
-        with pytest.raises(TypeError, match=f"^{name} is a dict of {' '.join(stub[name])}$"):
+        with pytest.raises(TypeError, match=f"^{name} must be .* names: {' '.join(stub[name])}$"):
             call()
 
 

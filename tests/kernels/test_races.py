@@ -61,7 +61,7 @@ CASES = [
 ]
 # The cases in which a program reads stores of another one.
 ATOMIC = [*((op, "bipartite") for op in SELECT_ALL), *ATTENTION_CASES]
-# Tokens of a sweep and threads of a program of `_select_kernel` here; a real launch has 256.
+# Here a sweep of `_select_kernel` has 16 tokens and a program 16 threads; a real launch has 256.
 SWEEP = 16
 
 

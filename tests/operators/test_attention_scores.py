@@ -293,7 +293,8 @@ def test_one_key_takes_all_attention(backend, op, dtype):
 @every_dtype
 @every_operator
 def test_large_logits_stay_within_the_bound(backend, op, dtype):
-    """`out` may be off as far as scores are, per |v|: rounding the logits decides both."""
+    """The rounding of the logits limits both. The error of `out` may be that of the scores times
+    the largest |v|."""
     qkv = q, k, v = sample_qkv(2, 50, 3, 64, dtype, 10)
     for scale in (1.0, -4.0, 30.0, -100.0, 300.0):
         out, scores = exact_answer(op, qkv, scale)

@@ -71,7 +71,7 @@ def test_lse_and_products_that_cancel_are_as_accurate_as_eager(backend):
 
 
 @needs_native
-def test_how_one_head_adds_its_products_changes_no_other_head():
+def test_the_summation_of_one_head_changes_no_other_head():
     """One head has products that cancel and a row without keys, the other has neither."""
     q, k, _ = (x.contiguous() for x in sample_qkv(1, 21, 1, 64, torch.float32, 18))
     others = sample_cancelling(1, 21, 1, 64, torch.float32, 18)

@@ -1,4 +1,4 @@
-"""select_topk: rule 1 of the contract alone."""
+"""select_topk: the order of the contract, section 2, step 1."""
 
 from __future__ import annotations
 

@@ -133,7 +133,7 @@ def test_comparison_fails_if_a_figure_is_missing():
         accuracy.compare(new, old[1:])
 
 
-def test_a_figure_without_spread_may_differ_by_one_answer():
+def test_a_figure_without_spread_may_differ_by_one_picture():
     old, new = compared()
     old[0]["all"] = {"%": 100.0, "error": 0.0}
     for wrong, agree in ((1, True), (2, False)):
@@ -158,7 +158,7 @@ def test_figures_are_means_and_standard_errors_over_pictures():
     assert rows["random"]["all"].mean == 25
     assert rows["random"]["count"].mean == 50
     assert rows["random"]["relation"].mean == 25
-    assert rows["FoPru row"]["less random"].mean == 25
+    assert rows["FoPru row"]["minus random"].mean == 25
 
 
 def cells(text, first, columns):

@@ -192,7 +192,7 @@ def test_rows_of_a_gpu_have_device_wall_and_host_times(name, gpu, monkeypatch, t
         assert row["of limit"] > 0
     if name == "scores":
         assert [names.count(f"flash-col{name}") for name in ("sum", "reduce")] == [2, 1]
-        # The copies of K, of 2112 and of 896 bytes, are more than twice L2, which has 4 KiB.
+        # K has 2112 or 896 bytes, so 4 or 10 copies are more than twice the 4 KiB of L2.
         assert copies == {1, 4, 10}
         assert row["cold us"]["p50"] == pytest.approx(1e3)
         read = 2 * 33 * 2 * 8 * 2 / 1e9 / result["limits"]["copy GB/s"]

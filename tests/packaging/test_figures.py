@@ -133,3 +133,51 @@ def test_figures_of_the_readme_are_the_committed_ones():
         shown = f"{ratio:.1f}" if ratio < 10 else f"{ratio:.0f}"
         verdict = f"**{shown}x**" if ratio > 1 else f"{shown}x, slower"
         assert cells == (digits(theirs), digits(ours), verdict)
+
+
+def test_ratios_of_attention_are_the_committed_ones():
+    def shown(values: list[float], places: int) -> str:
+        return f"{min(values):.{places}f} to {max(values):.{places}f}"
+
+    attention = results(H200 / "attention.json")["rows"]
+    scores = results(H200 / "scores.json")["rows"]
+    ours = [row for row in attention if row["by"] == "ours"]
+    received = [row for row in scores if row["operator"] == "received_scores"]
+    given = [row for row in received if row["by"] == "ours, given lse"]
+    alone = [row for row in received if row["by"] == "ours"]
+    cls = [row for row in scores if (row["operator"], row["by"]) == ("cls_scores", "ours")]
+    eager = [1 / row["eager / this"] for row in (*given, *alone)]
+    several, one = ([1 / row["eager / this"] for row in cls if (row["B"] > 1) == x] for x in (1, 0))
+    assert {row["D"] for row in ours} == {64, 72, 80}
+    assert {row["B"] for row in cls} == {1, 5, 8, 32, 128}
+    assert rows(
+        PERFORMANCE, r"\| `\w+`[^|]* \| (?:SDPA flash|eager PyTorch) \| (\S+ to \S+) \|"
+    ) == [
+        shown([row["/ flash"] for row in ours if row["D"] == 64], 2),
+        shown([row["/ flash"] for row in ours if row["D"] > 64], 2),
+        shown([row["/ flash"] for row in given], 2),
+        shown([row["/ flash"] for row in alone], 2),
+        shown(eager, 2),
+        shown(several, 2),
+        shown(one, 1),
+    ]
+
+
+def test_effect_of_rounding_is_the_committed_one():
+    def changed(matching: str) -> list[float]:
+        found = results(CPU / "stability.json")["rows"]
+        return [row["changed %"] for row in found if row["matching"] == matching]
+
+    def of_tower(variant: str, matching: str) -> str:
+        name = f"VisPruner 0.5 {matching}"
+        found = results(CPU / "accuracy.json")["stability"]
+        (row,) = [row for row in found if (row["features"], row["system"]) == (variant, name)]
+        return f"{row['other tokens']['%']:.1f} %"
+
+    # Rounded as in the first row of the table.
+    lowest, highest = min(changed("bipartite")), max(changed("bipartite"))
+    assert max(changed("pairwise")) <= 1
+    table = [(f"{lowest:.0f}-{highest:.0f} %", "at most 1 %")]
+    for variant in ("bfloat16", "eager attention"):
+        table.append(tuple(of_tower(variant, x) for x in ("bipartite", "pairwise")))
+    assert rows(PERFORMANCE, r"\| (?:features|tower|another) [^|]* \| (.* %) \| (.* %) \|") == table

@@ -152,7 +152,7 @@ def plan(target: str, ops: tuple[str, ...], quick: bool, path: str) -> Plan:
             continue
         keys = [_key(variant) for variant in caught]
         if keys != [_key(variant) for variant in other]:
-            errors[case.op] = f"{case.label}: compiled again for random bits or other numbers"
+            errors[case.op] = f"{case.label}: other random bits or sizes needed another compilation"
         for key, variant in zip(keys, caught, strict=True):
             variants.setdefault(key, variant).ops.add(case.op)
     return Plan(list(variants.values()), errors)

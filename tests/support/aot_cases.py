@@ -20,7 +20,7 @@ ALL = FLOAT32 + FLOAT16 + BFLOAT16
 
 # Triton compiles different variants for sizes of 1, for multiples of 16, and for memory that begins
 # at a multiple of 16 bytes. The last number of each shape below is the offset of its memory in
-# elements. If variants differ in nothing else, one dtype stands for all.
+# elements. If the dtypes of a shape differ in no other way, one dtype is compiled.
 
 # Images, patch tokens, channels, tokens kept, offset.
 SELECT = {
@@ -62,7 +62,8 @@ class Case(NamedTuple):
     args: tuple[Any, ...]
     # Arguments of another call, which must not need another compilation.
     other: tuple[Any, ...]
-    # Whether it tests only constants in the frontend, which do not depend on the target.
+    # Whether it tests only very small sizes, which Triton's frontend treats as constants. These do
+    # not depend on the target, so one target compiles the case.
     frontend: bool = False
 
 

@@ -26,7 +26,7 @@ HEAD_DIMS = (1, 8, 63, 64, 72, 80, 88, 96, 128, 256)
 
 
 class Answer(NamedTuple):
-    """Of an operator; `out` is None unless it is cls_attention."""
+    """The answer of an operator; `out` is None unless it is cls_attention."""
 
     out: Tensor | None
     scores: Tensor
@@ -167,7 +167,7 @@ def assert_scores(
 ) -> None:
     """Assert the bound of the contract that does not depend on eager PyTorch.
 
-    Under it half precision inputs must give scores as exact as float32 inputs do.
+    With this bound half precision inputs must give scores as exact as float32 inputs do.
     """
     assert got.dtype == torch.float32
     assert got.is_contiguous()
@@ -185,7 +185,8 @@ def sample_cancelling(
     size, noise = (30.0, 0.001) if dtype is torch.float32 else (16.0, 0.002)
     shape = (2, batch, sequence, heads, head_dim)
     q, k = size + size * noise * torch.randn(shape, generator=generator)
-    # Uneven channels: sums of half precision products with few bits would need no rounding.
+    # Uneven channels give the products more bits. Sums of half precision products with few bits
+    # would be exact, and the test would see no rounding.
     half = 0.25 + 1.5 * torch.rand(head_dim // 2, generator=generator)
     return (q * half.repeat(2)).to(dtype), (k * torch.cat([half, -half])).to(dtype)
 

@@ -129,7 +129,7 @@ def run_positional(op: str, kwargs: dict[str, Any]) -> Any:
 
 
 def run_backend(backend: str) -> Callable[[str, dict[str, Any]], Any]:
-    """The operator as it is registered for its owner, with `backend` as the owner."""
+    """Call the implementation of `backend` with the argument checks of a registered operator."""
 
     def run(op: str, kwargs: dict[str, Any]) -> Any:
         return _backends._checked(op, _backends._implementation(op, backend))(**kwargs)
@@ -152,7 +152,7 @@ def overload(op: str) -> Any:
 
 
 def samples(op: str, dtype: torch.dtype = torch.float32, size: int = 0) -> list[tuple[Any, ...]]:
-    """Arguments by position: once without defaults, once with other values.
+    """Arguments by position: once without the optional ones, once with other values than defaults.
 
     Every size grows with `size`; no two sizes of one call are equal.
     """

@@ -1,7 +1,7 @@
 """Runs the CUDA kernels on the CPU, and compares them with the core; see test_cuda_on_cpu.py.
 
-In a process of its own: what a kernel does wrong ends it, and says on standard error what it was.
-Arguments: the library, and what to do as JSON.
+It runs in its own process. A fault of a kernel ends this process, and standard error names the
+fault. Arguments: the library, and the task as JSON.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from vispruner_kernels import _native, reference  # noqa: E402
 from vispruner_kernels._native import cuda  # noqa: E402
 from vispruner_kernels.testing import (  # noqa: E402
     assert_same_bits,
+    hub_cases,
     random_case,
     random_packed_case,
     sample_features,
@@ -75,7 +76,7 @@ def load(library: str, seed: int, shared: int, device: int = 0) -> Memory:
     """Replace the kernels for a GPU by those of `library`, compiled for a CPU.
 
     `seed` sets the order of threads, `shared` the bytes of shared memory of a block. All devices
-    are the same; kernels store the properties only of devices below 64.
+    have the same properties; kernels store those of devices 0 to 63 only.
     """
     # This build lacks the operators for the CPU. Lazy binding resolves them only in a call.
     flags = sys.getdlopenflags()
@@ -118,20 +119,6 @@ def model_calls(sizes: list[list[int]], kind: str, dtype: str) -> Calls:
         for matching in ("bipartite", "pairwise"):
             calls.append(("prune", (features, scores, keep, 0.5, 8, matching)))
     return calls
-
-
-def hub_calls(tokens: int) -> Calls:
-    """Images in which one token is the nearest of most others, and in which all are equal."""
-    generator = torch.Generator().manual_seed(11)
-    angle = torch.linspace(0.1, 1.5, tokens)[None, :, None]
-    hub = torch.cat([angle.cos(), angle.sin()], 2)
-    mixed = hub[:, torch.randperm(tokens, generator=generator)]
-    scores = torch.arange(tokens).float()[None], torch.rand(1, tokens, generator=generator)
-    return [
-        ("select", (features, score, tokens // 10, 0.0, 8, "pairwise"))
-        for features in (torch.ones_like(hub), hub, mixed)
-        for score in scores
-    ]
 
 
 def compare(calls: Calls, memory: Memory) -> int:
@@ -181,7 +168,7 @@ def main(library: str, task: str) -> int:
         count += compare(model_calls(*todo["models"]), memory)
     for rounds in todo.get("hubs", []):
         _native.arguments.EAGER_ROUNDS = rounds
-        count += compare(hub_calls(todo["tokens"]), memory)
+        count += compare([("select", tuple(x)) for x in hub_cases(todo["tokens"])], memory)
     if "offsets" in todo:
         count += stay_in_bounds(range(todo["offsets"]), 151, memory)
     print(count)

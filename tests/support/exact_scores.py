@@ -28,7 +28,7 @@ def least_prefix(op: str) -> int:
 
 
 def patches_of(op: str, scores: Tensor) -> Tensor:
-    """Scores of all tokens without those of the least prefix."""
+    """Scores of all tokens without those of the smallest prefix that the operator allows."""
     return torch.stack([row[least_prefix(op) :] for row in scores])
 
 
@@ -79,8 +79,8 @@ def sample(op, dtype, batch, sequence, heads, head_dim, scale, num_prefix):
 
 
 def cases(op: str, head_dim: int) -> Iterator[tuple[int, int, float | None, int]]:
-    """(sequence, heads, scale, num_prefix): every length; the rest takes turns, and each head_dim
-    starts at another turn."""
+    """Yield (sequence, heads, scale, num_prefix) for every length. The other three rotate through
+    their values; the start depends on head_dim."""
     for turn, sequence in enumerate(SEQUENCES[op], HEAD_DIMS.index(head_dim)):
         many = 2 if op == "received_scores" and sequence >= 50 else 16
         some = prefixes(op, sequence)

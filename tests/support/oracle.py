@@ -222,7 +222,7 @@ def select_rows(scores: Array, width: int, rows: int) -> NDArray[np.int64]:
         sums = np.zeros(n // width, dtype=np.float32)
         for y in range(n // width):
             total = np.float32(scores[b, y * width])
-            # inf - inf and an overflow to inf are valid sums; rule 1 orders them.
+            # inf - inf and an overflow to inf are valid sums; step 1 of `select` orders them.
             with np.errstate(invalid="ignore", over="ignore"):
                 for x in range(1, width):
                     total = total + np.float32(scores[b, y * width + x])

@@ -2,9 +2,9 @@
 
     plain_english.py [PATH ...]    prints `path:line: text` for each fault; status 1 if any
 
-A sentence has a subject and a verb, so it does not begin with a noun made of "who", "whose" or
-"what". A metaphor or an archaic word gives way to the term of the field. The check finds two
-signs: a sentence that begins with one of these three words and is no question, and a word of
+A sentence has a subject and a verb, so it does not begin with a clause that "who", "whose" or
+"what" introduces. A metaphor or an archaic word gives way to the term of the field. The check finds
+two signs: a sentence that begins with one of these three words and is no question, and a word of
 `WORDS`. Text in backticks and in code blocks passes.
 """
 

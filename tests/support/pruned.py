@@ -78,8 +78,8 @@ def expected_tokens(model: Any, inputs: dict[str, Tensor], method: Method) -> Te
     return torch.stack(vlm_oracle.logits(vlm_oracle.eager(model), inputs, kept, NEW))
 
 
-# Prompts before pruning. The last two have equal lengths, and pruning makes the lengths unequal; in
-# the last, the longest prompt afterwards is one without an image.
+# Prompts before pruning. The prompts of the last two batches have equal lengths, and pruning makes
+# them unequal; in the last batch, the longest prompt afterwards is one without an image.
 BATCHES = {
     "padded": lambda f: several(f),
     "one": lambda f: prompts(f, [3, picture(f, 1), 5]),

@@ -23,9 +23,10 @@ waits for a load only if it depends on the loaded value), shared memory, asynchr
 other reordering by the compiler, stale lines in L1, programs that wait for each other, and code
 that the inputs of the tests do not reach.
 
-Needed of Triton's interpreter: the names in PRIMITIVES; that all other loads and stores call those
-with a mask; `data` and `get_element_ty` of handles; `grid` of `GridExecutor`; that its `__call__`
-gets the arguments of a launch; that it does not copy CPU tensors.
+This module relies on these facts about Triton's interpreter: it has the names in PRIMITIVES; all
+other loads and stores call those with a mask; handles have `data` and `get_element_ty`;
+`GridExecutor` has `grid`, and its `__call__` gets the arguments of a launch; it does not copy CPU
+tensors.
 """
 
 from __future__ import annotations
@@ -181,7 +182,7 @@ class _Memory:
             again = self.loaded[self.program, cells] == self.time
             thread[again & (self.loader[cells] != thread)] = MANY
             self.loader[cells] = thread
-            # If two elements are one cell, it holds only one of their threads.
+            # If two elements share a cell, the line above stored only one of their threads.
             self.loader[cells[self.loader[cells] != thread]] = MANY
             self.loaded[self.program, cells], self.load_line[cells] = self.time, here
             return

@@ -36,7 +36,7 @@ def contradictory() -> list[gpu.Call]:
 
 
 def check(call: gpu.Call, run: Callable[[gpu.Call], gpu.Answer] = gpu.run) -> None:
-    """Assert the answer of the CPU."""
+    """Assert that the answer is the CPU's, within a tolerance for attention and scores."""
     got = tuple(x.cpu() for x in run(gpu.uploaded(call)))
     for x, y in zip(got, gpu.expected(call), strict=True):
         if call[0] in gpu.EXACT:

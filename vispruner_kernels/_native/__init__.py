@@ -37,7 +37,8 @@ def _use_simd(name: str) -> None:
         return
     if not INSTALLED:
         raise ImportError(
-            f"VISPRUNER_KERNELS_SIMD={name}: vispruner_kernels._C is not built ({REASON}); unset it"
+            f"VISPRUNER_KERNELS_SIMD={name}: vispruner_kernels._C is not built ({REASON}); "
+            "unset VISPRUNER_KERNELS_SIMD"
         )
     if name not in _C.simd_sets():
         raise ImportError(

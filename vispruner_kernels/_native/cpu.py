@@ -1,7 +1,8 @@
-"""The C++ core on CPU tensors: each operator calls its namesake in `vispruner_kernels._C`.
+"""The C++ core on CPU tensors: the operators call `vispruner_kernels._C`.
 
-The arguments have been checked, except the values of offsets: only a CPU can check those, and this
-module does. Every allocation names its device, because a call from C++ may have another default.
+The arguments have been checked, except the values of offsets. This module checks those, because on
+a CPU no copy is needed to read them. Every allocation names its device: the default device of
+Python also applies if TorchScript calls an operator.
 """
 
 from __future__ import annotations

@@ -16,10 +16,11 @@ WIDE = tl.constexpr(tl.float32 if triton.__version__.startswith("3.4.") else tl.
 
 @triton.jit
 def split_scale(scale):
-    """(sign, c): softmax(scale * x) is the softmax to base 2 of c * (sign * x), with c > 0.
+    """(sign, c) with c > 0 and exp(scale * x) = 2 ** (c * sign * x).
 
-    So the largest logit is the largest sign * x. At scale 0 non-finite x stay non-finite. At the
-    ends of the range of scale, c neither overflows nor vanishes. sign is 1 unless `is_signed`.
+    So the largest logit is the largest sign * x. sign is 1 or -1; 2 or -2 for |scale| above 1e38,
+    so that c does not overflow; 0 for scale 0, where a non-finite x gives NaN. It is 1 unless
+    `is_signed`.
     """
     # The interpreter would treat a subnormal number as a float64.
     scale = tl.cast(scale, tl.float32)
@@ -36,7 +37,7 @@ def is_signed(scale: float) -> bool:
 
 @triton.jit
 def largest(x, axis: tl.constexpr):
-    """tl.max without NaN; the exponentials of NaN are NaN anyway."""
+    """tl.max that ignores NaN. A NaN still reaches the result, because its exponential is NaN."""
     if INTERPRETED:
         # numpy warns about rows of only NaN.
         x = tl.where(x == x, x, -float("inf"))
@@ -56,8 +57,8 @@ def dot(a, b, acc=None):
 def check_arrivals(arrivals: int) -> None:
     if arrivals > COUNT_MASK.value:
         raise ValueError(
-            f"vispruner_kernels: q needs {arrivals} programs per image, expected at most "
-            f"{COUNT_MASK.value}; call it with fewer heads at a time"
+            f"vispruner_kernels: q needs {arrivals} programs that share a counter, "
+            f"expected at most {COUNT_MASK.value}; call it with fewer heads at a time"
         )
 
 

@@ -48,7 +48,7 @@ def bipartite(
     """Drop tokens of a until `keep` of the `n` tokens of `residual` are left.
 
     Before and after, `state` is the parity of the position of each token that is left; it is
-    DROPPED for the others.
+    DROPPED for the other residual tokens.
     """
     while n > tl.maximum(keep, SMALL):
         size_a = (n + 1) // 2

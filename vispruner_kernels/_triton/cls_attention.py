@@ -64,8 +64,8 @@ def _attention(
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     mask_q = (offs_m < S)[:, None] & (offs_d < D)[None, :]
-    # q is not scaled here: a computed tile would reach every product through registers, and the
-    # product would wait for it.
+    # The logits are scaled, not q: a scaled q would be a computed tile, which every product would
+    # read through registers and wait for.
     q = tl.load(
         q_ptr + offs_m.to(tl.int64)[:, None] * stride_qs * UNIT + offs_d[None, :],
         mask=mask_q,
@@ -149,7 +149,8 @@ def _cls_attention_kernel(
       and they bring the keys into L2.
     Scratch: 4 bytes per head and token, see cls_row.
     Moves: q, k, v and out once; k and v again per block, and k once more by cls_row, from L2.
-    Deterministic: the order of every sum depends on the shape only; no float atomics.
+    Deterministic: the order of every sum depends on the shape and the dtype only and, for out, on
+      whether rows begin at multiples of 16 bytes; no float atomics.
     """
     blocks = tl.cdiv(S, BLOCK_M)
     parts = H * (1 + blocks)

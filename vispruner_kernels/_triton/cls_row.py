@@ -14,7 +14,7 @@ import triton.language as tl
 from vispruner_kernels._triton.attention import check_arrivals, largest, split_scale
 from vispruner_kernels._triton.rules import arrive, close_counter, read_counter
 
-# Keys whose exponentials one program adds; heads and keys of a tile of the mean.
+# Keys of a chunk, whose exponentials form one sum; heads and keys of a tile of the mean.
 CHUNK, BLOCK_H, BLOCK_S = 256, 16, 256
 # Bytes of k that a program reads at once.
 TILE = 16384
@@ -79,7 +79,7 @@ def _mean_of_heads(
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """scores = the mean over heads of the softmax of the logits, in float64, without the prefix."""
+    """scores = the softmax of the logits, averaged over heads in float64, without the prefix."""
     # The largest logit of every head, and 1 / the sum of its exponentials.
     heads_ptr = sums_ptr + H * chunks * 2
     offs_c = tl.arange(0, BLOCK_C)
@@ -144,8 +144,8 @@ def cls_row(
     The last of an image's `arrivals` programs writes the scores. Pointers are those of the image
     and, for q and k, of the head.
 
-    Scratch: a counter in LINE words, logits [H, ld], the maximum and the sum of exponentials of
-      every chunk [H, chunks, 2], and its maximum and 1 / its sum for every head [H, 2].
+    Scratch: a counter in LINE words; logits [H, ld]; for every chunk the maximum and the sum of
+      exponentials [H, chunks, 2]; for every head the maximum and 1 / the sum [H, 2].
     """
     ld = tl.cdiv(S, 16) * 16
     chunks = tl.cdiv(S, CHUNK)

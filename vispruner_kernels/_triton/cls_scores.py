@@ -48,7 +48,8 @@ def _cls_scores_kernel(
     Grid: (images * heads * chunks of keys); the last program of an image averages its heads.
     Scratch: 4 bytes per head and token, see cls_row.
     Moves: k once, row 0 of q, logits written and read, scores once.
-    Deterministic: the split and the order of every sum depend on the shape only; no float atomics.
+    Deterministic: the split and the order of every sum depend on the shape and the dtype only;
+      no float atomics.
     """
     chunks = tl.cdiv(S, CHUNK)
     image = (tl.program_id(0) // (H * chunks)).to(tl.int64)

@@ -23,9 +23,9 @@ _LOCK = threading.Lock()
 # Seeded by the system, so that the caller's generators stay unchanged and calls share no tag.
 _RANDOM = random.Random()
 _TAG_BITS = 42
-# Compiled kernels and the values of their constants, by device, argument classes (_describe) and
-# constants. Triton has a cache too, but a lookup there takes three times as long as the rest of a
-# launch.
+# Compiled kernels and the values of their constants, by kernel, device, argument classes
+# (_describe) and constants. Triton has a cache too, but a lookup there takes three times as long as
+# the rest of a launch.
 _COMPILED: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
 
@@ -57,7 +57,7 @@ def _describe(kernel: Any, args: Any) -> tuple[list[Any], list[Any]]:
     """(classes, values): the properties of arguments for which Triton compiles another variant, and
     the arguments with addresses instead of tensors.
 
-    For a tensor, every launch would ask the driver which device owns its memory.
+    Given a tensor, Triton would ask the driver at every launch which device owns its memory.
     """
     classes: list[Any] = []
     values: list[Any] = []

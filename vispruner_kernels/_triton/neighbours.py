@@ -1,4 +1,4 @@
-"""Nearest-neighbour search: the short list first, then the full row of similarities.
+"""Nearest-neighbour search: the beginning of a list, the whole list, the full row of similarities.
 
 `sim` [N, ld] holds ordered similarity keys, INT32_MIN on the diagonal and in the padding of a row.
 `lists` [N, NEIGHBOURS] holds the nearest neighbours of each token as `index_key`s. A token is a
@@ -86,7 +86,7 @@ def list_neighbours(sim_ptr, ld, lists_ptr, N, token, NEIGHBOURS: tl.constexpr):
 @triton.jit
 def _row_chunk(row_ptr, mask, first, N):
     offs_n = first + tl.arange(0, CHUNK)
-    # To the end of a vector: INT32_MIN pads the row.
+    # Up to the next multiple of 16 columns; the padding holds INT32_MIN.
     valid = mask[:, None] & (offs_n < tl.cdiv(N, 16) * 16)[None, :]
     return tl.load(row_ptr[:, None] + offs_n[None, :], mask=valid, other=INT32_MIN)
 
@@ -111,7 +111,7 @@ def _nearest_listed(
 
 @triton.jit
 def _nearest_in_row(sim_ptr, ld, state_ptr, token, mask, N):
-    """The same among all tokens of the row."""
+    """The `index_key` of the nearest candidate in the full row, or INT64_MIN."""
     row_ptr = sim_ptr + token.to(tl.int64) * ld
     best = tl.full([ROWS, CHUNK], INT64_MIN, tl.int64)
     for first in range(0, N, CHUNK):
@@ -140,9 +140,10 @@ def find_nearest(
 ):
     """Find the nearest candidate to each of `count` tokens.
 
-    The pairwise rule searches for tokens[i] and stores partner and pair by token. The bipartite
-    rule searches for tokens[2 * i] and stores the sort key of i. The search covers the short list,
-    then the whole list, then the full row. `missed` holds the i without a candidate so far.
+    Pairwise: the i-th token is tokens[i]; its candidate goes to partner[token], and the pair of
+    both to keys[token]. Bipartite: the i-th token is tokens[2 * i]; its sort key goes to keys[i].
+    The search covers the short list, then the whole list, then the full row. `missed` holds the i
+    for which no candidate is found yet.
     """
     stride = 1 if PAIRWISE else 2
     missed = 0

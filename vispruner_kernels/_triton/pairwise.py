@@ -45,19 +45,25 @@ def pairwise(
     NEIGHBOURS: tl.constexpr,
     EAGER: tl.constexpr,
 ):
-    """Remove `drop` tokens in rounds: a round resolves all pairs that are best for both tokens.
+    """Remove `drop` tokens in rounds.
+
+    A round takes every pair that is the best pair of both its tokens, and removes the less
+    important token of each.
 
     The caller has set partner[t] to -1 and pair[t] to INT64_MAX for every residual token, so all of
     them search in the first round. A token without a living partner is orphaned. In the first EAGER
-    rounds every orphaned token searches again. Later only those that could form the best pair do,
-    because a single token may then be the partner of most others.
+    rounds every orphaned token searches again. Later, one removal may orphan most tokens, because
+    one token may be the partner of most others. So only those search again that could form the best
+    pair.
     pair[t] of a dead token is the pair that removed it.
     """
     dead = 0
     searches = 0
     done = drop <= 0
     while done == 0:
-        # Phase 1: orphaned tokens whose pair could reach `bound` search again.
+        # Phase 1: orphaned tokens with pair >= bound search again. In an early round these are all
+        # of them. In a late round those with the highest upper bound search first; then `bound` is
+        # the best known pair, and those that could reach it search.
         late = searches >= EAGER
         highest = tl.full([], INT64_MIN, tl.int64)
         if late:
@@ -92,8 +98,8 @@ def pairwise(
                 NEIGHBOURS,
             )
         searches += 1
-        # Phase 2: no later removal has a better pair than the best one of living tokens, so the
-        # removals by better pairs are final.
+        # Phase 2: a later removal cannot have a better pair than the best pair of a living token.
+        # So removals by better pairs than that are final.
         if dead >= drop:
             done = _count_final(state_ptr, pair_ptr, N) >= drop
         # Phase 3: remove the less important token of every mutual best pair.
@@ -110,10 +116,12 @@ def pairwise(
                 tl.store(state_ptr + offs_n, DEAD, mask=removed)
                 dead += tl.sum(removed.to(tl.int32), axis=0)
             tl.debug_barrier()
-            # Every round removes a token, unless the scores are overwritten during the call.
+            # Every round removes a token. If the scores are overwritten during the call, a round
+            # may remove none; then end instead of running forever.
             done = dead == before
     if dead > drop:
-        # The last round removed too many tokens: undo the removals beyond the best `drop`.
+        # The rounds removed more than `drop` tokens: undo the removals beyond the best `drop`
+        # pairs.
         for first in range(0, N, SWEEP):
             offs_n = first + tl.arange(0, SWEEP)
             mask_n = offs_n < N
@@ -144,9 +152,9 @@ def _bound_pairs(state_ptr, partner_ptr, pair_ptr, search_ptr, living_ptr, N, hi
 
     Return the highest bound.
 
-    The lost partner was the nearest token, and the first one with its similarity. So no living
-    token is nearer, and only those after the lost partner can be as near: the bound is a pair with
-    the first of them.
+    The lost partner was the nearest token; of equally near tokens it had the smallest index. So no
+    living token is nearer, and one that is as near has a larger index than the lost partner. The
+    bound is the pair with the first living token of larger index, at the old similarity.
     """
     living = 0
     for first in range(0, N, SWEEP):
@@ -186,7 +194,7 @@ def _best_known(state_ptr, partner_ptr, pair_ptr, N):
 
 @triton.jit
 def _count_final(state_ptr, pair_ptr, N):
-    """The number of removals by pairs that are better than every living pair."""
+    """The number of removals by pairs that are better than pair[t] of every living token t."""
     best = tl.full([], INT64_MIN, tl.int64)
     for first in range(0, N, SWEEP):
         offs_n = first + tl.arange(0, SWEEP)

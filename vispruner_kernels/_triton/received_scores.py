@@ -104,7 +104,7 @@ def _received_kernel(
     Scratch: int64 counters [images, blocks], float64 sums [H, parts, tokens] and, without lse, the
       8-byte rows of _softmax_kernel [H, tokens].
     Moves: k once per part, q and lse once per block, sums written and read once, scores once.
-    Deterministic: every sum has an order that depends on the shape only; no float atomics.
+    Deterministic: the order of every sum depends on the shape and the dtype only; no float atomics.
 
     VARLEN: max_seqlen is the largest number of tokens of an image and num_prefix is 0; else
     max_seqlen is the number of tokens of every image.

@@ -45,7 +45,8 @@ def score_key(x):
 
 @triton.jit
 def index_key(value, index):
-    """Unique int64 keys of int32 values: a larger value has a larger key, then a smaller index."""
+    """Unique int64 keys of int32 values. The larger value has the larger key; of equal values, the
+    one with the smaller index has it."""
     return (value.to(tl.int64) << 32) + (index ^ INT32_MAX).to(tl.int64)
 
 
@@ -61,8 +62,9 @@ def key_index(key):
 
 @triton.jit
 def pair_key(value, a, b):
-    """The key of a pair of tokens. A larger similarity has a larger key; among equal ones a smaller
-    lower index, then a smaller higher index."""
+    """The key of a pair of tokens. The pair with the larger similarity has the larger key. Of equal
+    similarities, it is the pair with the smaller first index, then with the smaller second index;
+    the first index of a pair is the smaller one."""
     key = (value.to(tl.int64) << INDEX_BITS) + (tl.minimum(a, b) ^ LAST_INDEX)
     return (key << INDEX_BITS) + (tl.maximum(a, b) ^ LAST_INDEX)
 
@@ -76,8 +78,9 @@ def pair_value(key):
 def ranked_offsets():
     """Offsets [RANKED / 32, 32], in the shape that makes ranking fast.
 
-    Triton assigns each column to a lane: a thread has many keys, and a warp its share of the keys
-    that they are compared with. In one dimension, loads would dominate the time.
+    Triton gives each column to one lane. So a thread holds the RANKED / 32 keys of its column, and
+    the warps share the keys to compare these with. With one-dimensional offsets, loads would take
+    most of the time.
     """
     return tl.arange(0, RANKED // 32)[:, None] * 32 + tl.arange(0, 32)[None, :]
 
@@ -123,8 +126,9 @@ def read_counter(counter_ptr):
 def arrive(counter_ptr, word, tag, expected):
     """Whether this program is the last of `expected` programs to arrive; none of them waits.
 
-    The last one sees all stores of the others from before their arrival. It must close the counter,
-    so that a CUDA graph can be replayed. `word` comes from read_counter.
+    The last one sees all stores of the others from before their arrival. It must close the counter:
+    a replay of a CUDA graph has the same tag, so an open counter would continue to count. `word`
+    comes from read_counter.
     """
     # The first program opens the counter. If this attempt fails, another program has opened it.
     if (word >> COUNT_BITS) != tag:

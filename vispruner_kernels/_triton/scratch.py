@@ -13,41 +13,45 @@ ARRAYS = tl.constexpr(6)
 
 @functools.lru_cache(maxsize=1024)
 def layout(
-    images: int, tokens: int, max_tokens: int, block: int, neighbours: int
+    images: int, total: int, max_tokens: int, block: int, neighbours: int
 ) -> tuple[int, int, int, int]:
-    """Programs; int32 words of the similarities; tokens of an array; int32 words of all scratch."""
+    """The number of programs, and for `scratch_arrays` sim_size and array_size; then the int32
+    words of all scratch."""
 
     def whole(words: int) -> int:
         return -(-words // 16) * 16
 
     blocks = -(-max_tokens // block)
-    similarities, rounded = tokens * whole(max_tokens), whole(tokens)
-    words = similarities + (2 * neighbours + 2 + ARRAYS.value) * rounded + 2 * images * (1 + blocks)
-    return images * blocks * (blocks + 1) // 2, similarities, rounded, words
+    sim_size, array_size = total * whole(max_tokens), whole(total)
+    words = sim_size + (2 * neighbours + 2 + ARRAYS.value) * array_size
+    words += 2 * images * (1 + blocks)
+    return images * blocks * (blocks + 1) // 2, sim_size, array_size, words
 
 
 @triton.jit
-def scratch_arrays(scratch_ptr, sim_size, tokens, start, ld, NEIGHBOURS: tl.constexpr):
+def scratch_arrays(scratch_ptr, sim_size, array_size, start, ld, NEIGHBOURS: tl.constexpr):
     """The arrays of the image whose tokens begin at `start`, and the counters of all images.
 
-    An array of `tokens` elements serves all images. Both rules use the same memory: pair and keys,
-    rank (of a token, for the pairwise rule) and sorted (tokens by rank, for the bipartite rule),
-    partner and next. Counters are int64, one per image, then one per block of every image.
+    The similarities take `sim_size` int32. Each other array has `array_size` elements, the number
+    of tokens of all images rounded up to a multiple of 16. The names are those of the pairwise
+    rule. The bipartite rule uses the same memory under other names: `pair` is its `keys`, `partner`
+    its `next`, and `rank`, the rank of each token, its `sorted`, the tokens by rank. Counters are
+    int64, one per image, then one per block of every image.
     """
-    tokens = tokens.to(tl.int64)
+    array_size = array_size.to(tl.int64)
     sim_ptr = scratch_ptr + start * ld  # [N, ld]
     all_lists_ptr = (scratch_ptr + sim_size).to(tl.pointer_type(tl.int64))
-    all_pairs_ptr = all_lists_ptr + tokens * NEIGHBOURS
-    words_ptr = (all_pairs_ptr + tokens).to(tl.pointer_type(tl.int32))  # [ARRAYS, tokens]
-    counters_ptr = (words_ptr + ARRAYS * tokens).to(tl.pointer_type(tl.int64))
+    all_pairs_ptr = all_lists_ptr + array_size * NEIGHBOURS
+    words_ptr = (all_pairs_ptr + array_size).to(tl.pointer_type(tl.int32))  # [ARRAYS, array_size]
+    counters_ptr = (words_ptr + ARRAYS * array_size).to(tl.pointer_type(tl.int64))
     lists_ptr = all_lists_ptr + start * NEIGHBOURS  # [N, NEIGHBOURS]
     pair_ptr = all_pairs_ptr + start  # [N], as all below
     state_ptr = words_ptr + start
-    rank_ptr = state_ptr + tokens
-    partner_ptr = rank_ptr + tokens
-    missed_ptr = partner_ptr + tokens
-    search_ptr = partner_ptr + 2 * tokens
-    living_ptr = partner_ptr + 3 * tokens
+    rank_ptr = state_ptr + array_size
+    partner_ptr = rank_ptr + array_size
+    missed_ptr = partner_ptr + array_size
+    search_ptr = partner_ptr + 2 * array_size
+    living_ptr = partner_ptr + 3 * array_size
     return (
         sim_ptr,
         lists_ptr,

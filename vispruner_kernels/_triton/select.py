@@ -27,7 +27,7 @@ from vispruner_kernels._triton.scratch import layout, scratch_arrays
 from vispruner_kernels._triton.similarity import similarity, store_tile
 from vispruner_kernels._triton.topk import gather_rows
 
-# Tokens of a tile's side, bytes of features per step, and the length of a neighbour list.
+# Tokens along one side of a tile, bytes of features per step, and the length of a neighbour list.
 BLOCK_N, BLOCK_BYTES, NEIGHBOURS = 32, 128, 32
 NUM_WARPS = 8
 # The most tokens whose similarities fit the registers of a program; older compilers need more
@@ -47,8 +47,9 @@ INTEGERS = (
     "stride_sb",
     "tag",
 )
-# The bits of -0.0: an int64 to Triton, as those of every other ratio. The bits of 0.0 would be an
-# int32, and a variant of their own.
+# The bits of -0.0, which stands for ratio 0. Triton passes an integer as int64 only if it does not
+# fit 32 bits. The bits of usual ratios do not fit. Those of 0.0 would, and Triton would compile
+# another variant for them.
 NO_RATIO = -(2**63)
 
 
@@ -76,7 +77,7 @@ def _select_kernel(
     stride_cu,
     stride_ck,
     sim_size,
-    tokens,
+    array_size,
     tag,
     PAIRWISE: tl.constexpr,
     VARLEN: tl.constexpr,
@@ -92,7 +93,7 @@ def _select_kernel(
     Grid: (images * tiles); a tile is a pair of blocks of BLOCK_N tokens. The program that finishes
       a block's last tile builds its neighbour lists, the one that finishes an image's last block
       runs the passes of the image.
-    Scratch: similarities [tokens, ld] int32, lists, a few words per token, counters (scratch.py).
+    Scratch: similarities [total, ld] int32, lists, a few words per token, counters (scratch.py).
     Moves: features 2 * (N / BLOCK_N + 1) times, all but the first from L2; similarities written
       once, read several times for the lists, and in part by the passes.
     Deterministic: all sums and comparisons are on integers; the order of arrival decides only which
@@ -103,7 +104,8 @@ def _select_kernel(
     important tokens. Otherwise every image has max_tokens tokens and keeps dense_keep of them,
     dense_important by their scores.
     """
-    # A row of similarities is read to the end of a vector, so some tile must write all of it.
+    # Searches read a row of similarities up to the next multiple of 16 columns. BLOCK_N is a
+    # multiple of 16, so the tiles write all of these columns.
     tl.static_assert(BLOCK_N % 16 == 0)
     max_blocks = tl.cdiv(max_tokens, BLOCK_N)
     max_tiles = max_blocks * (max_blocks + 1) // 2
@@ -155,10 +157,10 @@ def _select_kernel(
         search_ptr,
         living_ptr,
         counters_ptr,
-    ) = scratch_arrays(scratch_ptr, sim_size, tokens, start, ld, NEIGHBOURS)
+    ) = scratch_arrays(scratch_ptr, sim_size, array_size, start, ld, NEIGHBOURS)
     # States are bytes, so that a search reads few cache lines.
     state_ptr = state_ptr.to(tl.pointer_type(tl.int8))
-    # The bipartite rule stores other things in the same memory.
+    # The bipartite rule uses the same memory under other names (scratch.py).
     keys_ptr, sorted_ptr, next_ptr = pair_ptr, rank_ptr, partner_ptr
     block_counters_ptr = counters_ptr + images + image.to(tl.int64) * max_blocks
     image_counter_ptr = counters_ptr + image
@@ -287,11 +289,11 @@ def _launch(
     ratio_bits: int = NO_RATIO,
 ) -> None:
     """`keep`, `important` and `kept` of images of one length, or `offsets` and `ratio_bits`."""
-    tokens = features.numel() // features.shape[-1]
+    total = features.numel() // features.shape[-1]
     channels, strides = features.shape[-1], features.stride()
     # Loads that are not vectors need a register per address.
     aligned = (channels | strides[0] | strides[-2]) % 16 == 0 and features.data_ptr() % 16 == 0
-    grid, similarities, rounded, words = layout(images, tokens, max_tokens, BLOCK_N, NEIGHBOURS)
+    grid, sim_size, array_size, words = layout(images, total, max_tokens, BLOCK_N, NEIGHBOURS)
     cu_seqlens, cu_keep = offsets or (out, out)
     launch.run(
         _select_kernel,
@@ -309,18 +311,19 @@ def _launch(
         keep,
         important,
         min(step, max_tokens),
-        tokens,
+        total,
         out.numel(),
         ratio_bits,
         strides[0],
         strides[-2],
         scores.stride(0),
         scores.stride(-1),
-        # Strides of `out` would depend on keep, and Triton would compile anew for some of them.
+        # Without offsets `out` stands in for them. Its strides depend on keep, and Triton would
+        # compile again for some of them, so 0 is passed.
         cu_seqlens.stride(0) if offsets else 0,
         cu_keep.stride(0) if offsets else 0,
-        similarities,
-        rounded,
+        sim_size,
+        array_size,
         launch.new_tag(),
         PAIRWISE=matching == "pairwise",
         VARLEN=offsets is not None,

@@ -1,4 +1,4 @@
-"""Fixed-point cosine similarity of two blocks of tokens (docs/contract.md, section 2.3)."""
+"""Fixed-point cosine similarity of two blocks of tokens (docs/contract.md, section 2, step 3)."""
 
 from __future__ import annotations
 

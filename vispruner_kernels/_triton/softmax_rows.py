@@ -23,7 +23,8 @@ def received_scratch(scratch_ptr, images, blocks, H, parts, tokens):
     """(counters, sums, rows) of `received_scores`, all of 8 bytes.
 
     Counters are int64 [images, blocks], partial sums are float64 [H, parts, tokens]. Rows are pairs
-    of float32 [H, tokens], the largest logit and 1 / the sum of the exponentials; not with lse.
+    of float32 [H, tokens], the largest logit and 1 / the sum of the exponentials. With lse there
+    are no rows.
     """
     sums_ptr = scratch_ptr + images * blocks
     rows_ptr = sums_ptr + (H * parts).to(tl.int64) * tokens
@@ -84,7 +85,8 @@ def _softmax_kernel(
     Moves: q once, k once per block.
     Deterministic: one program per row, keys in order.
 
-    VARLEN: max_seqlen is the largest number of tokens of an image, else that of all.
+    VARLEN: max_seqlen is the largest number of tokens of an image; else max_seqlen is the number
+    of tokens of every image.
     """
     blocks = tl.cdiv(max_seqlen, BLOCK)
     image = (tl.program_id(0) // (H * blocks)).to(tl.int64)

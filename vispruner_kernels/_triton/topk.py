@@ -128,7 +128,7 @@ def gather_rows(
 def _rows_kernel(
     scores_ptr,
     out_ptr,
-    H,
+    grid_rows,
     width,
     rows,
     stride_sb,
@@ -144,7 +144,7 @@ def _rows_kernel(
     """
     image = tl.program_id(0).to(tl.int64)
     offs_h = tl.arange(0, BLOCK_H)
-    mask_h = offs_h < H
+    mask_h = offs_h < grid_rows
     row_ptr = scores_ptr + image * stride_sb + offs_h.to(tl.int64) * width * stride_sn
     total = tl.load(row_ptr, mask=mask_h, other=0.0).to(tl.float32)
     for _ in range(1, width):

@@ -6,7 +6,8 @@ python -m vispruner_kernels.demo [IMAGE] [--question TEXT] [--keep 64] [--out FI
 ```
 
 The demo crops a photograph to its central square. It asks eight questions with known answers about
-the bundled picture, the question TEXT about another, and none with a vision tower from --model.
+the bundled picture; the question TEXT, if given, comes first. About another picture it asks only
+TEXT. With a vision tower from --model it asks no question.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0, or 2 after one line on stderr about a bad input.
     """
     arguments = _parser().parse_args(argv)
-    # Several threads are slower on such small products, and the thread count changes the sums.
+    # Several threads are slower on such small products, and change PyTorch's sums.
     torch.set_num_threads(1)
     try:
         _check_packages()

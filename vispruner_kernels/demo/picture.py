@@ -71,7 +71,8 @@ def load_photo(path: Path) -> Image.Image:
         with warnings.catch_warnings(), open(path, "rb") as file:
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            # Pillow maps a raw TIFF with a file name into memory, and then turns it wrongly.
+            # If Pillow gets a file name, it maps a raw TIFF into memory, and then rotates it
+            # wrongly.
             with Image.open(file) as opened:
                 return _read(opened, path)
     except InputError:

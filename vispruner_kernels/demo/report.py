@@ -71,6 +71,7 @@ def run(image: Path | None, question: str | None, keep: int, out: Path, model: s
         "  attention: share of the CLS token's attention to patches that went to kept ones",
         "  coverage: mean over all tokens of the largest cosine to a kept one (more is better)",
         "  redundancy: mean over kept tokens of the largest cosine to another (less is better)",
+        "  share: kept tokens of all; selection: median time, without that of the scores",
         f"  FoPru row: only whole rows of {side} tokens; left out if the budget is less than a row",
         *([f"  N of {known}: right answers to the picture's {known} questions"] if known else []),
         f"\npicture: {out}",

@@ -27,7 +27,8 @@ from vispruner_kernels.integrations._prompt import given
 from vispruner_kernels.integrations._switch import is_switched, switch, switch_back
 from vispruner_kernels.integrations._vision import CoreAlone, asks_for_pruning
 
-# Options of decoding that moves in the cache by the length of the prompt, or fills it in parts.
+# Options of decoding that computes places in the cache from the length of the caller's prompt, or
+# that fills the cache in parts.
 _REFUSED = (
     "assistant_model",
     "assistant_early_exit",
@@ -44,7 +45,7 @@ class Handle:
         self._modules: tuple[Any, ...] = (model, model.model)
         self._prune = torch.compiler.disable(prune)
         if any(map(is_switched, self._modules)):
-            raise RuntimeError("the model prunes already: call remove() of its handle first")
+            raise RuntimeError("the model is already attached: call remove() of its handle first")
         for module in self._modules:
             switch(module, {"forward": self._forward, "generate": self._generate})
 
@@ -159,7 +160,8 @@ class Handle:
             pruned["attention_mask"] = torch.ones_like(embeds[..., 0], dtype=torch.int64)
         old, new = (arguments["inputs_embeds"] if ids is None else ids).shape[1], embeds.shape[1]
         if old != new:
-            # transformers subtracts the length of the embeddings where that of the ids differs.
+            # If the ids and the embeddings differ in length, transformers subtracts the length of
+            # the embeddings from max_length and min_length. The shift restores the caller's values.
             shift = new - old if ids is None else new
             for option in ("max_length", "min_length"):
                 if setting(option) is not None:

@@ -53,7 +53,7 @@ _CAPTURE: ContextVar[Capture | None] = ContextVar("vispruner_capture", default=N
 _LOCK = threading.Lock()
 # For each change of a module: how many captures need it, and the function that undoes it.
 _CHANGED: dict[tuple[Any, Any], tuple[int, Callable[[], None]]] = {}
-# Attribute of a config that names our function: the original config.
+# Name of an attribute. A config that selects our function keeps the original config in it.
 _ORIGINAL_CONFIG = "_vispruner_original_config"
 
 
@@ -106,7 +106,7 @@ def capture_output(module: Any, result: Capture) -> Iterator[None]:
 
 @contextmanager
 def replace_forward(module: Any, result: Capture, forward: Callable[..., Any]) -> Iterator[None]:
-    """Inside the context, `module` calls `forward` in this thread."""
+    """Inside the context, a call of `module` in this thread runs the given `forward`."""
     result.forwards[module] = forward
     with _changed(module, _redirect_forward):
         yield

@@ -1,8 +1,9 @@
 """KV caches that hold a pruned prompt, and callers that continue with unpruned masks and positions.
 
 A caller decodes by hand with the mask and the positions of the prompt that it knows, the unpruned
-one. `HeldPrompt` records what pruning removed, and translates them to the columns of the cache. The
-record is an attribute of the cache, so copies of the cache have it, and every handle can read it.
+one. `HeldPrompt` records what pruning removed, and translates the caller's mask and positions to
+the columns of the cache. The record is an attribute of the cache, so copies of the cache have it,
+and every handle can read it.
 """
 
 from __future__ import annotations
@@ -144,7 +145,7 @@ class HeldPrompt:
         if cached < self.columns:
             raise ValueError(
                 f"{name} was cut to {cached} tokens, within a pruned prompt that ends at "
-                f"{self.columns}, expected at most {self.unchanged}, before the first image: run "
+                f"{self.columns}, expected at most {self.unchanged} (before the first image): run "
                 "the whole prompt again"
             )
         arguments.pop("cache_position", None)
@@ -196,7 +197,7 @@ def hold(cache: Any, prompt: HeldPrompt) -> None:
 
 @functools.cache
 def _in_step(base: Any) -> Any:
-    """A subclass of a cache class, with the same name, that keeps the record in step.
+    """A subclass of a cache class, with the same name, that also applies changes to the record.
 
     A method that reorders, repeats or selects rows of the cache does the same to the record.
     """

@@ -47,8 +47,8 @@ def check_placeholders(
     if len(prompt) != ends[-1] or not torch.equal(prompt[ends - counts], prompt[ends - 1]):
         raise ValueError(
             f"{name} has {found.sum(-1).tolist()} {kind} placeholders by prompt, expected those of "
-            f"{len(lengths)} {kind}s of {lengths} tokens, each in one prompt: make both in one "
-            "call of the processor"
+            f"{len(lengths)} {kind}s of {lengths} tokens, each in one prompt: make the prompts and "
+            "the pixels in one call of the processor"
         )
 
 
@@ -151,7 +151,9 @@ def positions_before(
     if not hasattr(model.model, "get_rope_index"):
         return None
     if held is not None:
-        raise ValueError(f"position_ids are missing: they continue those of the tokens in {held}")
+        raise ValueError(
+            f"position_ids are missing: {held} has tokens already, pass the positions after theirs"
+        )
     grids: dict[str, Any] = {"image_grid_thw": None, "video_grid_thw": None}
     for kind, name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
         if given_pixels(inputs, name):

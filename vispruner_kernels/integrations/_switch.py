@@ -54,7 +54,7 @@ class _Method:
         return known[2]
 
     def _call_of(self, module: Any, stored: Callable[..., Any] | None) -> Callable[..., Any]:
-        """Make the function that calls the module's replacement, or its method without one.
+        """Make the function that calls the module's replacement or, without one, its method.
 
         The method is the function stored on the module, or the one that its class inherits.
         """
@@ -106,8 +106,8 @@ def _signature(
 ) -> inspect.Signature:
     """The signature of the bound method.
 
-    If the method takes only `*args, **kwargs`, return that of the next method below it in the class
-    hierarchy: this module and transformers need the names of the parameters.
+    If the method takes only `*args, **kwargs`, return that of the next method in the method
+    resolution order that names its parameters: this module and transformers need the names.
     """
     functions = [inherited, *(vars(base).get(name) for base in cls.__mro__)]
     signatures = [inspect.signature(partial(x, None)) for x in functions if inspect.isfunction(x)]

@@ -47,8 +47,8 @@ def asks_for_pruning(inputs: Mapping[str, Any]) -> bool:
     features = inputs.get("mm_encoder_outputs") or {}
     if any(value is not None for value in features.values()):
         raise ValueError(
-            "mm_encoder_outputs: they hold no scores to prune by; pass pixel_values, to the model "
-            "that was attached"
+            "mm_encoder_outputs: they hold no scores, so they cannot be pruned; pass pixel_values "
+            "(if the model is attached, to its generate or forward)"
         )
     return any(given_pixels(inputs, name) for name in PIXELS)
 

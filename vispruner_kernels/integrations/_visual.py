@@ -6,7 +6,8 @@
     keep(...)       their places in the prompt and their embeddings
 
 A *row* identifies a visual token: its index in `Visual.source.flatten(0, 1)`, the features of the
-tower. A *grid* is a tile or a frame. A *unit* has one budget: an image, or one grid of it.
+tower. A *grid row* is a row of patches. A *grid* is a tile or a frame. A *unit* has one budget: an
+image, or one grid of it.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ class Budgets:
 def budgets(visual: Visual, method: Method, per_grid: bool, keep_small: bool = False) -> Budgets:
     """Split images into units. A small unit is an error, or stays whole with `keep_small`."""
     found = Budgets([], [], [], [0] * len(visual.layouts))
-    # A fraction is at most 1, so here it only matters for units of at most one token.
+    # A fraction is at most 1, so with a fraction only units of at most one token stay whole here.
     most_whole = method.keep if keep_small else -1
     for image in range(len(visual.layouts)):
         for rows in _units(visual, image, per_grid):
@@ -126,7 +127,7 @@ def budgets(visual: Visual, method: Method, per_grid: bool, keep_small: bool = F
                 found.counts[image] += method.on_grid(width).retained_tokens(len(rows))
             except ValueError as error:
                 where = f"{visual.kind} {visual.numbers[image]}"
-                where += f", grid {int(visual.grid[rows[0]])}" if per_grid else ""
+                where += f", tile or frame {int(visual.grid[rows[0]])}" if per_grid else ""
                 raise ValueError(f"{where} of the batch: {error}") from None
             found.pruned.append(rows)
             found.widths.append(width)

@@ -108,8 +108,8 @@ class Settings:
         dropped = 1 if strategy == "default" else 0
         if dropped < prefix:
             raise ValueError(
-                "vision_feature_select_strategy is 'full', expected 'default': it keeps the [CLS] "
-                "token, which has no score"
+                "vision_feature_select_strategy is 'full', expected 'default': 'full' keeps the "
+                "[CLS] token, which has no score"
             )
         side, pixels = _side(vision), _size(vision, "image_size")
         if prefix + side * side == dropped:
@@ -120,8 +120,8 @@ class Settings:
         pinpoints = _pinpoints(config, pixels, side * side)
         if pinpoints and dropped != prefix:
             raise ValueError(
-                "vision_feature_select_strategy is 'default', expected 'full': it drops a patch "
-                "of each tile"
+                "vision_feature_select_strategy is 'default', expected 'full': 'default' drops a "
+                "patch of each tile"
             )
         return Settings(
             method=method,
@@ -218,8 +218,8 @@ class Settings:
 
     @property
     def most(self) -> int:
-        """The most placeholders that any image can have. It need not be the largest image, because
-        newlines are kept in addition to the budget."""
+        """The most placeholders that any image can have. The image with this count need not be
+        the largest one, because newlines are kept in addition to the budget."""
         return max(map(self._bound, self.sizes))
 
     def _bound(self, size: Size) -> int:

@@ -1,4 +1,4 @@
-"""Visual token pruning for models of transformers, without patched model code.
+"""Visual token pruning for models of transformers, without changes of its code.
 
     inputs = prune_inputs(model, processor(...), VisPruner(64))    # prune one call
     handle = attach(model, VisPruner(64))                          # prune every call of the model
@@ -179,7 +179,7 @@ def prune_inputs(
         one launch for each group of consecutive images of equal size; an interpolated image takes
         its own.
         Projector: kept tokens only. LLaVA-OneVision interpolates tokens of videos, and of images
-        above 9 tiles, after the projector; there all patches are projected.
+        of more than 10.89 tiles, after the projector; there all patches are projected.
         Synchronisation: the ids and the mask are copied to the host before the tower runs.
         Afterwards the host does not wait for the device, except in the model's own packing of
         interpolated images.
@@ -216,8 +216,8 @@ def _prune(
     # the tower without a wait.
     found = placeholders(model, inputs)
     cache, cache_name = cache_in(inputs, type(model.model))
-    held = cache_name if length_of(cache) else None
-    positions = positions_before(model, inputs, mask, found, held)
+    filled_cache = cache_name if length_of(cache) else None
+    positions = positions_before(model, inputs, mask, found, filled_cache)
     mask_on_host = None if mask is None else mask.cpu()
     method, tiles = settings.method, settings.budget == "tile"
     visuals = read(model, inputs, method)
@@ -252,7 +252,8 @@ def _prune(
     if positions is not None:
         pruned["position_ids"] = prompt.positions(positions)
     if hasattr(model.model, "rope_deltas") and positions is not None and positions.dim() == 3:
-        # The model's forward continues from these: the next position minus the tokens before it.
+        # The model's forward adds these to its count of tokens: the next position minus the number
+        # of tokens in the pruned prompt.
         last = positions[-3:] if mask is None else positions[-3:].masked_fill(mask == 0, -1)
         tokens_before = prompt.length if mask is None else mask.sum(-1)
         removed = send(prompt.removed, positions.device)
@@ -333,7 +334,7 @@ def attach(
     Raises:
         TypeError: the model or the method is not supported.
         ValueError: a wrong option.
-        RuntimeError: the model prunes already.
+        RuntimeError: the model is already attached.
 
         Calls of the attached model raise the errors of `prune_inputs`. They also raise ValueError
         for assisted decoding, prompt lookup, prefill in parts, and `generate` from a cache that

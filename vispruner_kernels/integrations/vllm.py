@@ -85,7 +85,7 @@ class CheckPruned:
 
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
-        """Part of the interface of vLLM; the settings need the whole configuration."""
+        """Required by vLLM; does nothing, because the check needs the whole configuration."""
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
@@ -117,7 +117,7 @@ class CheckUnpruned:
 
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
-        """Part of the interface of vLLM; the settings need the whole configuration."""
+        """Required by vLLM; does nothing, because the check needs the whole configuration."""
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:

@@ -121,7 +121,8 @@ def whole_images(
     kind: str,
     grids_each: int = 1,
 ) -> Visual:
-    """Images of `grids_each` grids; the language model gets all their tokens, in order."""
+    """Images of `grids_each` grids; without pruning, the language model gets all their
+    tokens, in order."""
     source, scores, first = read
     count, tokens = source.shape[:2]
     side = math.isqrt(tokens - first)
