@@ -118,17 +118,16 @@ def random_case(seed: int, max_tokens: int = 64, matching: str | None = None) ->
 
 
 def hubs(tokens: int) -> Tensor:
-    """float32 [1, tokens, tokens]: the first token is the nearest of all others; without it the
+    """float32 [1, tokens, tokens]: the first token is the nearest of most others; without it the
     second one is, and so on.
 
-    So if the first token of such an order is the least important one, each round of the pairwise
-    rule removes few tokens, and orphans most of the others.
+    So a round of the pairwise rule removes one or two tokens, and orphans most of the others.
     """
-    # Similarities to the earlier token of a pair. A larger range is no Gram matrix.
+    # The similarity of a pair depends on its first token. A larger range is no Gram matrix.
     falling = 0.3 + torch.linspace(2 / tokens, 0.0, tokens, dtype=torch.float64)
     index = torch.arange(tokens)
     gram = falling[torch.minimum(index[:, None], index)].fill_diagonal_(1.0)
-    return torch.linalg.cholesky(gram).float()[None]
+    return torch.linalg.cholesky(gram).float().contiguous()[None]
 
 
 def hub_cases(tokens: int) -> list[Case]:

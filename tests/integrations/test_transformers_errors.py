@@ -159,7 +159,7 @@ def test_refuses_a_count_above_the_tokens_of_an_image():
     words = "image 0, tile or frame 1 of the batch", "keep is 9, expected 1 <= keep <= 8"
     model = vlms.shared("llava-next")
     fails(model, wide, VisPruner(9), ValueError, *words, budget="tile")
-    words = "video 0, grid 0 of the batch", "keep is 17"
+    words = "video 0, tile or frame 0 of the batch", "keep is 17"
     model = vlms.shared("video-llava")
     fails(model, one("video-llava", frames=2), VisPruner(17), ValueError, *words)
 

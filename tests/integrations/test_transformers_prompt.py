@@ -21,7 +21,7 @@ def test_rope_deltas_continue_the_unpruned_positions(padding):
     """The next position is that of the unpruned prompt."""
     model = vlms.make("qwen2.5-vl")
     inputs = several("qwen2.5-vl", padding, extra=2)
-    positions = vlm_oracle._space(model, inputs)
+    positions = vlm_oracle.spatial_positions(model, inputs)
     pruned = prune_inputs(model, inputs, FoPru(4))
     for b, mask in enumerate(inputs["attention_mask"].bool()):
         following = int(positions[:, b, mask].max()) + 1
@@ -34,7 +34,7 @@ def test_accepts_positions_in_space_from_the_caller():
     model = vlms.shared("qwen2.5-vl")
     inputs = several("qwen2.5-vl")
     mask = inputs["attention_mask"]
-    space = vlm_oracle._space(model, inputs)
+    space = vlm_oracle.spatial_positions(model, inputs)
     text = (mask.cumsum(-1) - 1).clamp(min=0)[None]
     expected = prune_inputs(model, inputs, FoPru(4))
     three = prune_inputs(model, inputs | {"position_ids": space}, FoPru(4))

@@ -101,7 +101,11 @@ def arguments(op: str, way: str, seed: int, images: int = 2, tokens: int = 33) -
                 *(q.flatten(0, 1), k.flatten(0, 1), sample_offsets(lengths), max(lengths)),
                 *(None, lse),
             )
-        tail = {"cls_attention": (v,), "cls_scores": (), "received_scores": (None, 0, lse)}
+        tail = {
+            "cls_attention": (v, None, 1),
+            "cls_scores": (None, 1),
+            "received_scores": (None, 0, lse),
+        }
         return (q, k, *tail[op])
     features = sample_features(FEATURE_KINDS[seed], images, tokens, 3, generator)
     features = features.to(DTYPES[seed % len(DTYPES)])

@@ -9,6 +9,7 @@ import random
 import pytest
 import torch
 from attention import sample_cancelling
+from calls import operators_of
 
 pytest.importorskip("triton")
 
@@ -29,6 +30,8 @@ pytestmark = pytest.mark.skipif(
 if operators.INTERPRETED:
     from vispruner_kernels._triton import received_scores
 
+triton_ops = operators_of("triton")
+
 
 @pytest.mark.parametrize(("sequence", "logit", "lse"), [(512, 10.0, False), (1024, 8.1, True)])
 def test_rounding_does_not_add_up_over_many_rows(sequence, logit, lse):
@@ -45,7 +48,7 @@ def test_rounding_does_not_add_up_over_many_rows(sequence, logit, lse):
     if lse:
         given = torch.full((1, 1, sequence), rows)
         exact = math.exp(logit - float(given[0, 0, 0]))
-    scores = operators.received_scores(q, k, 1.0, 0, given if lse else None)
+    scores = triton_ops.received_scores(q, k, 1.0, 0, given if lse else None)
     assert abs(scores[0, 7].double() - exact) < 4e-7
 
 
@@ -64,7 +67,7 @@ def test_products_that_cancel_match_the_reference(dtype):
         ("received_scores_varlen", packed),
         ("received_scores_varlen", (*packed, lse[0])),
     ):
-        assert_matches(op, getattr(operators, op)(*args), getattr(reference, op)(*args), args, {})
+        assert_matches(op, getattr(triton_ops, op)(*args), getattr(reference, op)(*args), args, {})
 
 
 @pytest.mark.parametrize("lse", [True, False])
@@ -74,27 +77,27 @@ def test_an_image_in_parts_has_the_same_bits_alone_and_in_batches(lse, monkeypat
     received_scores._plan.cache_clear()
     q, k, _ = sample_qkv(2, 150, 2, 16, torch.float32, 5)
     given = 4.0 + torch.rand(2, 2, 150, generator=torch.Generator().manual_seed(1)) if lse else None
-    got = operators.received_scores(q, k, None, 0, given)
+    got = triton_ops.received_scores(q, k, None, 0, given)
     assert_close(got, reference.received_scores(q, k, None, 0, given).double(), 1e-6)
     packed = None if given is None else torch.cat([given[0, :, :70], given[1]], 1)
     images = [torch.cat([x[0, :70], x[1]]) for x in (q, k)]
-    several = operators.received_scores_varlen(
+    several = triton_ops.received_scores_varlen(
         *images, sample_offsets([70, 150]), 400, None, packed
     )
     assert_same_bits(several[70:], got[1])
     first = None if given is None else given[:1, :, :70]
-    alone = operators.received_scores(q[:1, :70], k[:1, :70], None, 0, first)
+    alone = triton_ops.received_scores(q[:1, :70], k[:1, :70], None, 0, first)
     assert_same_bits(several[:70], alone[0])
     received_scores._plan.cache_clear()
 
 
 def test_received_scores_have_the_same_bits_for_any_alignment():
     q, k = torch.randn(2, 1, 100, 3, 64, generator=torch.Generator().manual_seed(0)).half()
-    expected = operators.received_scores(q, k)
+    expected = triton_ops.received_scores(q, k)
     memory = torch.empty(q.numel() + 1, dtype=q.dtype)[1:].view(q.shape).copy_(q)
     # The stride of a dimension of size 1 does not matter.
     for same in (memory, q.as_strided(q.shape, (1, *q.stride()[1:]))):
-        assert_same_bits(operators.received_scores(same, k), expected)
+        assert_same_bits(triton_ops.received_scores(same, k), expected)
 
 
 def test_the_largest_scale_does_not_overflow_in_float16():
@@ -102,8 +105,8 @@ def test_the_largest_scale_does_not_overflow_in_float16():
     q[..., 0], k[0, 3, 0, 0] = 40000.0, 6e-8
     for scale in (2e38, -2e38):
         expected = reference.received_scores(q, k, scale).double()
-        assert_close(operators.received_scores(q, k, scale), expected, 1e-6)
-        out, scores = operators.cls_attention(q, k, q, scale)
+        assert_close(triton_ops.received_scores(q, k, scale), expected, 1e-6)
+        out, scores = triton_ops.cls_attention(q, k, q, scale)
         assert out.isfinite().all()
         assert scores.isfinite().all()
 
@@ -133,13 +136,13 @@ def test_contradictory_offsets_of_packed_attention_stay_in_bounds(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(torch, "empty", sentinels)
             cu_seqlens = torch.tensor(offsets, dtype=torch.int32)
-            got = operators.received_scores_varlen(q, k, cu_seqlens, longest)
+            got = triton_ops.received_scores_varlen(q, k, cu_seqlens, longest)
         expected = torch.zeros(total)
         ends = [min(x, total) for x in itertools.accumulate(offsets, max, initial=0)][1:]
         for first, last in itertools.pairwise(ends):
             image = slice(first, first + min(last - first, longest))
             if image.start < image.stop:
-                expected[image] = operators.received_scores(q[None, image], k[None, image])[0]
+                expected[image] = triton_ops.received_scores(q[None, image], k[None, image])[0]
         assert_same_bits(got.clone(), expected)
         assert (memory[:32] == -7).all()
         assert (memory[32 + total :] == -7).all()

@@ -245,7 +245,7 @@ def test_pairwise_with_one_token_as_the_best_partner_of_all():
     sim = reference.similarity(hubs(400)[0]).fill_diagonal_(-1.0)
     for first in (0, 100, 300):
         nearest = sim[first:, first:].argmax(1)
-        assert nearest.bincount().max() > 0.9 * len(nearest)
+        assert nearest.bincount().max() > 0.8 * len(nearest)
     for case in hub_cases(700):
         assert torch.equal(_native.cpu.select(*case), by_oracle(case))
 

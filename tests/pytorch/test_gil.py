@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from calls import operators_of
 from installed import needs_native
 
 from vispruner_kernels import _native
@@ -47,6 +48,7 @@ CORE = [f for f in dir(_native._C) if not f.startswith(OTHERS)] if _native.INSTA
 
 def long_calls() -> dict[str, Callable[[], Any]]:
     """A call of every operator of the core, with work for some hundredths of a second."""
+    core = operators_of("native")
     generator = torch.Generator().manual_seed(1)
     features = torch.randn(1, 2000, 64, generator=generator)
     scores = torch.rand(1, 2000, generator=generator)
@@ -56,15 +58,13 @@ def long_calls() -> dict[str, Callable[[], Any]]:
     offsets, keep = sample_offsets([2000]), sample_offsets([100])
     packed, rule = (features[0], scores[0], offsets, keep, 2000, 100), (0.5, 8, "bipartite")
     return {
-        "select": lambda: _native.cpu.select(features, scores, 100, *rule),
-        "select_varlen": lambda: _native.cpu.select_varlen(*packed, *rule),
-        "select_topk": lambda: _native.cpu.select_topk(many, 100),
-        "select_rows": lambda: _native.cpu.select_rows(many, 1, 100),
-        "cls_scores": lambda: _native.cpu.cls_scores(rows, rows),
-        "received_scores": lambda: _native.cpu.received_scores(q, q),
-        "received_scores_varlen": lambda: _native.cpu.received_scores_varlen(
-            q[0], q[0], offsets, 2000
-        ),
+        "select": lambda: core.select(features, scores, 100, *rule),
+        "select_varlen": lambda: core.select_varlen(*packed, *rule),
+        "select_topk": lambda: core.select_topk(many, 100),
+        "select_rows": lambda: core.select_rows(many, 1, 100),
+        "cls_scores": lambda: core.cls_scores(rows, rows),
+        "received_scores": lambda: core.received_scores(q, q),
+        "received_scores_varlen": lambda: core.received_scores_varlen(q[0], q[0], offsets, 2000),
     }
 
 

@@ -61,7 +61,7 @@ def logits(model: Any, inputs: dict[str, Tensor], kept: list[Tensor], new: int =
     numbers = {kind: iter(range(len(images))) for kind, images in features.items()}
     kept_of = {"image": iter(kept[: len(features.get("image", []))])}
     kept_of["video"] = iter(kept[len(features.get("image", [])) :])
-    positions = _spatial_positions(model, inputs)
+    positions = spatial_positions(model, inputs)
     results = []
     for b, ids in enumerate(inputs["input_ids"]):
         real = inputs["attention_mask"][b].bool()
@@ -99,7 +99,7 @@ def logits(model: Any, inputs: dict[str, Tensor], kept: list[Tensor], new: int =
     return results
 
 
-def _spatial_positions(model: Any, inputs: dict[str, Tensor]) -> Tensor | None:
+def spatial_positions(model: Any, inputs: dict[str, Tensor]) -> Tensor | None:
     """Positions [3, B, L] of Qwen2.5-VL before pruning."""
     if not hasattr(model.model, "get_rope_index"):
         return None

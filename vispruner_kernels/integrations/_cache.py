@@ -145,7 +145,7 @@ class HeldPrompt:
         if cached < self.columns:
             raise ValueError(
                 f"{name} was cut to {cached} tokens, within a pruned prompt that ends at "
-                f"{self.columns}, expected at most {self.unchanged} (before the first image): run "
+                f"{self.columns}, expected at most {self.unchanged}, before the first image: run "
                 "the whole prompt again"
             )
         arguments.pop("cache_position", None)
