@@ -23,7 +23,7 @@ XDIST := -n auto --maxprocesses 8 --dist worksteal
 # Tests whose result does not depend on VISPRUNER_KERNELS_BACKEND.
 UNCHANGED := --ignore=tests/kernels --ignore=tests/gpu
 
-# Files with long tests of the GPU kernels that only test-kernels runs.
+# Files with long tests of the GPU kernels, which test-kernels runs and test-slow leaves out.
 KERNELS := $(foreach t,aot races triton cuda_on_cpu,--ignore=tests/kernels/test_$(t).py)
 
 # The oldest transformers that pyproject.toml allows.

@@ -215,7 +215,7 @@ def compare(rows: harness.Rows, committed: harness.Rows) -> tuple[list[str], boo
         old = known.pop((row["system"], row["budget"]))
         for name in ("all", *TYPES):
             difference = row[name].mean - old[name]["%"]
-            # A figure without spread has an error of 0. The share of half a picture replaces it.
+            # The error is at least half a picture: a figure without spread has an error of 0.
             error = max(old[name]["error"], 50 / old["pictures"])
             key = f"{row['system']}, {row['budget']} tokens, {name}"
             deviations[key] = difference / error
@@ -298,7 +298,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command."""
     usage = harness.parser(__doc__.splitlines()[0])
     usage.set_defaults(threads=torch.get_num_threads())
-    usage.epilog = "Without --threads this benchmark uses all threads of PyTorch."
+    usage.epilog = "Here the default of --threads is not 1: it is the number of PyTorch's threads."
     usage.add_argument(
         "--quick",
         action="store_true",

@@ -210,8 +210,9 @@ std::vector<std::string> simd_names() {
 
 // Defines a function of which every argument is a keyword, called without the GIL.
 //
-// Operators share no memory except atomics (the instruction set in use, a call counter) and
-// constants with a thread-safe initialisation. Threads and scratch belong to one call.
+// Operators share no memory except atomics (the instruction set in use, a call counter, the limit
+// of shared memory of each device) and constants with a thread-safe initialisation. Threads and
+// scratch belong to one call.
 template <class F, class... Names>
 void define(py::module_& m, const char* name, F f, Names... names) {
   m.def(name, f, py::call_guard<py::gil_scoped_release>(), py::kw_only(), py::arg(names)...);

@@ -91,7 +91,8 @@ struct PairwiseArrays {
   int32_t* partner;
   // [n + 1] See next_allowed.
   int32_t* next;
-  // [n] The key of a token and its partner. It stays when the token is removed.
+  // [n] The key of a token and its partner. It stays when the token is removed. After
+  // `eager_rounds` rounds it is an upper bound for an orphaned token that has not searched again.
   int64_t* pair;
 };
 
@@ -196,8 +197,8 @@ VISPRUNER_HD int32_t* bipartite(Block& block, const int32_t* sim, int64_t ld, in
 // tokens that are each other's nearest. A token is orphaned when its partner is removed. In the
 // first `eager_rounds` rounds every orphaned token searches again. Later only those search that
 // could form the best pair: by then one token may be the partner of most others, and all their rows
-// would be read again for each pair that is removed. Lists were made with all tokens of the mask
-// allowed, or there are none.
+// would be read again for each pair that is removed. Either there are no lists, or every token that
+// the mask allows was a candidate when they were made.
 template <class Block>
 VISPRUNER_HD void pairwise(Block& block, const int32_t* sim, int64_t ld, int32_t n, int32_t drop,
                            int32_t eager_rounds, PairwiseArrays arrays, Lists lists) {

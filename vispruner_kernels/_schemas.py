@@ -20,7 +20,7 @@ _NUMBERS = frozenset((int, float, str, type(None)))
 
 
 class Schema(NamedTuple):
-    """One operator: `signature` is its schema without the namespace."""
+    """One operator: `signature` is its schema without namespace and name."""
 
     signature: str
     check: Callable[..., None]

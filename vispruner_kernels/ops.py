@@ -167,7 +167,7 @@ def prune(
             _ops.select.default, features, scores, keep, important_ratio, step, matching
         )
         return features.gather(1, indices[:, :, None].expand(-1, -1, features.shape[2])), indices
-    # Detached, or scores that require a gradient would make `kept` require one.
+    # Detached, because scores that require a gradient would make `kept` require one.
     return _call(
         _ops.prune.default, features, scores.detach(), keep, important_ratio, step, matching
     )
@@ -438,8 +438,9 @@ def received_scores(
         C++: with ``lse``, if the products of a head's logits cancel, the core adds that head in
         float64, which takes about 3 times as long.
         CUDA: with ``lse`` one launch and scratch of about 8*B*H*S bytes, without it two launches
-        and 16*B*H*S bytes. 8*B*H*S bytes more for every further 2048 query rows. (Instead of
-        2048: 1024 in float32 and for D > 128, except 512 in float32 with 64 < D <= 128.)
+        and 16*B*H*S bytes. 8*B*H*S bytes more for every further 2048 query rows. (2048 is
+        for half types with D <= 128. In float32 with 64 < D <= 128 it is 512. Otherwise it is
+        1024.)
 
     Source:
         FoPru, arXiv 2411.14164; the mean over query rows is our reading of its "significance".

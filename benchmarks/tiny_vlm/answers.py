@@ -73,14 +73,15 @@ def right(model: Any, batch: Batch, kept: Tensor | None) -> Tensor:
 
 @torch.no_grad()
 def answers(model: Any, batch: Batch, kept: Tensor | None) -> Tensor:
-    """`[B, Q, L]` int64: the first tokens of greedy decoding, as many as the true answer with END
-    has, then -1. Each token is decoded after the decoded ones, not after the true ones."""
+    """`[B, Q, SLOT]` int64: tokens of greedy decoding at the places of the true answer and its END, -1
+    at all other places. Each token is decoded after the decoded ones, not after the true ones."""
     visual = project(model, batch, kept)
     ids = batch.ids.clone()
     wanted = batch.labels >= 0
     # Where an answer goes on after a token, the decoded token is the next input.
     after = wanted & wanted.roll(1, -1)
-    for _ in range(2):
+    # An answer has at most two words and END.
+    for _ in range(3):
         best = tiny.logits(model, visual, ids).argmax(-1)
         ids = torch.where(after, best.roll(1, -1), ids)
     return torch.where(wanted, best, -1).unflatten(-1, (len(ASKED), -1))

@@ -24,7 +24,8 @@ WORDS = (
     *"what is the number ? which digit in frame colour where left right of above below".split(),
     *"how many shapes are there top bottom half side on".split(),
 )
-# Tokens of a question with its answer, without END. The longest pairs have 8 + 1 and 5 + 2 words.
+# Tokens of a slot, which holds a question with its answer, without END. The longest pair has 8 + 1
+# words, so one token is spare.
 SLOT = 10
 
 

@@ -143,9 +143,9 @@ struct CudaBlock {
   }
 
   // Ranks by counting. A task is 32 values, one per lane, and a slice of the values that they are
-  // compared with: all lanes load the same address. A warp has up to eight tasks for 4096 values,
-  // and more beyond. The number of slices is a power of two, because a division would take as long
-  // as a slice.
+  // compared with: all lanes load the same address. For up to 4096 values a warp has at most eight
+  // tasks; beyond that it has more. The number of slices is a power of two, because a division
+  // would take as long as a slice.
   template <class F>
   __device__ void each_ranked(const int32_t* values, int32_t n, F f) {
     const int32_t groups = (n + kWarp - 1) / kWarp;

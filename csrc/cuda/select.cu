@@ -111,7 +111,8 @@ __device__ bool may_have_tile(const CudaSelect& call, int64_t image, int32_t til
   return length > 0 && tile < sides * (sides + 1) / 2;
 }
 
-// An image of select_varlen. Its first tile also zeros the output slots that no image owns.
+// An image of select_varlen. Its first tile also zeros output slots to which no image writes: those
+// of this image beyond its `keep` tokens, and those before the first and after the last image.
 __device__ Image packed_image(Block& block, const CudaSelect& call, int64_t image, int32_t tile) {
   const int64_t feature_size = element_size(call.features.dtype);
   const int64_t score_size = element_size(call.scores.dtype);
@@ -192,8 +193,9 @@ __device__ void gather_kept(const SelectArgs& args, const char* features, const 
   }
 }
 
-// Grid: images * tiles of 64 x 64 similarities. The last tile to arrive at one of its two blocks of
-//   tokens lists their neighbours; the last block of tokens to arrive at an image runs its passes.
+// Grid: images * tiles of 64 x 64 similarities. The thread block that finishes the last tile of a
+//   block of tokens lists the neighbours of these tokens; the one that finishes the last lists of
+//   an image runs its passes.
 // Shared: 41 KiB for a tile; for the passes as much as they use, up to the limit of the device.
 // Moves: features 2 * (N / 64 + 1) times, from L2 after the first time; similarities out once, and
 //   in for the lists.

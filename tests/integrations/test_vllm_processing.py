@@ -97,7 +97,7 @@ def test_overridden_methods_have_the_parameters_of_vllm():
         (_vllm_models._Pruned, _vllm_models.LlavaNextForConditionalGeneration),
     ]
     not_overridden = {"_check_pixels", "_sizes", "_parts", "_project"}
-    not_overridden |= {"_prune", "_encode", "_reading"}
+    not_overridden |= {"_prune", "_encode", "_capture_scores"}
     compared = 0
     for ours, theirs in pairs:
         for name, function in vars(ours).items():

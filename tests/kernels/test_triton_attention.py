@@ -111,6 +111,16 @@ def test_the_largest_scale_does_not_overflow_in_float16():
         assert scores.isfinite().all()
 
 
+@pytest.mark.parametrize("scale", [1e-50, -1e-50, 1e-40, 0.0])
+def test_a_scale_that_is_zero_in_float32_gives_the_mean(scale):
+    q, k, v = 100 * torch.randn(3, 1, 20, 2, 8, generator=torch.Generator().manual_seed(0))
+    out, scores = triton_ops.cls_attention(q, k, v, scale)
+    assert_close(out, v.double().mean(1, keepdim=True).expand(v.shape), 1e-4)
+    assert_close(scores, torch.full((1, 19), 1 / 20, dtype=torch.float64), 1e-6)
+    received = triton_ops.received_scores(q, k, scale)
+    assert_close(received, torch.full((1, 20), 1 / 20, dtype=torch.float64), 1e-6)
+
+
 def test_contradictory_offsets_of_packed_attention_stay_in_bounds(monkeypatch):
     """An offset below an earlier one counts as the largest earlier one.
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 np = pytest.importorskip("numpy")
 pytest.importorskip("transformers")
@@ -177,11 +180,21 @@ def test_packed_answers_equal_those_of_generate(model, batch, method):
             answer = tiny_vlm.answer(tiny_vlm.inputs(image, question.text), method)
             assert (answer == question.answer) == right[i, j]
             words = [tiny.WORDS[word] for word in decoded[i, j].tolist() if word >= 0]
-            shown = " ".join(word for word in words if word != tiny.END)
-            length = len(question.answer.split())
-            assert shown.split()[:length] == answer.split()[:length]
+            generated = [*answer.split(), tiny.END]
+            length = min(len(words), len(generated))
+            assert words[:length] == generated[:length]
             wrong += answer != question.answer
     assert method is not None or wrong <= 4
+
+
+def test_each_decoded_token_follows_the_decoded_ones(monkeypatch):
+    """The next token of this model is the last one plus 1. The true answers are other tokens."""
+    ids = torch.tensor([[5, 9, 7, 0] * len(scenes.ASKED)])
+    labels = torch.tensor([[9, 7, 3, -1] * len(scenes.ASKED)])
+    monkeypatch.setattr(answers, "project", lambda model, batch, kept: None)
+    monkeypatch.setattr(answers.tiny, "logits", lambda model, visual, ids: F.one_hot(ids + 1, 20))
+    decoded = answers.answers(None, SimpleNamespace(ids=ids, labels=labels), None)
+    assert decoded.tolist() == [[[6, 7, 8, -1]] * len(scenes.ASKED)]
 
 
 def test_questions_do_not_see_one_another(model, batch):

@@ -214,16 +214,17 @@ NONFINITE = [
 PEAK = """
 import resource, sys
 import torch
-from vispruner_kernels import _native, reference
+from vispruner_kernels import _backends, _schemas
 
-backend = {"native": _native.cpu, "reference": reference}[sys.argv[1]]
 op, sequence = sys.argv[2], int(sys.argv[3])
+function = _backends._implementation(op, sys.argv[1])
 torch.set_num_threads(1)
 
 def call(sequence):
     q, k, v = torch.rand(3, 1, sequence, 1, 64)
     before = peak()
-    getattr(backend, op)(*((q, k, v) if op == "cls_attention" else (q, k)))
+    args = (q, k, v) if op == "cls_attention" else (q, k)
+    function(*_schemas.complete(op, args, {}))
     return peak() - before
 
 def peak():

@@ -1,7 +1,7 @@
 """The C++ core on CPU tensors: the operators call `vispruner_kernels._C`.
 
 The arguments have been checked, except the values of offsets. This module checks those, because on
-a CPU no copy is needed to read them. Every allocation names its device: the default device of
+a CPU they need no copy from a device. Every allocation names its device: the default device of
 Python also applies if TorchScript calls an operator.
 """
 

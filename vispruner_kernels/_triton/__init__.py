@@ -1,4 +1,4 @@
-"""The Triton kernels, one file per operator and a few that they share.
+"""The Triton kernels: five files for the nine operators, and a few that they share.
 
 `operators` has the operators by name.
 """

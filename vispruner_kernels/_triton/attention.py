@@ -19,8 +19,8 @@ def split_scale(scale):
     """(sign, c) with c > 0 and exp(scale * x) = 2 ** (c * sign * x).
 
     So the largest logit is the largest sign * x. sign is 1 or -1; 2 or -2 for |scale| above 1e38,
-    so that c does not overflow; 0 for scale 0, where a non-finite x gives NaN. It is 1 unless
-    `is_signed`.
+    so that c does not overflow; 0 if scale is 0 in float32, where a non-finite x gives NaN. It is 1
+    unless `is_signed`.
     """
     # The interpreter would treat a subnormal number as a float64.
     scale = tl.cast(scale, tl.float32)
@@ -31,8 +31,9 @@ def split_scale(scale):
 
 
 def is_signed(scale: float) -> bool:
-    """Whether the sign of `split_scale` may differ from 1."""
-    return not 0.0 < scale <= 1e38
+    """Whether the sign of `split_scale` may differ from 1: also for a scale below float32's normal
+    range, because it may be 0 there."""
+    return not 2.0**-126 <= scale <= 1e38
 
 
 @triton.jit

@@ -20,10 +20,11 @@ from vispruner_kernels._triton.attention import (
 )
 from vispruner_kernels._triton.cls_row import INTEGERS, LINE, cls_plan, cls_row
 
-# (bytes of an element, padded head dimension): BLOCK_M, BLOCK_N and num_stages, as registers and
-# shared memory allow. The first triple is for rows that begin at multiples of 16 bytes, the second
-# for other rows, in which every element takes the registers of a pointer. The number of warps is
-# that of cls_scores, because it fixes the order of its sums.
+# (bytes of an element, padded head dimension): BLOCK_M, KEYS (BLOCK_N of `_attention`) and
+# num_stages, as registers and shared memory allow. The first triple is for rows that begin at
+# multiples of 16 bytes, the second for other rows, in which every element takes the registers of a
+# pointer. The number of warps comes from cls_plan, as for cls_scores: it fixes the order of the
+# sums of the CLS row, which must be the same in both kernels.
 BLOCKS = {
     (2, 16): ((64, 64, 3), (64, 16, 2)),
     (2, 32): ((128, 64, 3), (64, 16, 2)),

@@ -227,7 +227,7 @@ def _plan(
         "BLOCK_D": block_d,
         "num_warps": NUM_WARPS,
         "num_stages": num_stages,
-        # Without a limit some versions of the assembler use few registers and spill.
+        # Without it some versions of the assembler give a thread too few registers, and spill.
         "maxnreg": 255 if itemsize == 4 else None,
         # Kernels fuse by tl.fma where they need it.
         "enable_fp_fusion": False,

@@ -32,11 +32,14 @@ def layout(
 def scratch_arrays(scratch_ptr, sim_size, array_size, start, ld, NEIGHBOURS: tl.constexpr):
     """The arrays of the image whose tokens begin at `start`, and the counters of all images.
 
-    The similarities take `sim_size` int32. Each other array has `array_size` elements, the number
-    of tokens of all images rounded up to a multiple of 16. The names are those of the pairwise
-    rule. The bipartite rule uses the same memory under other names: `pair` is its `keys`, `partner`
-    its `next`, and `rank`, the rank of each token, its `sorted`, the tokens by rank. Counters are
-    int64, one per image, then one per block of every image.
+    The similarities take `sim_size` int32. `array_size` is the number of tokens of all images,
+    rounded up to a multiple of 16. The lists take array_size * NEIGHBOURS int64; `pair` and the
+    int32 arrays after it have array_size elements each. Counters are int64, one per image, then one
+    per block of every image.
+
+    The names are those of the pairwise rule. The bipartite rule uses three of these arrays under
+    other names: pair as keys, partner as next, rank as sorted. rank[t] is the rank of token t;
+    sorted[r] is the token of rank r.
     """
     array_size = array_size.to(tl.int64)
     sim_ptr = scratch_ptr + start * ld  # [N, ld]

@@ -32,8 +32,9 @@ def _threshold(key, keep):
 
 @triton.jit
 def _kept(key, valid, threshold, room, before):
-    """(kept, count, before): whether a key is kept, the lower index first among equal keys; how
-    many keys are kept up to it; `before` for the next block."""
+    """(kept, count, before). kept: whether a key is kept; of equal keys the lower index comes
+    first. count: how many keys are kept up to this one, earlier blocks included. before: the sums
+    of both counts over all blocks so far, for the next block."""
     above = key > threshold
     equal = (key == threshold) & valid
     # Both counts in one scan; each is at most 2**14.

@@ -156,7 +156,7 @@ def has_user_code(module: Any) -> bool:
 def _use_our_attention(attention: Any) -> Callable[[], None]:
     config = attention.config
     name = config._attn_implementation or "eager"
-    # The name keeps the original one, because models pack images if it contains "flash".
+    # Our name contains the original name, because models pack images if a name contains "flash".
     ours = f"vispruner_{name}"
     ALL_ATTENTION_FUNCTIONS.register(ours, _attention)
     switched = copy.copy(config)

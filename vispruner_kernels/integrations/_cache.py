@@ -80,9 +80,9 @@ def cache_of(output: Any) -> Any:
 class HeldPrompt:
     """A pruned prompt in a cache, and its difference from the prompt of the caller."""
 
-    # Columns of the cache up to the end of the last pruned prompt, and the number of columns at
-    # their start that are the same in the prompt of the caller.
+    # Columns of the cache up to the end of the last pruned prompt.
     columns: int
+    # The number of first columns that are the same in the prompt of the caller.
     unchanged: int
     # Columns that the caller counts but the cache does not have.
     dropped: int

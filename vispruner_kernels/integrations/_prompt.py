@@ -1,6 +1,7 @@
 """Build the shorter prompt: the new place of each remaining token.
 
-The host waits for the device only to read the placeholders and the padding of the caller.
+The host waits for the device only to read the placeholders and the padding of the caller and, for
+Qwen2.5-VL, the grids and positions.
 """
 
 from __future__ import annotations

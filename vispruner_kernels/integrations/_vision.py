@@ -2,7 +2,8 @@
 
 A reader runs the vision tower once for each kind of input (images, videos). It returns the
 features, the attention scores of the layer that outputs them, and the position of each token in the
-prompt, as a `Visual` for each kind. `_readers/` has one file for each family of models.
+prompt, as one `Visual` for each kind, or two if the model interpolates only some images.
+`_readers/` has one file for each family of models.
 """
 
 from __future__ import annotations

@@ -42,7 +42,10 @@ def on_host() -> AbstractContextManager[Any]:
 
 @dataclass
 class Visual:
-    """The visual tokens of all images, or of all videos, of a call."""
+    """The visual tokens of the images, or of the videos, of a call.
+
+    Images that the model interpolates have a `Visual` of their own.
+    """
 
     # "image" or "video"
     kind: str

@@ -149,7 +149,8 @@ def prune_inputs(
         budget: "image": `method.keep` counts tokens of an image. "tile": it counts tokens of each
             tile of LLaVA-NeXT or LLaVA-OneVision, after unpadding, as VisPruner was published.
             Videos always have a budget per frame (Qwen2.5-VL: per two frames).
-        newlines: "keep" or "drop" the tokens that end a row of an image. No budget includes them.
+        newlines: "keep" or "drop" the newline tokens, which end a row of an image; in
+            LLaVA-OneVision they also end a video and an image of one tile. No budget includes them.
         small: what to do with an image (or tile or frame, if it has its own budget) that has fewer
             tokens than the count. "error": raise ValueError. "keep": keep all its tokens.
 
@@ -164,9 +165,9 @@ def prune_inputs(
             token.
 
     Contract:
-        Indices are those of `method.select` on the features and scores of this call; patches are
-        numbered tile by tile. Padding is at the left. Other layers keep their attention
-        implementation.
+        The kept tokens are those of `method.select` on the features and scores of this call, with
+        patches numbered tile by tile; `PrunedInputs.kept` numbers them as in the prompt. Padding is
+        at the left. Other layers keep their attention implementation.
         When this returns or raises, the model is unchanged, except for `rope_deltas` of Qwen2.5-VL:
         they are those of this prompt, as after the model's own forward.
         Differentiable with respect to features, projector and embeddings; for inference, call it in
@@ -180,9 +181,9 @@ def prune_inputs(
         its own.
         Projector: kept tokens only. LLaVA-OneVision interpolates tokens of videos, and of images
         of more than 10.89 tiles, after the projector; there all patches are projected.
-        Synchronisation: the ids and the mask are copied to the host before the tower runs.
-        Afterwards the host does not wait for the device, except in the model's own packing of
-        interpolated images.
+        Synchronisation: the ids, the mask, and the sizes or grids are copied to the host before the
+        tower runs. Otherwise the host waits for the device only in the model's own code: the
+        positions and the tower of Qwen2.5-VL, and the packing of interpolated images.
 
     Source:
         VisPruner, arXiv 2412.01818v2.
@@ -325,7 +326,7 @@ def attach(
         method: one of `vispruner_kernels.methods`.
         budget: "image" or "tile": what `method.keep` counts. `prune_inputs` explains this and the
             next two.
-        newlines: "keep" or "drop" the tokens that end a row of an image.
+        newlines: "keep" or "drop" the newline tokens.
         small: "error" or "keep" for an image with fewer tokens than the count.
 
     Returns:
