@@ -1,4 +1,4 @@
-"""Shapes of real models by device: the cases of the benchmarks attention, backends, scores, select."""
+"""Shapes of real models by device, for the benchmarks attention, backends, scores and select."""
 
 from __future__ import annotations
 

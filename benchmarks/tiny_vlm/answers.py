@@ -73,8 +73,8 @@ def right(model: Any, batch: Batch, kept: Tensor | None) -> Tensor:
 
 @torch.no_grad()
 def answers(model: Any, batch: Batch, kept: Tensor | None) -> Tensor:
-    """`[B, Q, SLOT]` int64: tokens of greedy decoding at the places of the true answer and its END, -1
-    at all other places. Each token is decoded after the decoded ones, not after the true ones."""
+    """`[B, Q, SLOT]` int64: tokens of greedy decoding at the places of the true answer and its END,
+    -1 at all other places. Each token follows the decoded ones, not the true ones."""
     visual = project(model, batch, kept)
     ids = batch.ids.clone()
     wanted = batch.labels >= 0
