@@ -88,8 +88,8 @@ def systems(budget: int) -> dict[str, Method]:
 
 
 def chance(batch: answers.Batch, budget: int, first: int, run: int) -> Tensor:
-    """`[B, budget]`: random tokens, drawn for each picture; `first` is the number of
-    the first picture of the batch."""
+    """`[B, budget]`: random tokens, drawn for each picture; `first` is the number of the first
+    picture of the batch."""
     one = [
         Random(budget, seed=SEEDS * (first + i) + run).select(batch.features[i : i + 1], None)
         for i in range(len(batch.features))

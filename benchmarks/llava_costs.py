@@ -65,8 +65,8 @@ def flops(
 ) -> dict[str, float]:
     """FLOPs of the first token by stage, two for a multiply-add (docs/transformers.md).
 
-    Features come from the last layer but one. `unread` is the number of later layers
-    that run although their output is not used: 1, or 0 for "ours"."""
+    Features come from the last layer but one. `unread` is the number of later layers that run
+    although their output is not used: 1, or 0 for "ours"."""
     vision, text = config.vision_config, config.text_config
     c, f, patch = vision.hidden_size, vision.intermediate_size, vision.patch_size
     s = (vision.image_size // patch) ** 2 + 1

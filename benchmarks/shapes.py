@@ -64,8 +64,8 @@ SELECT = {
         Shape("llava-next, all crops", 1, 2880, 1024, 160, torch.float16),
     ],
 }
-# The other operators that select, on a batch of crops or images. For select_varlen some
-# crops have padding, which is left out, so that the packed crops have different sizes.
+# The other operators that select, on a batch of crops or images. For select_varlen some crops have
+# padding, which is left out, so that the packed crops have different sizes.
 OTHERS = {
     "cpu": [Shape("llava-next", 5, 576, 1024, 32)],
     "cuda": [

@@ -131,16 +131,12 @@ def hubs(tokens: int) -> Tensor:
 
 
 def hub_cases(tokens: int) -> list[Case]:
-    """Calls with the pairwise rule: equal tokens, hubs in order and shuffled, tokens on an arc."""
+    """Calls with the pairwise rule: equal tokens; hubs and an arc, each in order and shuffled."""
     generator = torch.Generator().manual_seed(11)
+    shuffled = torch.randperm(tokens, generator=generator)
     angle = torch.linspace(0.1, 1.5, tokens)[None, :, None]
-    in_order = hubs(tokens)
-    kinds = (
-        torch.ones(1, tokens, 2),
-        in_order,
-        in_order[:, torch.randperm(tokens, generator=generator)],
-        torch.cat([angle.cos(), angle.sin()], 2),
-    )
+    star, arc = hubs(tokens), torch.cat([angle.cos(), angle.sin()], 2)
+    kinds = torch.ones(1, tokens, 4), star, star[:, shuffled], arc, arc[:, shuffled]
     scores = torch.arange(tokens).float()[None], torch.rand(1, tokens, generator=generator)
     return [
         Case(features, score, tokens // 10, 0.0, 8, "pairwise")

@@ -16,9 +16,9 @@ constexpr double kCancelled = 8.0;
 
 // Whether the products that add up to a head's logits cancel: on average over its rows, max(4,
 // |lse|), which stands for the size of the logits, is much smaller than the norms of q and k allow.
-// A float32 logit then keeps the rounding errors of its
-// larger products. Dividing by the sum of the row removes the errors that a row has in common; a
-// given lse does not. `longest`: the largest norm of a key.
+// A float32 logit then keeps the rounding errors of its larger products. Dividing by the sum of the
+// row removes the errors that a row has in common; a given lse does not. `longest`: the largest
+// norm of a key.
 bool cancels(const Simd& simd, const float* queries, int64_t n, const AttentionShape& shape,
              const float* lse, int64_t lse_stride, double longest) {
   double products = 0.0;

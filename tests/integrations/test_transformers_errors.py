@@ -311,7 +311,9 @@ def test_qwen_needs_positions_for_images_after_a_cached_prompt():
         cache = vlms.cache_of(model(**prompts("qwen2.5-vl", [9]), use_cache=True))
     for name in vlms.CACHE_NAMES:
         inputs = one("qwen2.5-vl") | {name: cache}
-        words = f"position_ids are missing: {name} has tokens already"
+        words = (
+            f"position_ids are missing: {name} has tokens already, pass the positions after theirs"
+        )
         with pytest.raises(ValueError, match=words):
             prune_inputs(model, inputs, FoPru(4))
 

@@ -116,7 +116,11 @@ MODELS = [
         ("llava", {LAYER: layer}, f"{LAYER} is {layer!r}, expected one layer of the vision tower")
         for layer in ([-2, -1], 0, -4, 4, True, -2.0, None, "-2", 10**30)
     ),
-    ("llava", {STRATEGY: "full"}, f"{STRATEGY} is 'full', expected 'default': 'full' keeps"),
+    (
+        "llava",
+        {STRATEGY: "full"},
+        f"{STRATEGY} is 'full', expected 'default': 'full' keeps the [CLS]",
+    ),
     ("llava", {STRATEGY: "cls"}, f"{STRATEGY} is 'cls', expected 'default' or 'full'"),
     ("llava", {STRATEGY: None}, f"{STRATEGY} is None, expected 'default' or 'full'"),
     ("llava", dict(vision_config=None), MODEL_TYPE + "None, expected one of"),

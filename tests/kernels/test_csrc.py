@@ -162,6 +162,7 @@ def launch(images: int) -> None:
 
 
 SCORES = torch.arange(6.0)[None]
+EXACTLY = "must be a dict with exactly these names"
 
 
 def topk_arguments(indices: torch.Tensor) -> dict[str, Any]:
@@ -196,9 +197,7 @@ def test_arguments_are_keywords():
 def test_a_struct_has_exactly_its_fields():
     call = topk_arguments(torch.zeros(1, 2, dtype=torch.int64))
     scores = call.pop("scores")
-    message = (
-        "^Tokens must be a dict with exactly these names: data dtype image_stride token_stride$"
-    )
+    message = f"^Tokens {EXACTLY}: data dtype image_stride token_stride$"
     for name in scores:
         rest = {key: value for key, value in scores.items() if key != name}
         for wrong in (rest, rest | {"other": 0}, scores | {"other": 0}):
@@ -241,7 +240,7 @@ def test_the_stub_has_the_fields_of_each_struct():
     assert stub["SelectRule"] == list(rule)
     assert stub.keys() - {"CudaSelect", "Offsets"} == calls.keys() - {"CudaSelect", "Offsets"}
     for name, call in calls.items():
-        with pytest.raises(TypeError, match=f"^{name} must be .* names: {' '.join(stub[name])}$"):
+        with pytest.raises(TypeError, match=f"^{name} {EXACTLY}: {' '.join(stub[name])}$"):
             call()
 
 

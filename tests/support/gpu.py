@@ -245,9 +245,9 @@ def filled() -> Iterator[None]:
 
 
 def placed(x: Tensor, aligned: bool, rng: random.Random) -> Tensor:
-    """x [B, N, C] as a view; the memory around it is NaN. In elements, its
-    offset and its strides of images and tokens are multiples of 16 if `aligned`. Else the offset is
-    1, and the strides are odd and at least 3."""
+    """x [B, N, C] as a view; the memory around it is NaN. In elements, its offset and its strides
+    of images and tokens are multiples of 16 if `aligned`. Else the offset is 1, and the strides are
+    odd and at least 3."""
 
     def stride(size: int) -> int:
         size += rng.choice([0, 0, 40])
