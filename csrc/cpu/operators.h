@@ -12,7 +12,8 @@ struct SelectRule {
   double important_ratio;
   int64_t step;
   Matching matching;
-  // None of these changes a bit: see Block in cpu/block.h, and pairwise and Compact in passes.h.
+  // None of these changes a bit: see Block in cpu/block.h, pairwise in passes.h, and Bipartite in
+  // cpu/bipartite.h.
   int32_t block_threads;
   int32_t eager_rounds;
   int32_t compact_to;

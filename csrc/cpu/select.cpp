@@ -5,6 +5,7 @@
 #include <functional>
 #include <numeric>
 
+#include "cpu/bipartite.h"
 #include "cpu/block.h"
 #include "cpu/operators.h"
 #include "cpu/order.h"
@@ -13,12 +14,6 @@
 
 namespace vispruner {
 namespace {
-
-// From this many tokens on, lists of neighbours are faster than reading whole rows.
-constexpr int32_t kListsFrom = 1536;
-// Nearest neighbours in a list. In more than 99 % of the searches one of 16 is in b
-// (docs/measured.md).
-constexpr int32_t kNeighbours = 16;
 
 // Multiply-adds of the similarities of n tokens; the number of threads follows from it.
 int64_t similarity_work(int64_t n, int64_t channels) { return n * n / 2 * channels; }
@@ -40,41 +35,24 @@ void remove_duplicates(const Simd& simd, const Rows& features, int64_t channels,
   const auto sim = scratch<int32_t>(ld * ld);
   similarity(simd, features, channels, tokens.data(), n, threads, sim.get());
 
-  Block block{simd, rule.block_threads};
-  std::vector<int32_t> mask(ld, kExcluded);
-  if (rule.matching == Matching::kPairwise) {
-    std::fill(mask.begin(), mask.begin() + n, kAllowed);
-    std::vector<int32_t> partner(n), next(n + 1);
-    std::vector<int64_t> pair(n);
-    PairwiseArrays arrays;
-    arrays.score_rank = score_rank.data();
-    arrays.mask = mask.data();
-    arrays.partner = partner.data();
-    arrays.next = next.data();
-    arrays.pair = pair.data();
-    pairwise(block, sim.get(), ld, n, n - keep, rule.eager_rounds, arrays, Lists{});
-    for (int32_t i = 0; i < n; ++i) {
-      if (mask[i] == kAllowed) *out++ = tokens[i];
-    }
+  if (rule.matching == Matching::kBipartite) {
+    std::vector<int32_t> residual(n);
+    for (int32_t i = 0; i < n; ++i) residual[score_rank[i]] = i;
+    const int32_t step = static_cast<int32_t>(std::min<int64_t>(rule.step, n));
+    Bipartite passes(simd, sim.get(), ld, std::move(residual));
+    for (const int32_t i : passes.remove(keep, step, rule.compact_to)) *out++ = tokens[i];
     return;
   }
-  std::vector<int32_t> residual(n), next(n), nearest((n + 1) / 2);
-  for (int32_t i = 0; i < n; ++i) residual[score_rank[i]] = i;
-  const int32_t step = static_cast<int32_t>(std::min<int64_t>(rule.step, n));
-  const bool listed = n >= kListsFrom;
-  const auto lists = scratch<Best>(listed ? int64_t{n} * kNeighbours : 0);
-  const int32_t capacity = std::min<int32_t>(rule.compact_to, static_cast<int32_t>(ld));
-  const auto compact_sim = scratch<int32_t>(int64_t{capacity} * capacity);
-  const auto original = scratch<int32_t>(capacity);
-  BipartiteArrays arrays;
-  arrays.residual = residual.data();
-  arrays.next = next.data();
-  arrays.nearest = nearest.data();
-  arrays.mask = mask.data();
-  const int32_t* const kept = bipartite(block, sim.get(), ld, n, keep, step, arrays,
-                                        Lists{listed ? lists.get() : nullptr, kNeighbours},
-                                        Compact{capacity, compact_sim.get(), original.get()});
-  for (int32_t i = 0; i < keep; ++i) out[i] = tokens[kept[i]];
+  Block block{rule.block_threads};
+  std::vector<int32_t> mask(ld, kNoSimilarity);
+  std::fill(mask.begin(), mask.begin() + n, INT32_MAX);
+  Left left{&simd, &block, sim.get(), ld, mask.data()};
+  const std::vector<uint16_t> rank(score_rank.begin(), score_rank.end());
+  std::vector<uint16_t> partner(n), next(n + 1);
+  std::vector<int64_t> pair(n);
+  const PairwiseArrays arrays = {rank.data(), partner.data(), next.data(), pair.data()};
+  pairwise(block, left, n, n - keep, rule.eager_rounds, arrays,
+           [&](int32_t i) { *out++ = tokens[i]; });
 }
 
 // indices[keep] of one image, ascending.

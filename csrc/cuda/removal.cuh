@@ -2,7 +2,9 @@
 // place in memory.
 #pragma once
 
+#include "cuda/bipartite.cuh"
 #include "cuda/operators.h"
+#include "cuda/pairwise.cuh"
 #include "cuda/scratch.cuh"
 
 namespace vispruner {
@@ -37,107 +39,148 @@ struct Arena {
   }
 };
 
-// Copies the first `length` of the kListed neighbours of each token; `length` is a power of two.
-__device__ inline void copy_lists(const Best* lists, int32_t n, int32_t length, Best* copy) {
-  static_assert(sizeof(uint4) == 2 * sizeof(Best), "two entries at a time");
-  // A batch is loaded before it is stored, because the compiler must assume that they alias.
+
+// What fits in shared memory: the arrays of the passes and all of the lists, or all but the keys of
+// the lists, or less.
+enum class Fit { kAll, kCodes, kLess };
+
+// Bytes of a compact matrix for this many tokens, and of one that is worth the memory.
+VISPRUNER_HD int64_t compact_bytes(int64_t n) { return n * (4 * n + 6); }
+constexpr int32_t kCompactBytes = kMostCompact * (4 * kMostCompact + 6) + 64;
+
+// Bytes of the arrays of the passes of an image.
+VISPRUNER_HD int64_t pass_bytes(Matching matching, int64_t n) {
+  return matching == Matching::kBipartite ? 8 * n + n / 4 + fixed_bytes(n) : 16 * n + n / 4 + 256;
+}
+
+// Copies an array of `bytes` bytes, a multiple of 16. A batch is loaded before it is stored,
+// because the compiler must assume that they alias.
+__device__ inline void copy(const void* from, void* to, int32_t bytes) {
   constexpr int32_t kBatch = 8;
-  // log2 of the uint4 of a list.
-  const int32_t vectors_log2 = 30 - __clz(length);
-  const int32_t count = n << vectors_log2;
-  const uint4* const from = reinterpret_cast<const uint4*>(lists);
-  uint4* const to = reinterpret_cast<uint4*>(copy);
+  const int32_t count = bytes / 16;
   for (int32_t first = threadIdx.x; first < count; first += kBatch * kThreads) {
-    uint4 two[kBatch];
+    uint4 vectors[kBatch];
 #pragma unroll
     for (int32_t b = 0; b < kBatch; ++b) {
       const int32_t v = first + b * kThreads;
-      const int32_t token = v >> vectors_log2;
-      if (v < count) two[b] = from[int64_t{token} * (kListed / 2) + (v - (token << vectors_log2))];
+      if (v < count) vectors[b] = static_cast<const uint4*>(from)[v];
     }
 #pragma unroll
     for (int32_t b = 0; b < kBatch; ++b) {
-      if (first + b * kThreads < count) to[first + b * kThreads] = two[b];
+      const int32_t v = first + b * kThreads;
+      if (v < count) static_cast<uint4*>(to)[v] = vectors[b];
     }
   }
-  __syncthreads();
 }
 
-// The lists for the passes: whole ones in shared memory, else half of each, else those in scratch.
-template <bool kShared>
-__device__ Lists take_lists(Arena<kShared>& arena, const Best* lists, int32_t n) {
-  const int64_t free = arena.shared_end - arena.shared;
-  const int64_t size = n * sizeof(Best);
-  const int32_t length = size * kListed <= free ? kListed : kListed / 2;
-  if (!kShared && size * length > free) return Lists{const_cast<Best*>(lists), kListed};
-  Best* const copy = arena.template take<Best>(int64_t{n} * length);
-  copy_lists(lists, n, length, copy);
-  return Lists{copy, length};
+template <Fit kFit>
+__device__ NeighbourLists take_lists(Arena<kFit != Fit::kLess>& arena, NeighbourLists lists,
+                                     int32_t n) {
+  if constexpr (kFit != Fit::kLess) {
+    uint16_t* const codes = arena.template take<uint16_t>(int64_t{n} * kListed);
+    copy(lists.codes, codes, n * kListed * 2);
+    lists.codes = codes;
+  }
+  if constexpr (kFit == Fit::kAll) {
+    int32_t* const keys = arena.template take<int32_t>(int64_t{n} * kListed);
+    copy(lists.keys, keys, n * kListed * 4);
+    lists.keys = keys;
+  }
+  return lists;
 }
 
-// The compact matrix for the passes, in the free shared memory. The lists are there too: they are
-// not used after the similarities are copied to this matrix.
+// The compact matrix, in all shared memory that is left.
 template <bool kShared>
-__device__ Compact take_compact(const Arena<kShared>& arena) {
-  Compact compact = {0, nullptr, nullptr};
+__device__ Compact take_compact(Arena<kShared> arena, int32_t most) {
+  Compact compact = {0, nullptr, nullptr, nullptr};
   const int64_t free = arena.shared_end - arena.shared;
-  for (int32_t capacity = 16;
-       (capacity + 1) * capacity * static_cast<int64_t>(sizeof(int32_t)) <= free; capacity += 16) {
-    compact.capacity = capacity;
+  while (compact.capacity < most && compact_bytes(compact.capacity + 16) <= free) {
+    compact.capacity += 16;
   }
   compact.sim = reinterpret_cast<int32_t*>(arena.shared);
-  compact.original = compact.sim + compact.capacity * compact.capacity;
+  compact.mask = compact.sim + compact.capacity * compact.capacity;
+  compact.tokens = reinterpret_cast<uint16_t*>(compact.mask + compact.capacity);
   return compact;
 }
 
 // Keeps the `important` best tokens by score, and those of the rest that the rule leaves when only
 // keep - important remain. score_rank[n]: the position of each token in the order by score. Writes
 // out[keep], ascending: the indices of the tokens plus first_index.
-template <Matching kMatching, bool kShared>
-__device__ void remove_duplicates(Block& block, const SelectArgs& args, Arena<kShared> arena,
-                                  const int32_t* sim, const Best* lists, const int32_t* score_rank,
-                                  int32_t n, int32_t keep, int32_t important, int64_t* out,
+template <Matching kMatching, Fit kFit>
+__device__ void remove_duplicates(Block& block, const SelectArgs& args,
+                                  Arena<kFit != Fit::kLess> arena, const int32_t* sim,
+                                  NeighbourLists lists, const int32_t* score_rank, int32_t n,
+                                  int32_t keep, int32_t important, int64_t* out,
                                   int32_t first_index) {
   const int32_t ld = static_cast<int32_t>(rounded(n, 16));
-  int32_t* const mask = arena.template take<int32_t>(ld);
+  const int32_t words = n / 32 + 1;
+  // The set of the kept tokens.
+  const Bits kept = {arena.template take<uint32_t>(words)};
+  block.each(words, [=](int32_t w) { kept.words[w] = 0; });
   if constexpr (kMatching == Matching::kPairwise) {
+    const Bits tokens = {arena.template take<uint32_t>(words)};
+    uint16_t* const ranks = arena.template take<uint16_t>(n);
     PairwiseArrays arrays;
-    arrays.mask = mask;
-    arrays.partner = arena.template take<int32_t>(n);
-    arrays.next = arena.template take<int32_t>(n + 1);
-    arrays.pair = arena.template take<int64_t>(n);
-    int32_t* const ranks = arena.template take<int32_t>(n);
     arrays.score_rank = ranks;
-    block.each(n, [=](int32_t t) { ranks[t] = score_rank[t]; });
-    block.each(ld,
-               [=](int32_t t) { mask[t] = t < n && ranks[t] >= important ? kAllowed : kExcluded; });
-    pairwise(block, sim, ld, n, n - keep, args.call.eager_rounds, arrays,
-             take_lists(arena, lists, n));
+    arrays.partner = arena.template take<uint16_t>(n);
+    arrays.next = arena.template take<uint16_t>(n + 1);
+    uint16_t* const waiting = arena.template take<uint16_t>(n);
+    int2* const counters = arena.template take<int2>(2);
+    arrays.pair = arena.template take<int64_t>(n);
+    // A warp sets one word.
+#pragma unroll 1
+    for (int32_t first = warp_id() * kWarp; first < words * kWarp; first += kThreads) {
+      const int32_t t = first + lane_id();
+      const int32_t rank = t < n ? score_rank[t] : 0;
+      const uint32_t left = __ballot_sync(kAllLanes, t < n && rank >= important);
+      const uint32_t best = __ballot_sync(kAllLanes, t < n && rank < important);
+      if (t < n) ranks[t] = static_cast<uint16_t>(rank);
+      if (lane_id() == 0) {
+        tokens.words[first / kWarp] = left;
+        kept.words[first / kWarp] = best;
+      }
+    }
+    if (threadIdx.x < 2) counters[threadIdx.x] = make_int2(0, 0);
+    const NeighbourLists copies = take_lists<kFit>(arena, lists, n);
+    Left<kThreads> left = {&block, tokens, sim, ld, copies, arrays.next, waiting, counters};
+    __syncthreads();
+    pairwise(block, left, n, n - keep, args.call.eager_rounds, arrays,
+             [=](int32_t i) { kept.add(i); });
   } else {
-    const int32_t half = (n + 1) / 2;
-    int32_t* const residual = arena.template take<int32_t>(n);
+    const int32_t left = n - important, half = (left + 1) / 2;
     BipartiteArrays arrays;
-    arrays.residual = residual;
-    arrays.next = arena.template take<int32_t>(n + 1);
-    arrays.nearest = arena.template take<int32_t>(half);
-    arrays.mask = mask;
-    int32_t* const counts = arena.template take<int32_t>(half);
-    block.each(half, [=](int32_t i) { counts[i] = 0; });
-    block.counts = counts;
+    arrays.b.words = arena.template take<uint32_t>(words);
+    arrays.buckets = arena.template take<char>(2 * Buckets::kBytes);
+    arrays.ranks.cells = arena.template take<uint32_t>(kCells);
+    arrays.tokens = arena.template take<uint16_t>(left);
+    arrays.next = arena.template take<uint16_t>(left);
+    arrays.ranks.room_log2 = room_log2_of(n);
+    arrays.ranks.members = arena.template take<uint16_t>(kBuckets << arrays.ranks.room_log2);
+    arrays.ranks.homeless = arena.template take<uint16_t>(half);
+    arrays.ranks.keys = arena.template take<int32_t>(half);
+    arrays.ranks.buckets = arena.template take<uint16_t>(half);
+    // No ranking is under way when the compact matrix is filled.
+    uint16_t* const rows = arrays.ranks.members;
+#pragma unroll 1
+    for (int32_t t = threadIdx.x; t < n; t += kThreads) {
+      if (score_rank[t] >= important) {
+        arrays.tokens[score_rank[t] - important] = static_cast<uint16_t>(t);
+      }
+    }
+    // The compact matrix is where the lists were.
+    const Compact compact = take_compact(arena, smaller(left, kMostCompact));
+    const NeighbourLists copies = take_lists<kFit>(arena, lists, n);
+    __syncthreads();
+    const uint16_t* const residual =
+        bipartite<kThreads>(block, sim, ld, n, left, keep - important, args.call.step, arrays,
+                            copies, compact, rows);
     block.each(n, [=](int32_t t) {
-      if (score_rank[t] >= important) residual[score_rank[t] - important] = t;
+      if (score_rank[t] < important) kept.add(t);
     });
-    const Compact compact = take_compact(arena);
-    // If the first pass already reads the compact matrix, no list is read.
-    const Lists copies =
-        n - important > compact.capacity ? take_lists(arena, lists, n) : Lists{nullptr, kListed};
-    const int32_t* const kept = bipartite(block, sim, ld, n - important, keep - important,
-                                          args.call.step, arrays, copies, compact);
-    block.each(n, [=](int32_t t) { mask[t] = score_rank[t] < important ? kAllowed : kExcluded; });
-    block.each(keep - important, [=](int32_t p) { mask[kept[p]] = kAllowed; });
+    block.each(keep - important, [=](int32_t p) { kept.add(residual[p]); });
   }
   block.each_in_order(
-      n, [=](int32_t t) { return mask[t] == kAllowed; },
+      n, [=](int32_t t) { return kept.has(t); },
       [=](int32_t t, int32_t k) { out[k] = first_index + t; });
 }
 

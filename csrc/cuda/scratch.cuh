@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/neighbours.cuh"
+#include "cuda/ranks.cuh"
 #include "cuda/similarity.cuh"
 
 namespace vispruner {
@@ -11,12 +12,14 @@ constexpr int32_t kThreads = kTileThreads;
 constexpr int32_t kWarps = kThreads / kWarp;
 using Block = CudaBlock<kThreads>;
 
-// Memory of the passes besides similarities and lists: bytes per token, and bytes per image for
-// rounding up.
-constexpr int32_t kTokenBytes = 24;
-constexpr int32_t kSlackBytes = 512;
-
 VISPRUNER_HD int64_t rounded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// Bytes of the arrays of the passes of an image of n tokens, besides similarities and lists, each
+// rounded up to 16. `fixed_bytes`: those that do not grow with every token.
+constexpr int32_t kTokenBytes = 17;
+VISPRUNER_HD int64_t fixed_bytes(int64_t n) {
+  return 2 * Buckets::kBytes + kCells * sizeof(uint32_t) + room_bytes(n) + 512;
+}
 
 // A counter is a 64-bit word of the call's own scratch: the call's random tag, and below it
 // kCountBits bits that count arrivals. They can count more blocks than ever arrive at one counter.
@@ -26,8 +29,7 @@ constexpr int32_t kCountBits = 20;
 struct ImageScratch {
   // [n, ld] See passes.h.
   int32_t* sim;
-  // [n, kListed]
-  Best* lists;
+  NeighbourLists lists;
   // [n] The position of each token in the order by score.
   int32_t* score_rank;
   // For Arena.
@@ -40,7 +42,8 @@ struct ImageScratch {
 
 // The scratch of a call: arrays over all images, one after the other. Offsets in bytes.
 struct Scratch {
-  int64_t lists;
+  int64_t list_codes;
+  int64_t list_keys;
   int64_t score_rank;
   int64_t passes;
   int64_t counters;
@@ -48,10 +51,11 @@ struct Scratch {
 
   // `tokens`: of the longest image; `total`: of all images.
   VISPRUNER_HD Scratch(int64_t images, int64_t tokens, int64_t total, bool removes) {
-    lists = removes ? total * rounded(tokens, 16) * sizeof(int32_t) : 0;
-    score_rank = lists + (removes ? total * kListed * sizeof(Best) : 0);
+    list_codes = removes ? total * rounded(tokens, 16) * sizeof(int32_t) : 0;
+    list_keys = list_codes + (removes ? total * kListed * sizeof(uint16_t) : 0);
+    score_rank = list_keys + (removes ? total * kListed * sizeof(int32_t) : 0);
     passes = rounded(score_rank + total * sizeof(int32_t), 256);
-    counters = rounded(passes + (removes ? total * kTokenBytes + images * kSlackBytes : 0), 256);
+    counters = rounded(passes + (removes ? total * kTokenBytes + images * fixed_bytes(tokens) : 0), 256);
     bytes = counters + images * (1 + rounded(tokens, kTile) / kTile) * sizeof(uint64_t);
   }
 
@@ -62,9 +66,10 @@ struct Scratch {
     const int64_t first_pass = reinterpret_cast<int64_t>(scratch + passes + start * kTokenBytes);
     ImageScratch result;
     result.sim = reinterpret_cast<int32_t*>(scratch) + start * rounded(tokens, 16);
-    result.lists = reinterpret_cast<Best*>(scratch + lists) + start * kListed;
+    result.lists.codes = reinterpret_cast<uint16_t*>(scratch + list_codes) + start * kListed;
+    result.lists.keys = reinterpret_cast<int32_t*>(scratch + list_keys) + start * kListed;
     result.score_rank = reinterpret_cast<int32_t*>(scratch + score_rank) + start;
-    result.passes = reinterpret_cast<char*>(rounded(first_pass + image * kSlackBytes, 16));
+    result.passes = reinterpret_cast<char*>(rounded(first_pass + image * fixed_bytes(tokens), 16));
     result.done_blocks = words + image;
     result.done_tiles = words + images + image * most_blocks;
     return result;

@@ -18,7 +18,6 @@ constexpr int32_t kTotalsBytes = 2 * kWarps * sizeof(int64_t);
 constexpr int32_t kScores = 4096;
 static_assert(kScores * sizeof(int32_t) <= kTileBytes, "the keys are in the memory of the tile");
 static_assert(kWarps * kStagingBytes <= kTileBytes, "the staging is in the memory of the tile");
-constexpr int32_t kSharedBytes = kTotalsBytes + kTileBytes;
 
 __device__ int32_t score_key_at(const Tokens& scores, const char* row, int64_t token) {
   const int64_t offset = token * scores.token_stride;
@@ -40,17 +39,28 @@ __device__ void rank_scores(const Tokens& scores, const char* row, int32_t n, in
   constexpr int32_t kParts = kThreads / kTile;
   const int32_t token = first_token + static_cast<int32_t>(threadIdx.x) / kParts;
   const int32_t part = static_cast<int32_t>(threadIdx.x) % kParts;
-  const int32_t own = token < n ? score_key_at(scores, row, token) : 0;
+  // No score has the key INT32_MIN + 1. NaN takes it, so that key - 1 does not overflow.
+  const auto key_at = [&](int32_t t) {
+    return t < n ? larger(INT32_MIN + 1, score_key_at(scores, row, t)) : INT32_MIN;
+  };
+  const int32_t own = key_at(token);
   int32_t before = 0;
   for (int32_t first = 0; first < n; first += kScores) {
-    const int32_t count = smaller(kScores, n - first);
+    const int32_t count = smaller(kScores, static_cast<int32_t>(rounded(n - first, 4)));
     __syncthreads();
-    for (int32_t j = threadIdx.x; j < count; j += kThreads) {
-      keys[j] = score_key_at(scores, row, first + j);
+    for (int32_t j = threadIdx.x; j < count; j += kThreads) keys[j] = key_at(first + j);
+    __syncthreads();
+    // Equal scores count if they are before the token: all of a vector of four, or, in the vector
+    // of the token, some.
+    const int32_t behind = token - first;
+#pragma unroll 4
+    for (int32_t j = 4 * part; j < count; j += 4 * kParts) {
+      const int4 four = *reinterpret_cast<const int4*>(keys + j);
+      const int32_t bound = own - (j + 4 <= behind);
+      before += ((four.x > bound) + (four.y > bound)) + ((four.z > bound) + (four.w > bound));
     }
-    __syncthreads();
-    for (int32_t j = part; j < count; j += kParts) {
-      before += keys[j] > own || (keys[j] == own && first + j < token);
+    if (part == 0 && 0 <= behind && behind < count) {
+      for (int32_t j = behind & ~3; j < behind; ++j) before += keys[j] == own;
     }
   }
   for (int32_t distance = 1; distance < kParts; distance *= 2) {
@@ -60,7 +70,7 @@ __device__ void rank_scores(const Tokens& scores, const char* row, int32_t n, in
   __syncthreads();
 }
 
-// The image of a thread block.
+// The image of a thread block. It is in shared memory, because it would take many registers.
 struct Image {
   // Its tokens, its kept tokens, and how many of those by score.
   int32_t n;
@@ -68,27 +78,31 @@ struct Image {
   int32_t important;
   // Its first token: `start` among the tokens of all images, `first_index` in the tensors. A
   // batched image begins at index 0 of its own rows.
-  int64_t start;
   int32_t first_index;
-  // Its rows and its part of the answer.
-  const char* features;
-  const char* scores;
-  int64_t* out;
+  int64_t start;
+  int64_t number;
+  // Its rows and its part of the answer: where they begin, in elements.
+  int64_t features;
+  int64_t scores;
+  int64_t out;
 };
+constexpr int32_t kImageBytes = (sizeof(Image) + 15) / 16 * 16;
+// Shared memory of a thread block: at least that of a tile.
+constexpr int32_t kFixedBytes = kTotalsBytes + kImageBytes;
+constexpr int32_t kSharedBytes = kFixedBytes + kTileBytes;
 
 // An image of select or prune.
 __device__ Image batched_image(const CudaSelect& call, int64_t image) {
-  const int64_t feature_size = element_size(call.features.dtype);
-  const int64_t score_size = element_size(call.scores.dtype);
   Image result;
   result.n = call.tokens;
   result.keep = call.keep;
   result.important = call.important;
+  result.number = image;
   result.start = image * call.tokens;
   result.first_index = 0;
-  result.features = call.features.data + image * call.features.image_stride * feature_size;
-  result.scores = call.scores.data + image * call.scores.image_stride * score_size;
-  result.out = call.indices + image * call.keep;
+  result.features = image * call.features.image_stride;
+  result.scores = image * call.scores.image_stride;
+  result.out = image * call.keep;
   return result;
 }
 
@@ -114,8 +128,6 @@ __device__ bool may_have_tile(const CudaSelect& call, int64_t image, int32_t til
 // An image of select_varlen. Its first tile also zeros output slots to which no image writes: those
 // of this image beyond its `keep` tokens, and those before the first and after the last image.
 __device__ Image packed_image(Block& block, const CudaSelect& call, int64_t image, int32_t tile) {
-  const int64_t feature_size = element_size(call.features.dtype);
-  const int64_t score_size = element_size(call.scores.dtype);
   const int64_t most = call.total < INT32_MAX ? call.total : INT32_MAX;
   const int2 range = clamped_range(block, call.cu_seqlens, image, static_cast<int32_t>(most));
   const int2 slots = clamped_range(block, call.cu_keep, image, call.total_keep);
@@ -123,11 +135,12 @@ __device__ Image packed_image(Block& block, const CudaSelect& call, int64_t imag
   result.n = smaller(range.y - range.x, call.tokens);
   result.keep = smaller(slots.y - slots.x, result.n);
   result.important = static_cast<int32_t>(important_count(result.keep, call.important_ratio));
+  result.number = image;
   result.start = range.x;
   result.first_index = range.x;
-  result.features = call.features.data + range.x * call.features.token_stride * feature_size;
-  result.scores = call.scores.data + range.x * call.scores.token_stride * score_size;
-  result.out = call.indices + slots.x;
+  result.features = range.x * call.features.token_stride;
+  result.scores = range.x * call.scores.token_stride;
+  result.out = slots.x;
   const auto zero = [&](int32_t begin, int32_t end) {
     for (int32_t i = begin + threadIdx.x; i < end; i += kThreads) call.indices[i] = 0;
   };
@@ -139,27 +152,15 @@ __device__ Image packed_image(Block& block, const CudaSelect& call, int64_t imag
   return result;
 }
 
-// Lists the neighbours of one block of tokens. Rows are copied to shared memory first if one row
-// for each warp fits.
-__device__ void list_block(const SelectArgs& args, const ImageScratch& scratch, int32_t n,
-                           int32_t token_block, char* memory) {
+// Lists the neighbours of one block of tokens.
+__device__ void list_block(const ImageScratch& scratch, int32_t n, int32_t token_block,
+                           char* memory) {
   const int32_t ld = static_cast<int32_t>(rounded(n, 16));
-  Best* const staging = reinterpret_cast<Best*>(memory) + warp_id() * kListed;
-  int32_t* const rows = reinterpret_cast<int32_t*>(memory + kWarps * kStagingBytes);
-  const bool copied =
-      kTotalsBytes + kWarps * (kStagingBytes + ld * static_cast<int64_t>(sizeof(int32_t))) <=
-      args.shared_bytes;
+  int32_t* const staging = reinterpret_cast<int32_t*>(memory + warp_id() * kStagingBytes);
   for (int32_t k = warp_id(); k < kTile; k += kWarps) {
     const int32_t token = token_block * kTile + k;
     if (token >= n) break;
-    const int32_t* row = scratch.sim + int64_t{token} * ld;
-    if (copied) {
-      int32_t* const copy = rows + warp_id() * ld;
-      for (int32_t j = lane_id(); j < ld; j += kWarp) copy[j] = row[j];
-      __syncwarp();
-      row = copy;
-    }
-    list_neighbours(row, n, ld, token, staging, scratch.lists + int64_t{token} * kListed);
+    list_neighbours(scratch.sim + int64_t{token} * ld, n, token, scratch.lists, staging);
   }
 }
 
@@ -201,21 +202,25 @@ __device__ void gather_kept(const SelectArgs& args, const char* features, const 
 //   in for the lists.
 // Deterministic: all sums and comparisons are of integers; the order of arrival decides only which
 //   thread block continues.
-// kShared: shared memory holds all arrays of the passes, for the longest image.
-template <Matching kMatching, bool kShared>
+template <Matching kMatching, Fit kFit>
 __global__ void __launch_bounds__(kThreads, 1) select_kernel(const SelectArgs args) {
   const CudaSelect& call = args.call;
   const int32_t most_blocks = (call.tokens + kTile - 1) / kTile;
   const int32_t tiles = most_blocks * (most_blocks + 1) / 2;
-  const int64_t number = blockIdx.x / tiles;
   const int32_t tile = blockIdx.x % tiles;
-  char* const memory = shared_memory() + kTotalsBytes;
-  Block block{reinterpret_cast<int64_t*>(shared_memory()), nullptr};
+  Block block{reinterpret_cast<int64_t*>(shared_memory())};
+  char* const memory = shared_memory() + kTotalsBytes + kImageBytes;
+  Image& image = *reinterpret_cast<Image*>(shared_memory() + kTotalsBytes);
 
   const bool packed = call.cu_seqlens.data != nullptr;
-  if (packed && tile > 0 && !may_have_tile(call, number, tile)) return;
-  const Image image =
-      packed ? packed_image(block, call, number, tile) : batched_image(call, number);
+  if (packed && tile > 0 && !may_have_tile(call, blockIdx.x / tiles, tile)) return;
+  {
+    const int64_t number = blockIdx.x / tiles;
+    const Image found =
+        packed ? packed_image(block, call, number, tile) : batched_image(call, number);
+    if (threadIdx.x == 0) image = found;
+  }
+  __syncthreads();
   const int32_t n = image.n, keep = image.keep;
   if (packed && keep == 0) return;
   const int32_t blocks = (n + kTile - 1) / kTile;
@@ -223,28 +228,34 @@ __global__ void __launch_bounds__(kThreads, 1) select_kernel(const SelectArgs ar
   const bool removes = keep > image.important && keep < n;
   if (tile >= (removes ? blocks * (blocks + 1) / 2 : blocks)) return;
 
-  const ImageScratch scratch =
-      Scratch(call.images, call.tokens, call.total, args.removes)
-          .of_image(call.scratch, call.images, call.tokens, number, image.start);
+  // Computed where it is needed, because it would take many registers too.
+  const auto scratch = [&] {
+    return Scratch(call.images, call.tokens, call.total, args.removes)
+        .of_image(call.scratch, call.images, call.tokens, image.number, image.start);
+  };
+  const auto features = [&] {
+    return call.features.data + image.features * element_size(call.features.dtype);
+  };
   // Pairs of blocks by their distance around a circle: each pair once.
   const int32_t block_a = tile % blocks;
   const int32_t block_b = (block_a + tile / blocks) % blocks;
-  if (threadIdx.x == 0) {
-    open(scratch.done_blocks, args.tag);
-    if (removes) open(scratch.done_tiles + block_a, args.tag);
-    if (removes && block_b != block_a) open(scratch.done_tiles + block_b, args.tag);
+  // By three warps, because each waits for memory.
+  if (threadIdx.x == 0) open(scratch().done_blocks, args.tag);
+  if (threadIdx.x == kWarp && removes) open(scratch().done_tiles + block_a, args.tag);
+  if (threadIdx.x == 2 * kWarp && removes && block_b != block_a) {
+    open(scratch().done_tiles + block_b, args.tag);
   }
 
   // Phase 1: the order by score (on the diagonal) and the similarities.
   if (block_a == block_b) {
-    rank_scores(call.scores, image.scores, n, block_a * kTile, reinterpret_cast<int32_t*>(memory),
-                scratch.score_rank);
+    rank_scores(call.scores, call.scores.data + image.scores * element_size(call.scores.dtype), n, block_a * kTile, reinterpret_cast<int32_t*>(memory),
+                scratch().score_rank);
   }
   if (removes) {
     const auto make_tile = [&](auto dtype) {
-      similarity_tile<decltype(dtype)::value>(image.features, call.features.token_stride,
+      similarity_tile<decltype(dtype)::value>(features(), call.features.token_stride,
                                               call.channels, args.aligned, n, block_a, block_b,
-                                              memory, scratch.sim, rounded(n, 16));
+                                              memory, scratch().sim, rounded(n, 16));
     };
     if (call.features.dtype == DType::kFloat32) {
       make_tile(std::integral_constant<DType, DType::kFloat32>{});
@@ -257,30 +268,34 @@ __global__ void __launch_bounds__(kThreads, 1) select_kernel(const SelectArgs ar
 
   // Phase 2: the thread block that finishes the last tile of a block of tokens lists the neighbours
   // of these tokens.
-  bool last = !removes && arrive(scratch.done_blocks, blocks);
+  bool last = !removes && arrive(scratch().done_blocks, blocks);
   for (int32_t side = 0; side < (removes ? 1 + (block_a != block_b) : 0); ++side) {
     const int32_t token_block = side == 0 ? block_a : block_b;
-    if (!arrive(scratch.done_tiles + token_block, blocks)) continue;
-    list_block(args, scratch, n, token_block, memory);
-    last = arrive(scratch.done_blocks, blocks) || last;
+    if (!arrive(scratch().done_tiles + token_block, blocks)) continue;
+    list_block(scratch(), n, token_block, memory);
+    last = arrive(scratch().done_blocks, blocks) || last;
   }
   if (!last) return;
 
   // Phase 3: the thread block that finishes the last block of tokens of an image removes duplicates
   // and writes the answer.
   if (removes) {
-    const Arena<kShared> arena = {memory, shared_memory() + args.shared_bytes, scratch.passes};
-    remove_duplicates<kMatching, kShared>(block, args, arena, scratch.sim, scratch.lists,
-                                          scratch.score_rank, n, keep, image.important, image.out,
-                                          image.first_index);
+    const Arena<kFit != Fit::kLess> arena = {memory, shared_memory() + args.shared_bytes,
+                                             scratch().passes};
+    remove_duplicates<kMatching, kFit>(block, args, arena, scratch().sim, scratch().lists,
+                                       scratch().score_rank, image.n, image.keep, image.important,
+                                       call.indices + image.out, image.first_index);
   } else {
+    const int32_t* const score_rank = scratch().score_rank;
+    int64_t* const out = call.indices + image.out;
+    const int32_t first_index = image.first_index, keep = image.keep;
     block.each_in_order(
-        n, [=](int32_t t) { return scratch.score_rank[t] < keep; },
-        [=](int32_t t, int32_t k) { image.out[k] = image.first_index + t; });
+        image.n, [=](int32_t t) { return score_rank[t] < keep; },
+        [=](int32_t t, int32_t k) { out[k] = first_index + t; });
   }
   if (!call.kept) return;
-  const int64_t kept_bytes = int64_t{keep} * call.channels * element_size(call.features.dtype);
-  gather_kept(args, image.features, image.out, keep, call.kept + number * kept_bytes);
+  const int64_t kept_bytes = int64_t{image.keep} * call.channels * element_size(call.features.dtype);
+  gather_kept(args, features(), call.indices + image.out, image.keep, call.kept + image.number * kept_bytes);
 }
 
 void check(cudaError_t error, const char* what) {
@@ -294,13 +309,16 @@ void check(cudaError_t error, const char* what) {
 
 using Kernel = void (*)(const SelectArgs);
 
-Kernel kernel_of(Matching matching, bool shared) {
-  if (matching == Matching::kBipartite) {
-    return shared ? select_kernel<Matching::kBipartite, true>
-                  : select_kernel<Matching::kBipartite, false>;
-  }
-  return shared ? select_kernel<Matching::kPairwise, true>
-                : select_kernel<Matching::kPairwise, false>;
+Kernel kernel_of(Matching matching, Fit fit) {
+  static constexpr Kernel kernels[2][3] = {
+      {select_kernel<Matching::kBipartite, Fit::kAll>,
+       select_kernel<Matching::kBipartite, Fit::kCodes>,
+       select_kernel<Matching::kBipartite, Fit::kLess>},
+      {select_kernel<Matching::kPairwise, Fit::kAll>,
+       select_kernel<Matching::kPairwise, Fit::kCodes>,
+       select_kernel<Matching::kPairwise, Fit::kLess>},
+  };
+  return kernels[static_cast<int>(matching)][static_cast<int>(fit)];
 }
 
 // Allows the queries of a first call while a graph is captured; they are not part of the graph.
@@ -326,8 +344,8 @@ int shared_limit(int device) {
   check(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
         "shared memory of the device");
   for (const Matching matching : {Matching::kBipartite, Matching::kPairwise}) {
-    for (const bool shared : {false, true}) {
-      check(cudaFuncSetAttribute(kernel_of(matching, shared),
+    for (const Fit fit : {Fit::kAll, Fit::kCodes, Fit::kLess}) {
+      check(cudaFuncSetAttribute(kernel_of(matching, fit),
                                  cudaFuncAttributeMaxDynamicSharedMemorySize, limit),
             "a kernel for this device");
     }
@@ -387,16 +405,17 @@ void cuda_select(const CudaSelect& call, int device, void* stream) {
   args.aligned = aligned(reinterpret_cast<int64_t>(call.features.data)) &&
                  aligned(call.features.image_stride * size) &&
                  aligned(call.features.token_stride * size);
-  // The shared memory that the passes of the longest image can use, with lists of this length. A
-  // block may take all of it: a multiprocessor has no registers for a second block.
-  const auto needed = [&](int32_t list_length) {
-    return rounded(kTotalsBytes + kSlackBytes +
-                       int64_t{call.tokens} * (kTokenBytes + list_length * sizeof(Best)),
-                   16);
-  };
+  // The shared memory that the passes of the longest image can use. A block may take all of it: a
+  // multiprocessor has no registers for a second block.
+  const int64_t arrays = kFixedBytes + pass_bytes(call.matching, call.tokens);
+  const int64_t lists = call.tokens * kListBytes;
+  const int64_t compact = call.matching == Matching::kBipartite ? kCompactBytes : 0;
   int64_t shared = shared_limit(device) / 16 * 16;
-  const bool all_shared = needed(kListed / 2) <= shared;
-  if (shared > needed(kListed)) shared = needed(kListed);
+  const Fit fit = arrays + lists <= shared                              ? Fit::kAll
+                  : arrays + call.tokens * kListed * int64_t{2} <= shared ? Fit::kCodes
+                                                                          : Fit::kLess;
+  const int64_t useful = rounded(arrays + (lists > compact ? lists : compact), 16);
+  if (shared > useful) shared = useful;
   if (shared < kSharedBytes) shared = kSharedBytes;
   args.shared_bytes = static_cast<int32_t>(shared);
   args.tag = new_tag();
@@ -406,7 +425,7 @@ void cuda_select(const CudaSelect& call, int device, void* stream) {
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = static_cast<size_t>(shared);
   config.stream = static_cast<cudaStream_t>(stream);
-  check(cudaLaunchKernelEx(&config, kernel_of(call.matching, all_shared), args),
+  check(cudaLaunchKernelEx(&config, kernel_of(call.matching, fit), args),
         "the launch of select");
 }
 

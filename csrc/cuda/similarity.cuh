@@ -83,17 +83,24 @@ struct Slice {
 
   // Stores the int8 halves of the fixed-point values, and returns the sum of their squares.
   __device__ uint32_t convert(float scale, char* high, char* low) const {
-    uint32_t highs[kSlice / 4] = {}, lows[kSlice / 4] = {};
+    uint32_t highs[kSlice / 4], lows[kSlice / 4];
     uint32_t squares = 0;
 #pragma unroll
-    for (int32_t e = 0; e < kSlice; ++e) {
-      // A test, because infinity times a scale of 0 is NaN.
-      const float x = scale > 0.0f ? value(bits(e)) : 0.0f;
-      const int32_t q = __float2int_rz(__fmul_rn(x, scale));
-      // 16 squares of values up to 16256 fit an unsigned int32.
-      squares += static_cast<uint32_t>(q * q);
-      highs[e / 4] |= (static_cast<uint32_t>(q >> 7) & 0xff) << (8 * (e % 4));
-      lows[e / 4] |= (static_cast<uint32_t>(q) & 0x7f) << (8 * (e % 4));
+    for (int32_t four = 0; four < kSlice / 4; ++four) {
+      int32_t q[4];
+#pragma unroll
+      for (int32_t e = 0; e < 4; ++e) {
+        // Infinity times a scale of 0 is NaN, which becomes 0.
+        q[e] = __float2int_rz(__fmul_rn(value(bits(4 * four + e)), scale));
+        // 16 squares of values up to 16256 fit an unsigned int32.
+        squares += static_cast<uint32_t>(q[e] * q[e]);
+      }
+      // Two values in 16 bits each, doubled: the high half is in the upper byte, the low half from
+      // bit 1 on in the lower byte.
+      const uint32_t first = __byte_perm(q[0], q[1], 0x5410) << 1;
+      const uint32_t second = __byte_perm(q[2], q[3], 0x5410) << 1;
+      highs[four] = __byte_perm(first, second, 0x7531);
+      lows[four] = __byte_perm(first, second, 0x6420) >> 1 & 0x7f7f7f7f;
     }
     *reinterpret_cast<uint4*>(high) = make_uint4(highs[0], highs[1], highs[2], highs[3]);
     *reinterpret_cast<uint4*>(low) = make_uint4(lows[0], lows[1], lows[2], lows[3]);
@@ -153,46 +160,51 @@ __device__ void similarity_tile(const char* features, int64_t stride, int32_t ch
 
   // Phase 2: products of the halves. A warp computes 16 x 16 of the tile as two fragments of 16
   // x 8.
-  const int32_t row_a = warp_id() / 4 * 16 + lane_id() / 4;
-  const int32_t row_b = warp_id() % 4 * 16 + lane_id() / 4;
-  const int32_t column = lane_id() % 4 * 4;
+  const int32_t first_a = warp_id() / 4 * 16, first_b = warp_id() % 4 * 16;
+  // The rows of four matrices of 8 x 16 bytes that this lane points at, for a and for b.
+  const int32_t matrix = lane_id() / 8;
+  const int32_t from_a = (first_a + lane_id() % 8 + matrix % 2 * 8) * kPitch + matrix / 2 * 16;
+  const int32_t from_b = (first_b + lane_id() % 8 + matrix / 2 * 8) * kPitch + matrix % 2 * 16;
   int32_t high[2][4] = {}, mixed[2][4] = {}, low[2][4] = {};
   uint64_t squares = 0;
   const int32_t steps = (channels + kStep - 1) / kStep;
-  slice.load(row, channel, channels, aligned);
-  for (int32_t step = 0; step < steps; ++step) {
-    const int32_t offset = mine % kTile * kPitch + channel;
+  const int32_t offset = mine % kTile * kPitch + channel;
+  const auto convert = [&](int32_t step) {
     squares += slice.convert(scale, half(step, mine / kTile, 0) + offset,
                              half(step, mine / kTile, 1) + offset);
-    // The next slice loads while the tensor cores work.
-    if (step + 1 < steps) slice.load(row, (step + 1) * kStep + channel, channels, aligned);
-    __syncthreads();
+    // The next slice loads meanwhile.
+    slice.load(row, (step + 1) * kStep + channel, channels, aligned);
+  };
+  const auto multiply = [&](int32_t step) {
 #pragma unroll
     for (int32_t k = 0; k < kStep; k += 32) {
-      const auto word = [=](int32_t block, int32_t low, int32_t row, int32_t behind) {
-        return *reinterpret_cast<const uint32_t*>(half(step, block, low) + row * kPitch + k +
-                                                  behind + column);
-      };
-      uint32_t a[2][4];
+      uint32_t a[2][4], b[2][4];
+#pragma unroll
       for (int32_t l = 0; l < 2; ++l) {
-        a[l][0] = word(0, l, row_a, 0);
-        a[l][1] = word(0, l, row_a + 8, 0);
-        a[l][2] = word(0, l, row_a, 16);
-        a[l][3] = word(0, l, row_a + 8, 16);
+        load_matrices(a[l], half(step, 0, l) + from_a + k);
+        load_matrices(b[l], half(step, 1, l) + from_b + k);
       }
+#pragma unroll
       for (int32_t f = 0; f < 2; ++f) {
-        uint32_t b[2][2];
-        for (int32_t l = 0; l < 2; ++l) {
-          b[l][0] = word(1, l, row_b + 8 * f, 0);
-          b[l][1] = word(1, l, row_b + 8 * f, 16);
-        }
-        mma_s8(high[f], a[0], b[0]);
+        mma_s8(high[f], a[0], b[0][2 * f], b[0][2 * f + 1]);
         // 2 * 65536 products of [-127, 127] and [0, 127] fit an int32.
-        mma_s8(mixed[f], a[0], b[1]);
-        mma_s8(mixed[f], a[1], b[0]);
-        mma_s8(low[f], a[1], b[1]);
+        mma_s8(mixed[f], a[0], b[1][2 * f], b[1][2 * f + 1]);
+        mma_s8(mixed[f], a[1], b[0][2 * f], b[0][2 * f + 1]);
+        mma_s8(low[f], a[1], b[1][2 * f], b[1][2 * f + 1]);
       }
     }
+  };
+  slice.load(row, channel, channels, aligned);
+  convert(0);
+  // While one half of the warps converts the next step, the other half multiplies this one. A
+  // scheduler has warps of both halves.
+  const bool converts_first = warp_id() % 8 < 4;
+#pragma unroll 1
+  for (int32_t step = 0; step < steps; ++step) {
+    __syncthreads();
+    if (converts_first && step + 1 < steps) convert(step + 1);
+    multiply(step);
+    if (!converts_first && step + 1 < steps) convert(step + 1);
   }
 
   // Phase 3: norms.
@@ -208,8 +220,8 @@ __device__ void similarity_tile(const char* features, int64_t stride, int32_t ch
   // Phase 4: similarities and their keys.
   for (int32_t f = 0; f < 2; ++f) {
     for (int32_t below = 0; below < 2; ++below) {
-      const int32_t in_a = row_a + 8 * below;
-      const int32_t in_b = warp_id() % 4 * 16 + 8 * f + lane_id() % 4 * 2;
+      const int32_t in_a = first_a + lane_id() / 4 + 8 * below;
+      const int32_t in_b = first_b + 8 * f + lane_id() % 4 * 2;
       const int32_t i = block_a * kTile + in_a;
       const int32_t j = block_b * kTile + in_b;
       int32_t keys[2];

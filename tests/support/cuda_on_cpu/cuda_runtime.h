@@ -148,18 +148,32 @@ inline void __threadfence() {}
 inline int atomicAdd(int* p, int x) { return std::exchange(*p, add(*p, x)); }
 inline unsigned atomicAdd(unsigned* p, unsigned x) { return std::exchange(*p, *p + x); }
 inline ull atomicAdd(ull* p, ull x) { return std::exchange(*p, *p + x); }
+inline unsigned atomicOr(unsigned* p, unsigned x) { return std::exchange(*p, *p | x); }
+inline unsigned atomicXor(unsigned* p, unsigned x) { return std::exchange(*p, *p ^ x); }
 inline ull atomicCAS(ull* p, ull old, ull x) { return std::exchange(*p, *p == old ? x : *p); }
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __popcll(ull x) { return __builtin_popcountll(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
+inline unsigned __umulhi(unsigned a, unsigned b) { return ull{a} * b >> 32; }
+inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
+  return (ull{high} << 32 | low) >> (shift & 31);
+}
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
+  unsigned result = 0;
+  for (int byte = 0; byte < 4; ++byte) {
+    const unsigned from = selector >> (4 * byte) & 7;
+    result |= static_cast<unsigned>((ull{b} << 32 | a) >> (8 * from) & 0xff) << (8 * byte);
+  }
+  return result;
+}
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fsqrt_rn(float x) { return std::sqrt(x); }
 inline float __ll2float_rn(long long x) { return static_cast<float>(x); }
-inline int __float2int_rz(float x) { return static_cast<int>(x); }
+inline int __float2int_rz(float x) { return x == x ? static_cast<int>(x) : 0; }
 inline int __float_as_int(float x) { return bit_cast<int>(x); }
 inline float __int_as_float(int x) { return bit_cast<float>(x); }
 

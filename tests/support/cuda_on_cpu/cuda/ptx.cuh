@@ -23,6 +23,26 @@ inline float half_to_float(uint16_t bits) {
   return std::copysign(x, sign ? -1.0f : 1.0f);
 }
 
+inline int32_t load_now(const int32_t* from) { return *from; }
+
+// ldmatrix.sync.aligned.m8n8.x4.shared.b16: lane 8 m + r points at row r of matrix m, 16 bytes; lane
+// 4 r + t gets bytes 4 t to 4 t + 3 of row r of each matrix.
+inline void load_matrices(uint32_t (&matrices)[4], const char* row,
+                          cuda_on_cpu::Site site = cuda_on_cpu::Site::here()) {
+  struct Args {
+    uint32_t* matrices;
+    const char* row;
+  } args = {matrices, row};
+  if (reinterpret_cast<uintptr_t>(row) % 16) cuda_on_cpu::machine.fail("a misaligned matrix row");
+  cuda_on_cpu::collective(__func__, site, 0xffffffff, args, [](Args* const* lanes) {
+    for (int lane = 0; lane < 32; ++lane) {
+      for (int m = 0; m < 4; ++m) {
+        memcpy(&lanes[lane]->matrices[m], lanes[8 * m + lane / 4]->row + lane % 4 * 4, 4);
+      }
+    }
+  });
+}
+
 // mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32: sums += a * b, modulo 2^32. The PTX
 // ISA gives the elements of each lane under "Matrix Fragments for mma.m16n8k32" (9.7.14.5.10 in
 // version 9.2). With group = lane / 4 and place = lane % 4, where element i of a and b is byte
@@ -31,12 +51,13 @@ inline float half_to_float(uint16_t bits) {
 //              column 4 place + i % 4, 16 more for i > 7
 //   b[32][8]:  row 4 place + i % 4, 16 more for i > 3; column group
 //   c[16][8]:  row group, 8 more for i > 1; column 2 place + i % 2
-inline void mma_s8(int32_t (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+inline void mma_s8(int32_t (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                    cuda_on_cpu::Site site = cuda_on_cpu::Site::here()) {
   struct Args {
     int32_t* sums;
-    const uint32_t *a, *b;
-  } args = {sums, a, b};
+    const uint32_t* a;
+    uint32_t b[2];
+  } args = {sums, a, {b0, b1}};
   cuda_on_cpu::collective(__func__, site, 0xffffffff, args, [](Args* const* lanes) {
     int8_t rows[16][32], columns[8][32];
     for (int lane = 0; lane < 32; ++lane) {

@@ -1,0 +1,144 @@
+// The tokens that are left, for the pairwise rule on a GPU; see passes.h.
+#pragma once
+
+#include "cuda/neighbours.cuh"
+
+namespace vispruner {
+
+template <int32_t kThreads>
+struct Left {
+  static constexpr int32_t kWarps = kThreads / kWarp;
+
+  CudaBlock<kThreads>* block;
+  // No token beyond the last one is among them.
+  Bits tokens;
+  // [n][ld]
+  const int32_t* sim;
+  int32_t ld;
+  NeighbourLists lists;
+  // [n] Tokens that search, and those of them whose lists have no token that is left.
+  uint16_t* searching;
+  uint16_t* waiting;
+  // Two counters of each, used in turns; zero at first.
+  int2* counters;
+  int32_t turn = 0;
+
+  __device__ bool has(int32_t i) const { return tokens.has(i); }
+
+  // A warp tests the tokens of one word.
+  template <class F>
+  __device__ int32_t remove(int32_t n, F f) {
+    int32_t removed = 0;
+#pragma unroll 1
+    for (int32_t first = warp_id() * kWarp; first < n; first += kThreads) {
+      const int32_t i = first + lane_id();
+      const uint32_t before = tokens.words[first / kWarp];
+      const bool gone = before >> lane_id() & 1 && f(i);
+      const uint32_t lanes = __ballot_sync(kAllLanes, gone);
+      if (lane_id() == 0) tokens.words[first / kWarp] = before & ~lanes;
+      removed += __popc(lanes);
+    }
+    return block->sum_of_warps(removed);
+  }
+
+  __device__ void find_next(int32_t n, uint16_t* next) {
+    if (warp_id() == 0) {
+      int32_t behind = n;
+      for (int32_t first = n / kWarp * kWarp; first >= 0; first -= kWarp) {
+        const int32_t i = first + lane_id();
+        const uint32_t left = tokens.words[first / kWarp];
+        const uint32_t from_here = left & ~lanes_before();
+        if (i <= n) next[i] = static_cast<uint16_t>(from_here ? first + __ffs(from_here) - 1 : behind);
+        if (left) behind = first + __ffs(left) - 1;
+      }
+    }
+    __syncthreads();
+  }
+
+  // A lane searches a list; if it has no token that is left, a warp searches the row.
+  template <class Where, class Use>
+  __device__ void search(int32_t n, Where where, Use use) {
+    int2* const count = counters + turn;
+    turn ^= 1;
+    if (threadIdx.x == 0) counters[turn] = make_int2(0, 0);
+#pragma unroll 1
+    for (int32_t i = threadIdx.x; i < n; i += kThreads) {
+      if (where(i)) searching[atomicAdd(&count->x, 1)] = static_cast<uint16_t>(i);
+    }
+    __syncthreads();
+    const int32_t searches = count->x;
+#pragma unroll 1
+    for (int32_t first = warp_id() * kWarp; first < searches; first += kThreads) {
+      const int32_t s = first + lane_id();
+      const int32_t i = searching[smaller(s, searches - 1)];
+      const int32_t k = lists.first_in(tokens, i, s < searches);
+      if (s >= searches) continue;
+      const int32_t key = k < kListed ? lists.key(i, k) : kNoSimilarity;
+      if (key == kNoSimilarity) {
+        waiting[atomicAdd(&count->y, 1)] = static_cast<uint16_t>(i);
+      } else {
+        use(i, {key, lists.token_of(i, k)});
+      }
+    }
+    __syncthreads();
+    const int32_t waits = count->y;
+    if (waits == 0) return;
+#pragma unroll 1
+    for (int32_t w = warp_id(); w < waits; w += kWarps) {
+      const int32_t i = waiting[w];
+      const Best best = row_argmax(i);
+      if (lane_id() == 0) use(i, best);
+    }
+    __syncthreads();
+  }
+
+  // A warp for each token.
+  template <class Where, class Agrees, class Use>
+  __device__ void check(int32_t n, Where where, Agrees agrees, Use use) {
+#pragma unroll 1
+    for (int32_t i = warp_id(); i < n; i += kWarps) {
+      if (!where(i)) continue;
+      const int32_t* const row = sim + int64_t{i} * ld;
+      bool all = true;
+#pragma unroll 4
+      for (int32_t j = lane_id(); j < n; j += kWarp) {
+        const int32_t similarity = row[j];
+        all = all && (j == i || !has(j) || agrees(i, j, similarity));
+      }
+      if (__any_sync(kAllLanes, !all) && lane_id() == 0) use(i);
+      __syncwarp();
+    }
+    __syncthreads();
+  }
+
+ private:
+  __device__ Best row_argmax(int32_t i) const {
+    const int32_t* const row = sim + int64_t{i} * ld + lane_id();
+    Best best = kNoNeighbour;
+    // A batch of loads without a condition between them. Columns n to ld - 1 have no similarity,
+    // and are not left.
+    constexpr int32_t kBatch = 10;
+#pragma unroll 1
+    for (int32_t first = 0; first < ld; first += kBatch * kWarp) {
+      int32_t keys[kBatch];
+#pragma unroll
+      for (int32_t b = 0; b < kBatch; ++b) {
+        const int32_t offset = first + b * kWarp;
+        keys[b] = load_now(row + (offset + lane_id() < ld ? offset : 0));
+      }
+#pragma unroll
+      for (int32_t b = 0; b < kBatch; ++b) {
+        const int32_t offset = first + b * kWarp, j = offset + lane_id();
+        const uint32_t left = j < ld ? tokens.words[offset / kWarp] >> lane_id() & 1 : 0;
+        const int32_t key = left ? keys[b] : kNoSimilarity;
+        best.index = key > best.value ? j : best.index;
+        best.value = larger(key, best.value);
+      }
+    }
+    const int32_t value = __reduce_max_sync(kAllLanes, best.value);
+    const int32_t index = best.value == value ? best.index : INT32_MAX;
+    return {value, __reduce_min_sync(kAllLanes, index)};
+  }
+};
+
+}  // namespace vispruner
