@@ -22,7 +22,11 @@ struct Compact {
   int32_t* mask;
 };
 
-constexpr int32_t kMostCompact = 160;
+// Up to this many tokens, a warp reads the rows itself for which its lists have no answer: they are
+// few, and a barrier would take longer.
+constexpr int32_t kInline = 1024;
+
+constexpr int32_t kMostCompact = 192;
 
 // The arrays of the passes of one image of n tokens, of which at most `residual` are left.
 struct BipartiteArrays {
@@ -31,6 +35,8 @@ struct BipartiteArrays {
   uint16_t* next;
   // The tokens of b. No token n is not among them.
   Bits b;
+  // How many tokens of a have lists without a token of b.
+  int32_t* waits;
   // Two times Buckets::kBytes.
   char* buckets;
   // For (residual + 1) / 2 keys.
@@ -52,6 +58,8 @@ struct Bipartite {
   uint16_t* tokens;
   uint16_t* next;
   Bits b;
+  int32_t* waits;
+  bool shares;
   int32_t pass = 0;
 
   // Searches the lists of a, and ranks what it finds.
@@ -63,13 +71,34 @@ struct Bipartite {
       const int32_t token = tokens[2 * smaller(i, size_a - 1)];
       const int32_t k = lists.first_in(b, token, i < size_a);
       int32_t key = k < kListed ? lists.key(token, k) : kNoSimilarity;
-      // If a list has no token of b, the answer is in the row.
-      for (uint32_t left = __ballot_sync(kAllLanes, k == kListed); left; left &= left - 1) {
-        const int32_t lane = __ffs(left) - 1;
-        const int32_t largest = row_max(__shfl_sync(kAllLanes, token, lane));
-        key = lane_id() == lane ? largest : key;
+      // If a list has no token of b, the answer is in the row. If many may fail, all warps share.
+      const bool fails = k == kListed;
+      if (shares) {
+        // `next` is written in phase 2 only.
+        if (fails) next[atomicAdd(waits, 1)] = static_cast<uint16_t>(i);
+        if (fails || i >= size_a) continue;
+      } else {
+        for (uint32_t left = __ballot_sync(kAllLanes, fails); left; left &= left - 1) {
+          // The first two.
+          const int32_t lane = __ffs(left) - 1;
+          left &= left - 1;
+          const int32_t other = left ? __ffs(left) - 1 : lane;
+          const int2 largest = row_max(__shfl_sync(kAllLanes, token, lane),
+                                       __shfl_sync(kAllLanes, token, other));
+          key = lane_id() == lane ? largest.x : lane_id() == other ? largest.y : key;
+        }
       }
       if (i < size_a) ranks.insert(buckets, i, key);
+    }
+    if (!shares) return;
+    __syncthreads();
+    const int32_t count = *waits;
+#pragma unroll 1
+    for (int32_t w = 2 * warp_id(); w < count; w += 2 * kWarps) {
+      const int32_t i = next[w], other = next[smaller(w + 1, count - 1)];
+      const int2 largest = row_max(tokens[2 * i], tokens[2 * other]);
+      if (lane_id() == 0) ranks.insert(buckets, i, largest.x);
+      if (lane_id() == 0 && other != i) ranks.insert(buckets, other, largest.y);
     }
   }
 
@@ -112,23 +141,29 @@ struct Bipartite {
     return smaller(smaller(step, left - keep), size_a);
   }
 
-  // The largest similarity of a token to a token of b, from its row, by a warp.
-  __device__ int32_t row_max(int32_t token) const {
+  // The largest similarity of each of two tokens to a token of b, from their rows, by a warp.
+  __device__ int2 row_max(int32_t token, int32_t other) const {
     const int32_t* const row = sim + int64_t{token} * ld;
+    const int32_t* const other_row = sim + int64_t{other} * ld;
     const int32_t size_b = left >> 1;
-    int32_t largest = kNoSimilarity;
+    int2 largest = make_int2(kNoSimilarity, kNoSimilarity);
     // A batch of loads without a condition between them.
-    constexpr int32_t kBatch = 4;
+    constexpr int32_t kBatch = 6;
 #pragma unroll 1
     for (int32_t first = lane_id(); first < size_b + lane_id(); first += kBatch * kWarp) {
-      int32_t keys[kBatch];
+      int2 keys[kBatch];
 #pragma unroll
       for (int32_t k = 0; k < kBatch; ++k) {
-        keys[k] = load_now(row + tokens[2 * smaller(first + k * kWarp, size_b - 1) + 1]);
+        const int32_t j = tokens[2 * smaller(first + k * kWarp, size_b - 1) + 1];
+        keys[k] = make_int2(load_now(row + j), load_now(other_row + j));
       }
-      largest = larger(largest, larger(larger(keys[0], keys[1]), larger(keys[2], keys[3])));
+#pragma unroll
+      for (int32_t k = 0; k < kBatch; ++k) {
+        largest = make_int2(larger(largest.x, keys[k].x), larger(largest.y, keys[k].y));
+      }
     }
-    return __reduce_max_sync(kAllLanes, largest);
+    return make_int2(__reduce_max_sync(kAllLanes, largest.x),
+                     __reduce_max_sync(kAllLanes, largest.y));
   }
 
   // Passes that search lists, until at most `until` tokens are left.
@@ -145,6 +180,7 @@ struct Bipartite {
       reorder(arrays, size_a, drop, [=](int32_t token, int32_t position, bool was_in_b) {
         if ((position > 0 && position % 2) != was_in_b) b.flip(token);
       });
+      if (threadIdx.x == 0) *waits = 0;
       __syncthreads();
       end_pass(drop);
     }
@@ -189,7 +225,6 @@ struct Bipartite {
     }
     __syncthreads();
     for (int32_t p = threadIdx.x; p < left; p += kThreads) tokens[p] = static_cast<uint16_t>(p);
-    __syncthreads();
   }
 
   // Passes over compact.sim. A warp reads a row.
@@ -201,7 +236,12 @@ struct Bipartite {
     while (left > keep) {
       const int32_t size_a = (left + 1) >> 1, drop = drop_of(size_a);
       const Buckets buckets(arrays.buckets + (pass & 1) * Buckets::kBytes);
-      // Phase 1: the columns of a lane are the same in all rows.
+      // Phase 1: a warp has every 16th row; lane r points at its row r. The columns of a lane are the
+      // same in all rows.
+      const int32_t rows = static_cast<int32_t>(
+          static_cast<uint32_t>(size_a + kWarps - 1 - warp_id()) / kWarps);
+      const int32_t offset =
+          tokens[smaller(2 * (lane_id() * kWarps + warp_id()), left - 1)] * width;
       int2 allowed[kMost];
 #pragma unroll
       for (int32_t v = 0; v < kMost; ++v) {
@@ -212,8 +252,6 @@ struct Bipartite {
       // Lane r keeps the result of the warp's row r.
       int32_t mine = 0;
       static_assert(kMostCompact / 2 <= kWarps * kWarp, "a lane for each row");
-      const int32_t rows = (size_a - 1 - warp_id()) / kWarps + 1;
-      const int32_t offset = tokens[smaller(2 * (lane_id() * kWarps + warp_id()), left - 1)] * width;
       constexpr int32_t kRows = 3;
 #pragma unroll 1
       for (int32_t first = 0; first < rows; first += kRows) {
@@ -260,7 +298,8 @@ __device__ uint16_t* bipartite(CudaBlock<kThreads>& block, const int32_t* sim, i
                                int32_t keep, int32_t step, BipartiteArrays arrays,
                                NeighbourLists lists, const Compact& compact, uint16_t* rows) {
   Bipartite<kThreads> passes{sim, ld, n, left, keep, step, arrays.tokens, arrays.next,
-                             arrays.b};
+                             arrays.b, arrays.waits, n > kInline};
+  if (threadIdx.x == 0) *arrays.waits = 0;
   const int32_t words = n / 32 + 1, thread = threadIdx.x;
 #pragma unroll 1
   for (int32_t w = thread; w < words; w += kThreads) {
@@ -279,6 +318,7 @@ __device__ uint16_t* bipartite(CudaBlock<kThreads>& block, const int32_t* sim, i
   const Buckets buckets(arrays.buckets), others(arrays.buckets + Buckets::kBytes);
   buckets.clear(thread, kThreads);
   others.clear(thread, kThreads);
+  arrays.ranks.empty_rooms(thread, kThreads);
   __syncthreads();
   // The first buckets are for the similarities of nearest neighbours.
 #pragma unroll 1
@@ -297,6 +337,8 @@ __device__ uint16_t* bipartite(CudaBlock<kThreads>& block, const int32_t* sim, i
   passes.with_lists(arrays, lists, larger(keep, compact.capacity));
   if (passes.left > keep) {
     passes.fill(compact, rows);
+    arrays.ranks.empty_rooms(thread, kThreads);
+    __syncthreads();
     passes.with_compact(arrays, compact);
 #pragma unroll 1
     for (int32_t p = thread; p < passes.left; p += kThreads) {

@@ -17,6 +17,12 @@ __device__ inline uint32_t lanes_before() { return (1u << lane_id()) - 1; }
 __device__ inline int32_t smaller(int32_t a, int32_t b) { return a < b ? a : b; }
 __device__ inline int32_t larger(int32_t a, int32_t b) { return a > b ? a : b; }
 
+// 1 if x > y, else 0, in two instructions, where a comparison has three. y - x must not overflow:
+// keys of similarities are small enough.
+__device__ inline int32_t is_above(int32_t x, int32_t y) {
+  return static_cast<int32_t>(static_cast<uint32_t>(y - x) >> 31);
+}
+
 template <int32_t kThreads>
 struct CudaBlock {
   static constexpr int32_t kWarps = kThreads / kWarp;

@@ -128,11 +128,6 @@ struct RowInMemory {
   }
 };
 
-// 1 if x > y: two instructions, where a comparison has three.
-__device__ inline int32_t is_above(int32_t x, int32_t y) {
-  return static_cast<int32_t>(static_cast<uint32_t>(y - x) >> 31);
-}
-
 // The number of similarities in the row of a warp that are above `bound`, and those of this lane.
 template <class Row>
 __device__ int2 count_above(const Row& row, int32_t bound) {
@@ -145,31 +140,35 @@ __device__ int2 count_above(const Row& row, int32_t bound) {
 template <class Row>
 __device__ void list_row(const Row& row, int32_t token, NeighbourLists lists,
                          int32_t* staging) {
-  // Phase 1: a bound that 17 to 19 lanes exceed: about 24 to 28 tokens do. All, if only a few lanes
-  // have any.
-  constexpr int32_t kFewest = 17, kMost = 19;
+  // Phase 1: a bound that 20 to 22 lanes exceed: about 30 to 34 tokens do. If these are more than a
+  // list holds, one that 17 to 19 lanes exceed: about 24 to 28 tokens. If only a few lanes have any
+  // token, all.
   int32_t largest = kAbsent;
   row.each([&](int32_t, int32_t key) { largest = larger(largest, key); });
-  const auto lanes_above = [=](int32_t bound) {
-    return __popc(__ballot_sync(kAllLanes, largest > bound));
-  };
   const int32_t end = __reduce_max_sync(kAllLanes, largest);
   int32_t bound = kAbsent;
-  if (lanes_above(bound) > kMost) {
+  int2 reached = make_int2(0, 0);
+  const auto raise = [&](int32_t fewest) {
     int32_t high = end;
-    bound = __reduce_min_sync(kAllLanes, largest == kAbsent ? end : largest) - 1;
     while (high - bound > 1) {
       const int32_t middle = bound + (high - bound) / 2;
-      const int32_t lanes = lanes_above(middle);
-      if (lanes >= kFewest) bound = middle;
-      if (lanes < kFewest) high = middle;
-      if (lanes >= kFewest && lanes <= kMost) break;
+      const int32_t lanes = __popc(__ballot_sync(kAllLanes, largest > middle));
+      if (lanes >= fewest) bound = middle;
+      if (lanes < fewest) high = middle;
+      if (lanes >= fewest && lanes <= fewest + 2) break;
     }
+    reached = count_above(row, bound);
+  };
+  if (__popc(__ballot_sync(kAllLanes, largest > kAbsent)) > 19) {
+    bound = __reduce_min_sync(kAllLanes, largest == kAbsent ? end : largest) - 1;
+    raise(20);
+    if (reached.x > kListed) raise(17);
+  } else {
+    reached = count_above(row, bound);
   }
 
   // Phase 2: if more tokens exceed it than a list holds, bisect. More than a list exceed `low`; if
   // bound == low + 1, tokens with the key `bound` fill the list.
-  int2 reached = count_above(row, bound);
   bool fill = false;
   if (reached.x > kListed) {
     int32_t low = bound;

@@ -83,12 +83,23 @@ struct Left {
     __syncthreads();
     const int32_t waits = count->y;
     if (waits == 0) return;
+    // The tokens that are left, in any order: the searches have been done.
+    if (threadIdx.x == 0) counters[turn].x = 0;
+    __syncthreads();
+#pragma unroll 1
+    for (int32_t j = threadIdx.x; j < n; j += kThreads) {
+      if (has(j)) searching[atomicAdd(&counters[turn].x, 1)] = static_cast<uint16_t>(j);
+    }
+    __syncthreads();
+    const int32_t size = counters[turn].x;
 #pragma unroll 1
     for (int32_t w = warp_id(); w < waits; w += kWarps) {
       const int32_t i = waiting[w];
-      const Best best = row_argmax(i);
+      const Best best = nearest_of(i, size);
       if (lane_id() == 0) use(i, best);
     }
+    __syncthreads();
+    if (threadIdx.x == 0) counters[turn].x = 0;
     __syncthreads();
   }
 
@@ -112,27 +123,26 @@ struct Left {
   }
 
  private:
-  __device__ Best row_argmax(int32_t i) const {
-    const int32_t* const row = sim + int64_t{i} * ld + lane_id();
+  // The nearest of the first `size` tokens in `searching`, by a warp.
+  __device__ Best nearest_of(int32_t i, int32_t size) const {
+    const int32_t* const row = sim + int64_t{i} * ld;
     Best best = kNoNeighbour;
-    // A batch of loads without a condition between them. Columns n to ld - 1 have no similarity,
-    // and are not left.
-    constexpr int32_t kBatch = 10;
+    // A batch of loads without a condition between them; the last token again where none is left.
+    constexpr int32_t kBatch = 6;
 #pragma unroll 1
-    for (int32_t first = 0; first < ld; first += kBatch * kWarp) {
-      int32_t keys[kBatch];
+    for (int32_t first = lane_id(); first < size + lane_id(); first += kBatch * kWarp) {
+      Best some[kBatch];
 #pragma unroll
       for (int32_t b = 0; b < kBatch; ++b) {
-        const int32_t offset = first + b * kWarp;
-        keys[b] = load_now(row + (offset + lane_id() < ld ? offset : 0));
+        some[b].index = searching[smaller(first + b * kWarp, size - 1)];
+        some[b].value = load_now(row + some[b].index);
       }
 #pragma unroll
       for (int32_t b = 0; b < kBatch; ++b) {
-        const int32_t offset = first + b * kWarp, j = offset + lane_id();
-        const uint32_t left = j < ld ? tokens.words[offset / kWarp] >> lane_id() & 1 : 0;
-        const int32_t key = left ? keys[b] : kNoSimilarity;
-        best.index = key > best.value ? j : best.index;
-        best.value = larger(key, best.value);
+        const bool nearer = some[b].value > best.value ||
+                            (some[b].value == best.value && some[b].index < best.index);
+        best.index = nearer ? some[b].index : best.index;
+        best.value = larger(some[b].value, best.value);
       }
     }
     const int32_t value = __reduce_max_sync(kAllLanes, best.value);

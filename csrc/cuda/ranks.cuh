@@ -17,8 +17,8 @@ constexpr int32_t kNodes = 256;
 constexpr int32_t kBuckets = 1024;
 
 // log2 of the keys that a bucket has room for, and the bytes of all, if there are n tokens.
-VISPRUNER_HD int32_t room_log2_of(int64_t n) { return n <= 4096 ? 3 : n <= 8192 ? 4 : 5; }
-VISPRUNER_HD int64_t room_bytes(int64_t n) {
+VISPRUNER_HD constexpr int32_t room_log2_of(int64_t n) { return n <= 4096 ? 3 : n <= 8192 ? 4 : 5; }
+VISPRUNER_HD constexpr int64_t room_bytes(int64_t n) {
   return int64_t{kBuckets * sizeof(uint16_t)} << room_log2_of(n);
 }
 
@@ -72,7 +72,7 @@ __device__ inline int32_t sum_before(const uint16_t* array, int32_t count) {
 struct Ranks {
   // [kCells] The first bucket of a cell, and from bit 16 on how many it has.
   uint32_t* cells;
-  // [kBuckets][room] Keys in the buckets.
+  // [kBuckets][room] Keys in the buckets. Zeros before the first ranking.
   uint16_t* members;
   // log2 of the room of a bucket, at least 3.
   int32_t room_log2;
@@ -98,6 +98,15 @@ struct Ranks {
     const uint32_t most = (static_cast<uint32_t>(kCells) << width_log2) - 1;
     const uint32_t below = static_cast<uint32_t>(top) - static_cast<uint32_t>(key);
     return below < most ? below : most;
+  }
+
+  // Sets all rooms to zeros, by `threads` threads.
+  __device__ void empty_rooms(int32_t thread, int32_t threads) const {
+    uint4* const vectors = reinterpret_cast<uint4*>(members);
+#pragma unroll 1
+    for (int32_t v = thread; v < kBuckets >> 3 << room_log2; v += threads) {
+      vectors[v] = make_uint4(0, 0, 0, 0);
+    }
   }
 
   // Phase 1: key i.
@@ -133,14 +142,16 @@ struct Ranks {
     const int32_t housed = smaller(size, 1 << room_log2);
 #pragma unroll 1
     for (int32_t first = 0;;) {
+      // A slot that is not used holds a key of another pass, or key 0.
       const uint32_t others[4] = {pairs.x & 0xffff, pairs.x >> 16, pairs.y & 0xffff, pairs.y >> 16};
-      int32_t larger[4];
+      int32_t above[4];
 #pragma unroll
       for (int32_t m = 0; m < 4; ++m) {
-        const int32_t j = first + m < housed ? static_cast<int32_t>(others[m]) : i;
-        larger[m] = keys[j] > key - (j < i);
+        const int32_t j = static_cast<int32_t>(others[m]);
+        above[m] = is_above(keys[j], key + ((j - i) >> 31));
       }
-      rank += (larger[0] + larger[1]) + (larger[2] + larger[3]);
+      rank += above[0] + (first + 1 < housed ? above[1] : 0);
+      rank += (first + 2 < housed ? above[2] : 0) + (first + 3 < housed ? above[3] : 0);
       first += 4;
       if (first >= housed) break;
       pairs = *reinterpret_cast<const uint2*>(room + first);

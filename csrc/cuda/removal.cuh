@@ -152,6 +152,7 @@ __device__ void remove_duplicates(Block& block, const SelectArgs& args,
     arrays.b.words = arena.template take<uint32_t>(words);
     arrays.buckets = arena.template take<char>(2 * Buckets::kBytes);
     arrays.ranks.cells = arena.template take<uint32_t>(kCells);
+    arrays.waits = arena.template take<int32_t>(1);
     arrays.tokens = arena.template take<uint16_t>(left);
     arrays.next = arena.template take<uint16_t>(left);
     arrays.ranks.room_log2 = room_log2_of(n);

@@ -17,8 +17,8 @@ VISPRUNER_HD int64_t rounded(int64_t n, int64_t to) { return (n + to - 1) / to *
 // Bytes of the arrays of the passes of an image of n tokens, besides similarities and lists, each
 // rounded up to 16. `fixed_bytes`: those that do not grow with every token.
 constexpr int32_t kTokenBytes = 17;
-VISPRUNER_HD int64_t fixed_bytes(int64_t n) {
-  return 2 * Buckets::kBytes + kCells * sizeof(uint32_t) + room_bytes(n) + 512;
+VISPRUNER_HD constexpr int64_t fixed_bytes(int64_t n) {
+  return 2 * Buckets::kBytes + kCells * sizeof(uint32_t) + room_bytes(n) + 256;
 }
 
 // A counter is a 64-bit word of the call's own scratch: the call's random tag, and below it
