@@ -11,18 +11,21 @@
 // (cpu/pairwise.h, cuda/pairwise.cuh). Its functions, too, end with a barrier:
 //
 // has(i):                  whether token i is left; no phase
-// remove(n, f):            removes each token i that is left and has f(i); f reads no has(i). Returns
+// remove(n, f):            removes each token i that is left and has f(i); f reads no has(i).
+// Returns
 //                          how many
-// find_next(n, next):      next[i] is the first token that is left from i on, or n; `next` has n + 1
+// find_next(n, next):      next[i] is the first token that is left from i on, or n; `next` has n +
+// 1
 //                          elements
 // search(n, where, use):   use(i, best) for each i with where(i): the nearest token that is left,
 //                          the first one of several, or kNoNeighbour. where(i) reads nothing that
 //                          use(j) writes, j != i
-// check(n, where, agrees, use): use(i) for each i with where(i) for which agrees(i, j, similarity) is
+// check(n, where, agrees, use): use(i) for each i with where(i) for which agrees(i, j, similarity)
+// is
 //                          false for another token j that is left
 //
-// The index of a token, here, is its row of similarities. Rows are in the order of the tokens in the
-// image; a CPU has rows for the residual tokens only, CUDA for all tokens.
+// The index of a token, here, is its row of similarities. Rows are in the order of the tokens in
+// the image; a CPU has rows for the residual tokens only, CUDA for all tokens.
 #pragma once
 
 #include "contract.h"
@@ -63,7 +66,8 @@ VISPRUNER_HD int32_t remove_alike(Block& block, Left& left, int32_t n, PairwiseA
   const uint16_t* const score_rank = arrays.score_rank;
   uint16_t* const partner = arrays.partner;
   int64_t* const pair = arrays.pair;
-  // The first token of the group of each token, or kNoPartner. A partner is the first one of several.
+  // The first token of the group of each token, or kNoPartner. A partner is the first one of
+  // several.
   uint16_t* const group = arrays.next;
   block.each(n, [=](int32_t i) {
     const bool has_group = left.has(i) && partner[i] != kNoPartner;
@@ -76,24 +80,33 @@ VISPRUNER_HD int32_t remove_alike(Block& block, Left& left, int32_t n, PairwiseA
   };
   left.check(
       n, [=](int32_t i) { return group[i] != kNoPartner; },
-      [=](int32_t i, int32_t j, int32_t similarity) {
-        return (similarity == similarity_of(i)) == (group[j] == group[i]);
+      [=](int32_t i) {
+        return [=, own = similarity_of(i), first = group[i]](int32_t j, int32_t similarity) {
+          return (similarity == own) == (group[j] == first);
+        };
       },
       [=](int32_t i) { partner[i] = static_cast<uint16_t>(partner[i] | kSpoils); });
   const int32_t removed = left.remove(n, [=](int32_t i) {
     const int32_t first = group[i];
     if (first == kNoPartner) return false;
-    // The best token before i, and the first better one behind it.
-    int32_t best = i, better = -1;
+    // The best token before i, below its rank by score, and the first better one behind i.
+    const uint32_t own = score_rank[i];
+    uint32_t before = UINT32_MAX;
+    int32_t behind = n;
+    bool spoiled = false;
+    // Without branches: every token of a group takes every step.
     for (int32_t j = first; j < n; ++j) {
-      if (group[j] != first) continue;
-      if (partner[j] & kSpoils) return false;
-      if (j < i && score_rank[j] < score_rank[best]) best = j;
-      if (j > i && better < 0 && score_rank[j] < score_rank[i]) better = j;
+      const bool same = group[j] == first;
+      const uint32_t rank = score_rank[j];
+      const uint32_t candidate = same && j < i ? rank << 16 | static_cast<uint32_t>(j) : UINT32_MAX;
+      const int32_t better = same && j > i && rank < own ? j : n;
+      before = candidate < before ? candidate : before;
+      behind = better < behind ? better : behind;
+      spoiled = spoiled || (same && (partner[j] & kSpoils));
     }
-    const int32_t winner = best != i ? best : better;
-    if (winner < 0) return false;
-    pair[i] = pair_key(similarity_of(i), i, winner);
+    const bool loses = before >> 16 < own;
+    if (spoiled || (!loses && behind == n)) return false;
+    pair[i] = pair_key(similarity_of(i), i, loses ? static_cast<int32_t>(before & 0xffff) : behind);
     return true;
   });
   block.each(n, [=](int32_t i) {
@@ -111,7 +124,7 @@ VISPRUNER_HD int32_t remove_alike(Block& block, Left& left, int32_t n, PairwiseA
 template <class Block, class Left, class Keep>
 VISPRUNER_HD void pairwise(Block& block, Left& left, int32_t n, int32_t drop, int32_t eager_rounds,
                            PairwiseArrays arrays, Keep keep) {
-  // Groups of tokens that are alike are worth a look if more than this many tokens are orphaned for
+  // Searches for groups of tokens that are alike if more than this many tokens are orphaned for
   // each one that the first round removes.
   constexpr int32_t kOrphansOfAlike = 8;
   const uint16_t* const score_rank = arrays.score_rank;
@@ -136,9 +149,7 @@ VISPRUNER_HD void pairwise(Block& block, Left& left, int32_t n, int32_t drop, in
   // `certain` removals of the rule. `certain` may exceed `drop`.
   int64_t bound = kNoPair;
   int32_t certain = 0;
-  const auto is_certain = [=](int32_t i, int64_t bound) {
-    return !left.has(i) && pair[i] > bound;
-  };
+  const auto is_certain = [=](int32_t i, int64_t bound) { return !left.has(i) && pair[i] > bound; };
   for (int32_t round = 0; certain < drop; ++round) {
     // Phase 1: remove the less important token of every mutual pair.
     const int32_t removed_now = left.remove(n, [=](int32_t i) {
@@ -176,8 +187,8 @@ VISPRUNER_HD void pairwise(Block& block, Left& left, int32_t n, int32_t drop, in
       const int64_t highest =
           block.max(n, [=](int32_t i) { return orphaned(i) ? pair[i] : kNoPair; });
       left.search(n, [=](int32_t i) { return orphaned(i) && pair[i] == highest; }, set_partner);
-      const int64_t best = block.max(
-          n, [=](int32_t i) { return left.has(i) && !orphaned(i) ? pair[i] : kNoPair; });
+      const int64_t best =
+          block.max(n, [=](int32_t i) { return left.has(i) && !orphaned(i) ? pair[i] : kNoPair; });
       left.search(n, [=](int32_t i) { return orphaned(i) && pair[i] >= best; }, set_partner);
     }
     if (removed < drop) continue;
@@ -188,7 +199,14 @@ VISPRUNER_HD void pairwise(Block& block, Left& left, int32_t n, int32_t drop, in
   }
   // If there are more than `drop`, bisect for the pair of the `drop`-th removal: no two removals
   // have the same pair.
-  int64_t above = INT64_MAX;
+  int64_t above = 0;
+  if (certain > drop) {
+    above = 1 + block.max(n, [=](int32_t i) { return left.has(i) ? kNoPair : pair[i]; });
+    // The least certain pair, negated: this is a reduction for the largest.
+    const int64_t least =
+        -block.max(n, [=](int32_t i) { return is_certain(i, bound) ? -pair[i] : kNoPair; });
+    bound = least - 1;
+  }
   while (certain > drop) {
     const int64_t middle = (bound & above) + ((bound ^ above) >> 1);
     const int32_t more = block.count(n, [=](int32_t i) { return is_certain(i, middle); });

@@ -131,12 +131,26 @@ def hubs(tokens: int) -> Tensor:
 
 
 def hub_cases(tokens: int) -> list[Case]:
-    """Calls with the pairwise rule: equal tokens; hubs and an arc, each in order and shuffled."""
+    """Calls with the pairwise rule that would take many rounds: equal tokens; groups of equal
+    tokens, alone and among tokens as similar to each other as to some of them; hubs and an arc,
+    each in order and shuffled."""
     generator = torch.Generator().manual_seed(11)
     shuffled = torch.randperm(tokens, generator=generator)
     angle = torch.linspace(0.1, 1.5, tokens)[None, :, None]
     star, arc = hubs(tokens), torch.cat([angle.cos(), angle.sin()], 2)
-    kinds = torch.ones(1, tokens, 4), star, star[:, shuffled], arc, arc[:, shuffled]
+    directions = torch.randn(max(1, tokens // 20), 16, generator=generator)
+    groups = directions[torch.randint(0, len(directions), (tokens,), generator=generator)][None]
+    # Every similarity is one of a few values.
+    corners = torch.randint(0, 2, (1, tokens, 5), generator=generator).float()
+    kinds = (
+        torch.ones(1, tokens, 4),
+        groups,
+        corners,
+        star,
+        star[:, shuffled],
+        arc,
+        arc[:, shuffled],
+    )
     scores = torch.arange(tokens).float()[None], torch.rand(1, tokens, generator=generator)
     return [
         Case(features, score, tokens // 10, 0.0, 8, "pairwise")

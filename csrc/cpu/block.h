@@ -61,12 +61,13 @@ struct Left {
       if (where(i)) use(i, simd->row_argmax(sim + i * ld, mask, ld));
     });
   }
-  template <class Where, class Agrees, class Use>
-  void check(int32_t n, Where where, Agrees agrees, Use use) {
+  template <class Where, class Test, class Use>
+  void check(int32_t n, Where where, Test test, Use use) {
     block->each(n, [&](int32_t i) {
       if (!where(i)) return;
+      const auto agrees = test(i);
       for (int32_t j = 0; j < n; ++j) {
-        if (j != i && has(j) && !agrees(i, j, sim[i * ld + j])) return use(i);
+        if (j != i && has(j) && !agrees(j, sim[i * ld + j])) return use(i);
       }
     });
   }

@@ -36,10 +36,15 @@ struct Simd {
   void (*similarity_tile)(const int64_t* gram, const float* ri, const float* rj, int32_t* keys,
                           int32_t* transposed);
 
-  // See passes.h. In the first three functions n is a multiple of kPanel.
+  // A mask allows a token by INT32_MAX and excludes it by kNoSimilarity: the largest allowed
+  // similarity is the largest minimum of row[j] and mask[j]. n is a multiple of kPanel.
   int32_t (*row_max)(const int32_t* row, const int32_t* mask, int64_t n);
+  // It, and the first j that attains it.
   Best (*row_argmax)(const int32_t* row, const int32_t* mask, int64_t n);
+  // The `length` largest in descending order, ties by index. Entries that get no value stay as they
+  // were.
   void (*nearest)(const int32_t* row, const int32_t* mask, int64_t n, Best* list, int32_t length);
+  // How many of n values are larger than values[i], or equal and before it.
   int32_t (*rank)(const int32_t* values, int32_t i, int32_t n);
 
   // The dot product of n floats in 16 lanes and a tree.

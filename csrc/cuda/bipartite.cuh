@@ -1,4 +1,6 @@
-// The published rule on a GPU: a thread for each token of a.
+// The published rule on a GPU: a thread for each token of a. Each pass splits the tokens that are
+// left into a, the even positions, and b, the odd ones, and removes up to `step` tokens of a: those
+// most similar to a token of b. csrc/cpu/bipartite.h is the same rule on a CPU.
 #pragma once
 
 #include "cuda/neighbours.cuh"
@@ -26,7 +28,11 @@ struct Compact {
 // few, and a barrier would take longer.
 constexpr int32_t kInline = 1024;
 
+// As soon as at most this many of n tokens are left, their similarities are copied to a compact
+// matrix: lists have lost most of their tokens by then. Found by simulation (docs/cuda.md).
 constexpr int32_t kMostCompact = 192;
+static_assert(kMostCompact % 64 == 0, "two columns for each lane of a warp");
+VISPRUNER_HD int32_t compact_from(int32_t n) { return n <= kInline ? 128 : kMostCompact; }
 
 // The arrays of the passes of one image of n tokens, of which at most `residual` are left.
 struct BipartiteArrays {
@@ -49,16 +55,20 @@ struct Bipartite {
   static constexpr int32_t kWarps = kThreads / kWarp;
   static_assert(kThreads >= kCells, "a thread for each cell");
 
+  // [n][ld] Ordered keys of the similarities; see ImageScratch.
   const int32_t* sim;
   int32_t ld;
   int32_t n;
+  // Tokens that are left; tokens to keep; tokens to remove in a pass.
   int32_t left;
   int32_t keep;
   int32_t step;
+  // As in BipartiteArrays; tokens and next are swapped in every pass.
   uint16_t* tokens;
   uint16_t* next;
   Bits b;
   int32_t* waits;
+  // Whether all warps share the rows that have to be read.
   bool shares;
   int32_t pass = 0;
 
@@ -71,7 +81,7 @@ struct Bipartite {
       const int32_t token = tokens[2 * smaller(i, size_a - 1)];
       const int32_t k = lists.first_in(b, token, i < size_a);
       int32_t key = k < kListed ? lists.key(token, k) : kNoSimilarity;
-      // If a list has no token of b, the answer is in the row. If many may fail, all warps share.
+      // If a list has no token of b, the answer is in the row.
       const bool fails = k == kListed;
       if (shares) {
         // `next` is written in phase 2 only.
@@ -83,8 +93,8 @@ struct Bipartite {
           const int32_t lane = __ffs(left) - 1;
           left &= left - 1;
           const int32_t other = left ? __ffs(left) - 1 : lane;
-          const int2 largest = row_max(__shfl_sync(kAllLanes, token, lane),
-                                       __shfl_sync(kAllLanes, token, other));
+          const int2 largest =
+              row_max(__shfl_sync(kAllLanes, token, lane), __shfl_sync(kAllLanes, token, other));
           key = lane_id() == lane ? largest.x : lane_id() == other ? largest.y : key;
         }
       }
@@ -102,9 +112,9 @@ struct Bipartite {
     }
   }
 
-  // The last phase of a pass: a by descending similarity without its first `drop` tokens.
-  // Then b, unchanged. use(token, position, whether the token was in b): position is negative if the
-  // token is removed.
+  // Phase 2 of a pass: a by descending similarity without its first `drop` tokens, then b
+  // unchanged. use(token, position, whether the token was in b): position is negative if the token
+  // is removed.
   template <class Use>
   __device__ void reorder(const BipartiteArrays& arrays, int32_t size_a, int32_t drop, Use use) {
     const Buckets buckets(arrays.buckets + (pass & 1) * Buckets::kBytes);
@@ -172,7 +182,7 @@ struct Bipartite {
     while (left > until) {
       const int32_t size_a = (left + 1) >> 1, drop = drop_of(size_a);
       const Buckets buckets(arrays.buckets + (pass & 1) * Buckets::kBytes);
-      // Phase 1: the largest similarity of each token of a to a token of b. 
+      // Phase 1: the largest similarity of each token of a to a token of b.
       search(arrays.ranks, buckets, lists, size_a);
       __syncthreads();
       // Phase 2
@@ -227,24 +237,25 @@ struct Bipartite {
     for (int32_t p = threadIdx.x; p < left; p += kThreads) tokens[p] = static_cast<uint16_t>(p);
   }
 
-  // Passes over compact.sim. A warp reads a row.
+  // Passes over compact.sim, of at most 64 * kPairs columns. A warp reads a row, two columns a lane
+  // at a time.
+  template <int32_t kPairs>
   __device__ void with_compact(const BipartiteArrays& arrays, const Compact& compact) {
-    constexpr int32_t kMost = (kMostCompact + 2 * kWarp - 1) / (2 * kWarp);
     const int32_t width = (left + 15) / 16 * 16;
     int32_t* const mask = compact.mask;
 #pragma unroll 1
     while (left > keep) {
       const int32_t size_a = (left + 1) >> 1, drop = drop_of(size_a);
       const Buckets buckets(arrays.buckets + (pass & 1) * Buckets::kBytes);
-      // Phase 1: a warp has every 16th row; lane r points at its row r. The columns of a lane are the
-      // same in all rows.
-      const int32_t rows = static_cast<int32_t>(
-          static_cast<uint32_t>(size_a + kWarps - 1 - warp_id()) / kWarps);
+      // Phase 1: a warp has every 16th row; lane r points at its row r. The columns of a lane are
+      // the same in all rows.
+      const int32_t rows =
+          static_cast<int32_t>(static_cast<uint32_t>(size_a + kWarps - 1 - warp_id()) / kWarps);
       const int32_t offset =
           tokens[smaller(2 * (lane_id() * kWarps + warp_id()), left - 1)] * width;
-      int2 allowed[kMost];
+      int2 allowed[kPairs];
 #pragma unroll
-      for (int32_t v = 0; v < kMost; ++v) {
+      for (int32_t v = 0; v < kPairs; ++v) {
         const int32_t column = 2 * (v * kWarp + lane_id());
         allowed[v] = column < width ? *reinterpret_cast<const int2*>(mask + column)
                                     : make_int2(kExcluded, kExcluded);
@@ -255,12 +266,12 @@ struct Bipartite {
       constexpr int32_t kRows = 3;
 #pragma unroll 1
       for (int32_t first = 0; first < rows; first += kRows) {
-        int2 values[kRows][kMost];
+        int2 values[kRows][kPairs];
 #pragma unroll
         for (int32_t r = 0; r < kRows; ++r) {
           const int32_t* const row = compact.sim + __shfl_sync(kAllLanes, offset, first + r);
 #pragma unroll
-          for (int32_t v = 0; v < kMost; ++v) {
+          for (int32_t v = 0; v < kPairs; ++v) {
             const int32_t column = 2 * (v * kWarp + lane_id());
             values[r][v] = *reinterpret_cast<const int2*>(row + (column < width ? column : 0));
           }
@@ -269,7 +280,7 @@ struct Bipartite {
         for (int32_t r = 0; r < kRows; ++r) {
           int32_t largest = kNoSimilarity;
 #pragma unroll
-          for (int32_t v = 0; v < kMost; ++v) {
+          for (int32_t v = 0; v < kPairs; ++v) {
             largest = larger(largest, larger(smaller(values[r][v].x, allowed[v].x),
                                              smaller(values[r][v].y, allowed[v].y)));
           }
@@ -294,11 +305,12 @@ struct Bipartite {
 // Removes duplicates until `keep` of the `left` tokens in arrays.tokens, sorted by score, are left.
 // Returns them. compact.sim may overlap the lists.
 template <int32_t kThreads>
-__device__ uint16_t* bipartite(CudaBlock<kThreads>& block, const int32_t* sim, int32_t ld, int32_t n, int32_t left,
-                               int32_t keep, int32_t step, BipartiteArrays arrays,
-                               NeighbourLists lists, const Compact& compact, uint16_t* rows) {
-  Bipartite<kThreads> passes{sim, ld, n, left, keep, step, arrays.tokens, arrays.next,
-                             arrays.b, arrays.waits, n > kInline};
+__device__ uint16_t* bipartite(CudaBlock<kThreads>& block, const int32_t* sim, int32_t ld,
+                               int32_t n, int32_t left, int32_t keep, int32_t step,
+                               BipartiteArrays arrays, NeighbourLists lists, const Compact& compact,
+                               uint16_t* rows) {
+  Bipartite<kThreads> passes{sim,           ld,          n,        left,         keep,       step,
+                             arrays.tokens, arrays.next, arrays.b, arrays.waits, n > kInline};
   if (threadIdx.x == 0) *arrays.waits = 0;
   const int32_t words = n / 32 + 1, thread = threadIdx.x;
 #pragma unroll 1
@@ -339,7 +351,11 @@ __device__ uint16_t* bipartite(CudaBlock<kThreads>& block, const int32_t* sim, i
     passes.fill(compact, rows);
     arrays.ranks.empty_rooms(thread, kThreads);
     __syncthreads();
-    passes.with_compact(arrays, compact);
+    if (compact.capacity <= 128) {
+      passes.template with_compact<2>(arrays, compact);
+    } else {
+      passes.template with_compact<kMostCompact / 64>(arrays, compact);
+    }
 #pragma unroll 1
     for (int32_t p = thread; p < passes.left; p += kThreads) {
       passes.tokens[p] = compact.tokens[passes.tokens[p]];

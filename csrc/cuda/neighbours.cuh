@@ -41,8 +41,8 @@ struct NeighbourLists {
   // [n][kListed] Keys of similarities.
   int32_t* keys;
 
-  // From bit 7 on the word of the token in a set; below, by how much to rotate this word so that the
-  // bit of the token is at position 7 - k % 8.
+  // From bit 7 on the word of the token in a set; below, by how much to rotate this word so that
+  // the bit of the token is at position 7 - k % 8.
   __device__ static uint16_t code_of(int32_t token, int32_t k) {
     return static_cast<uint16_t>((token & ~31) << 2 | ((token + (k & 7) - 7) & 31));
   }
@@ -79,7 +79,8 @@ struct NeighbourLists {
                                __funnelshift_r(odd, odd, pairs[p] >> 16));
       }
       const uint32_t all = select_bits(0xf0, select_bits(0xc0, found[0], found[1]),
-                                       select_bits(0x0c, found[2], found[3])) & 0xff;
+                                       select_bits(0x0c, found[2], found[3])) &
+                           0xff;
       if (k == kListed && all) k = first + __clz(all) - 24;
       if (!__any_sync(kAllLanes, k == kListed)) break;
     }
@@ -138,8 +139,7 @@ __device__ int2 count_above(const Row& row, int32_t bound) {
 
 // Lists the nearest neighbours of a token with these similarities. staging: kStagingBytes.
 template <class Row>
-__device__ void list_row(const Row& row, int32_t token, NeighbourLists lists,
-                         int32_t* staging) {
+__device__ void list_row(const Row& row, int32_t token, NeighbourLists lists, int32_t* staging) {
   // Phase 1: a bound that 20 to 22 lanes exceed: about 30 to 34 tokens do. If these are more than a
   // list holds, one that 17 to 19 lanes exceed: about 24 to 28 tokens. If only a few lanes have any
   // token, all.
@@ -187,8 +187,8 @@ __device__ void list_row(const Row& row, int32_t token, NeighbourLists lists,
     fill = bound - low == 1;
   }
 
-  // Phase 3: stage the tokens above `bound`, lane by lane, then the first ones with the key `bound`.
-  // Entries beyond them are empty.
+  // Phase 3: stage the tokens above `bound`, lane by lane, then the first ones with the key
+  // `bound`. Entries beyond them are empty.
   int32_t slot = reached.y;
   for (int32_t distance = 1; distance < kWarp; distance *= 2) {
     const int32_t before = __shfl_up_sync(kAllLanes, slot, distance);

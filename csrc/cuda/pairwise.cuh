@@ -10,7 +10,7 @@ struct Left {
   static constexpr int32_t kWarps = kThreads / kWarp;
 
   CudaBlock<kThreads>* block;
-  // No token beyond the last one is among them.
+  // The tokens that are left; none beyond the last one.
   Bits tokens;
   // [n][ld]
   const int32_t* sim;
@@ -48,7 +48,8 @@ struct Left {
         const int32_t i = first + lane_id();
         const uint32_t left = tokens.words[first / kWarp];
         const uint32_t from_here = left & ~lanes_before();
-        if (i <= n) next[i] = static_cast<uint16_t>(from_here ? first + __ffs(from_here) - 1 : behind);
+        if (i <= n)
+          next[i] = static_cast<uint16_t>(from_here ? first + __ffs(from_here) - 1 : behind);
         if (left) behind = first + __ffs(left) - 1;
       }
     }
@@ -104,17 +105,27 @@ struct Left {
   }
 
   // A warp for each token.
-  template <class Where, class Agrees, class Use>
-  __device__ void check(int32_t n, Where where, Agrees agrees, Use use) {
+  template <class Where, class Test, class Use>
+  __device__ void check(int32_t n, Where where, Test test, Use use) {
+    constexpr int32_t kBatch = 6;
 #pragma unroll 1
     for (int32_t i = warp_id(); i < n; i += kWarps) {
       if (!where(i)) continue;
+      const auto agrees = test(i);
       const int32_t* const row = sim + int64_t{i} * ld;
       bool all = true;
-#pragma unroll 4
-      for (int32_t j = lane_id(); j < n; j += kWarp) {
-        const int32_t similarity = row[j];
-        all = all && (j == i || !has(j) || agrees(i, j, similarity));
+#pragma unroll 1
+      for (int32_t first = lane_id(); first < n + lane_id(); first += kBatch * kWarp) {
+        int32_t keys[kBatch];
+#pragma unroll
+        for (int32_t b = 0; b < kBatch; ++b) {
+          keys[b] = load_now(row + smaller(first + b * kWarp, n - 1));
+        }
+#pragma unroll
+        for (int32_t b = 0; b < kBatch; ++b) {
+          const int32_t j = smaller(first + b * kWarp, n - 1);
+          all = all & ((j == i) | !has(j) | agrees(j, keys[b]));
+        }
       }
       if (__any_sync(kAllLanes, !all) && lane_id() == 0) use(i);
       __syncwarp();

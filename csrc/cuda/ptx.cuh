@@ -40,8 +40,8 @@ __device__ inline uint64_t arrive_at(uint64_t* word) {
 }
 
 // Loads four matrices of 8 x 16 bytes from shared memory. `row` of lane 8 m + r: row r of matrix m,
-// at a multiple of 16 bytes. matrices[m] of a lane: bytes 4 t to 4 t + 3 of row g, with g = lane / 4
-// and t = lane % 4.
+// at a multiple of 16 bytes. matrices[m] of a lane: bytes 4 t to 4 t + 3 of row g, with g = lane /
+// 4 and t = lane % 4.
 __device__ inline void load_matrices(uint32_t (&matrices)[4], const char* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])

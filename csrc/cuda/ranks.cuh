@@ -114,8 +114,8 @@ struct Ranks {
     const uint32_t below = below_top(key);
     const int32_t cell = static_cast<int32_t>(below >> width_log2);
     const uint32_t found = cells[cell];
-    const int32_t bucket = static_cast<int32_t>((found & 0xffff) +
-                                                __umulhi(below << (32 - width_log2), found >> 16));
+    const int32_t bucket =
+        static_cast<int32_t>((found & 0xffff) + __umulhi(below << (32 - width_log2), found >> 16));
     increment(in.cell_sizes, cell);
     increment(in.group_sizes, bucket >> 6);
     increment(in.node_sizes, bucket >> 2);
@@ -174,7 +174,8 @@ struct Ranks {
     const uint4 pairs = reinterpret_cast<const uint4*>(in.cell_sizes)[lane_id()];
     const uint32_t words[4] = {pairs.x, pairs.y, pairs.z, pairs.w};
     // Every cell has a bucket; the others are shared out.
-    const uint32_t each = (static_cast<uint32_t>(kBuckets - kCells) << 16) / static_cast<uint32_t>(n);
+    const uint32_t each =
+        (static_cast<uint32_t>(kBuckets - kCells) << 16) / static_cast<uint32_t>(n);
     uint32_t counts[kEach];
     uint32_t sum = 0;
 #pragma unroll

@@ -1,4 +1,4 @@
-// The removal of duplicates of one image by one thread block: the arrays of csrc/passes.h and their
+// The removal of duplicates of one image by one thread block: the arrays of both rules and their
 // place in memory.
 #pragma once
 
@@ -39,12 +39,11 @@ struct Arena {
   }
 };
 
-
-// What fits in shared memory: the arrays of the passes and all of the lists, or all but the keys of
-// the lists, or less.
+// Shared memory holds the arrays of the passes and all of the lists, or all but the keys of the
+// lists, or less.
 enum class Fit { kAll, kCodes, kLess };
 
-// Bytes of a compact matrix for this many tokens, and of one that is worth the memory.
+// Bytes of a compact matrix for this many tokens, and for the most.
 VISPRUNER_HD int64_t compact_bytes(int64_t n) { return n * (4 * n + 6); }
 constexpr int32_t kCompactBytes = kMostCompact * (4 * kMostCompact + 6) + 64;
 
@@ -169,12 +168,11 @@ __device__ void remove_duplicates(Block& block, const SelectArgs& args,
       }
     }
     // The compact matrix is where the lists were.
-    const Compact compact = take_compact(arena, smaller(left, kMostCompact));
+    const Compact compact = take_compact(arena, smaller(left, compact_from(n)));
     const NeighbourLists copies = take_lists<kFit>(arena, lists, n);
     __syncthreads();
-    const uint16_t* const residual =
-        bipartite<kThreads>(block, sim, ld, n, left, keep - important, args.call.step, arrays,
-                            copies, compact, rows);
+    const uint16_t* const residual = bipartite<kThreads>(
+        block, sim, ld, n, left, keep - important, args.call.step, arrays, copies, compact, rows);
     block.each(n, [=](int32_t t) {
       if (score_rank[t] < important) kept.add(t);
     });

@@ -27,7 +27,8 @@ constexpr int32_t kCountBits = 20;
 
 // The scratch of one image. Its first token is token `start` of all images.
 struct ImageScratch {
-  // [n, ld] See passes.h.
+  // [n, ld] Ordered keys of the similarities, symmetric; kNoSimilarity on the diagonal and beyond
+  // column n. ld is n rounded up to 16.
   int32_t* sim;
   NeighbourLists lists;
   // [n] The position of each token in the order by score.
@@ -55,7 +56,8 @@ struct Scratch {
     list_keys = list_codes + (removes ? total * kListed * sizeof(uint16_t) : 0);
     score_rank = list_keys + (removes ? total * kListed * sizeof(int32_t) : 0);
     passes = rounded(score_rank + total * sizeof(int32_t), 256);
-    counters = rounded(passes + (removes ? total * kTokenBytes + images * fixed_bytes(tokens) : 0), 256);
+    counters =
+        rounded(passes + (removes ? total * kTokenBytes + images * fixed_bytes(tokens) : 0), 256);
     bytes = counters + images * (1 + rounded(tokens, kTile) / kTile) * sizeof(uint64_t);
   }
 

@@ -248,14 +248,14 @@ __global__ void __launch_bounds__(kThreads, 1) select_kernel(const SelectArgs ar
 
   // Phase 1: the order by score (on the diagonal) and the similarities.
   if (block_a == block_b) {
-    rank_scores(call.scores, call.scores.data + image.scores * element_size(call.scores.dtype), n, block_a * kTile, reinterpret_cast<int32_t*>(memory),
-                scratch().score_rank);
+    rank_scores(call.scores, call.scores.data + image.scores * element_size(call.scores.dtype), n,
+                block_a * kTile, reinterpret_cast<int32_t*>(memory), scratch().score_rank);
   }
   if (removes) {
     const auto make_tile = [&](auto dtype) {
-      similarity_tile<decltype(dtype)::value>(features(), call.features.token_stride,
-                                              call.channels, args.aligned, n, block_a, block_b,
-                                              memory, scratch().sim, rounded(n, 16));
+      similarity_tile<decltype(dtype)::value>(features(), call.features.token_stride, call.channels,
+                                              args.aligned, n, block_a, block_b, memory,
+                                              scratch().sim, rounded(n, 16));
     };
     if (call.features.dtype == DType::kFloat32) {
       make_tile(std::integral_constant<DType, DType::kFloat32>{});
@@ -294,8 +294,10 @@ __global__ void __launch_bounds__(kThreads, 1) select_kernel(const SelectArgs ar
         [=](int32_t t, int32_t k) { out[k] = first_index + t; });
   }
   if (!call.kept) return;
-  const int64_t kept_bytes = int64_t{image.keep} * call.channels * element_size(call.features.dtype);
-  gather_kept(args, features(), call.indices + image.out, image.keep, call.kept + image.number * kept_bytes);
+  const int64_t kept_bytes =
+      int64_t{image.keep} * call.channels * element_size(call.features.dtype);
+  gather_kept(args, features(), call.indices + image.out, image.keep,
+              call.kept + image.number * kept_bytes);
 }
 
 void check(cudaError_t error, const char* what) {
@@ -411,7 +413,7 @@ void cuda_select(const CudaSelect& call, int device, void* stream) {
   const int64_t lists = call.tokens * kListBytes;
   const int64_t compact = call.matching == Matching::kBipartite ? kCompactBytes : 0;
   int64_t shared = shared_limit(device) / 16 * 16;
-  const Fit fit = arrays + lists <= shared                              ? Fit::kAll
+  const Fit fit = arrays + lists <= shared                                ? Fit::kAll
                   : arrays + call.tokens * kListed * int64_t{2} <= shared ? Fit::kCodes
                                                                           : Fit::kLess;
   const int64_t useful = rounded(arrays + (lists > compact ? lists : compact), 16);
@@ -425,8 +427,7 @@ void cuda_select(const CudaSelect& call, int device, void* stream) {
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = static_cast<size_t>(shared);
   config.stream = static_cast<cudaStream_t>(stream);
-  check(cudaLaunchKernelEx(&config, kernel_of(call.matching, fit), args),
-        "the launch of select");
+  check(cudaLaunchKernelEx(&config, kernel_of(call.matching, fit), args), "the launch of select");
 }
 
 }  // namespace vispruner

@@ -240,6 +240,28 @@ def test_pairwise_ties_without_eager_rounds_are_broken_by_index(monkeypatch):
 
 
 @needs_native
+@pytest.mark.parametrize("threads", [1, 32])
+def test_pairwise_with_tokens_that_are_alike(monkeypatch, threads):
+    """Groups of equal tokens are resolved in one step: each token against the best one before it.
+    Other tokens may be as similar to one of a group as the group is, which rules the step out."""
+    monkeypatch.setattr(_native.arguments, "BLOCK_THREADS", threads)
+    for seed in range(60):
+        generator = torch.Generator().manual_seed(seed)
+        n, kinds = 30 + seed, 1 + seed % 4
+        kind = torch.randn(kinds, 8, generator=generator)
+        if seed % 2:
+            # Few similarities, so that tokens of different groups tie.
+            kind = torch.randint(0, 2, (2 * kinds, 4), generator=generator).float()
+        group = torch.randint(0, len(kind), (n,), generator=generator)
+        # Multiples by powers of two are as similar as equal tokens.
+        features = (kind[group] * 2.0 ** torch.randint(0, 3, (n, 1), generator=generator))[None]
+        scores = torch.randint(0, n, (1, n), generator=generator).float()
+        for keep in (1, kinds, n // 3, n - 2):
+            case = Case(features, scores, keep, 0.0, 8, "pairwise")
+            assert torch.equal(_native.cpu.select(*case), by_oracle(case)), (seed, keep)
+
+
+@needs_native
 def test_pairwise_with_one_token_as_the_best_partner_of_all():
     """After 64 rounds most of the removals are still to come."""
     sim = reference.similarity(hubs(400)[0]).fill_diagonal_(-1.0)

@@ -25,8 +25,8 @@ inline float half_to_float(uint16_t bits) {
 
 inline int32_t load_now(const int32_t* from) { return *from; }
 
-// ldmatrix.sync.aligned.m8n8.x4.shared.b16: lane 8 m + r points at row r of matrix m, 16 bytes; lane
-// 4 r + t gets bytes 4 t to 4 t + 3 of row r of each matrix.
+// ldmatrix.sync.aligned.m8n8.x4.shared.b16: lane 8 m + r points at row r of matrix m, 16 bytes;
+// lane 4 r + t gets bytes 4 t to 4 t + 3 of row r of each matrix.
 inline void load_matrices(uint32_t (&matrices)[4], const char* row,
                           cuda_on_cpu::Site site = cuda_on_cpu::Site::here()) {
   struct Args {
