@@ -8,20 +8,17 @@
 // max(n, f), count(n, f):  reductions over f(0) .. f(n - 1); every thread gets the result
 //
 // The template parameter Left is the set of the tokens that are left, with their similarities
-// (cpu/pairwise.h, cuda/pairwise.cuh). Its functions, too, end with a barrier:
+// (cpu/block.h, cuda/pairwise.cuh). Its functions, too, end with a barrier:
 //
 // has(i):                  whether token i is left; no phase
-// remove(n, f):            removes each token i that is left and has f(i); f reads no has(i).
-// Returns
-//                          how many
-// find_next(n, next):      next[i] is the first token that is left from i on, or n; `next` has n +
-// 1
-//                          elements
+// remove(n, f):            removes each token i that is left and has f(i), and returns how many; f
+//                          reads no has(i)
+// find_next(n, next):      next[i] is the first token that is left from i on, or n; `next` has
+//                          n + 1 elements
 // search(n, where, use):   use(i, best) for each i with where(i): the nearest token that is left,
 //                          the first one of several, or kNoNeighbour. where(i) reads nothing that
 //                          use(j) writes, j != i
-// check(n, where, agrees, use): use(i) for each i with where(i) for which agrees(i, j, similarity)
-// is
+// check(n, where, test, use): use(i) for each i with where(i) for which test(i)(j, similarity) is
 //                          false for another token j that is left
 //
 // The index of a token, here, is its row of similarities. Rows are in the order of the tokens in

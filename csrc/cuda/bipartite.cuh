@@ -39,7 +39,7 @@ struct BipartiteArrays {
   // [residual] The tokens that are left, and those of the next pass.
   uint16_t* tokens;
   uint16_t* next;
-  // The tokens of b. No token n is not among them.
+  // The tokens of b. It has a bit for a token n, too, which is never set.
   Bits b;
   // How many tokens of a have lists without a token of b.
   int32_t* waits;

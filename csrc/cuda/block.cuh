@@ -69,8 +69,9 @@ struct CudaBlock {
   }
   // The least x and the largest y of all threads.
   __device__ int2 range(int32_t x, int32_t y) {
-    const int64_t* const of_warps = share(int64_t{__reduce_max_sync(kAllLanes, y)} << 32 |
-                                          static_cast<uint32_t>(__reduce_min_sync(kAllLanes, x)));
+    const int64_t most = __reduce_max_sync(kAllLanes, y);
+    const uint32_t least = static_cast<uint32_t>(__reduce_min_sync(kAllLanes, x));
+    const int64_t* const of_warps = share(most * (int64_t{1} << 32) + least);
     for (int32_t warp = 0; warp < kWarps; ++warp) {
       x = smaller(x, static_cast<int32_t>(of_warps[warp]));
       y = larger(y, static_cast<int32_t>(of_warps[warp] >> 32));

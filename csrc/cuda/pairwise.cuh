@@ -10,7 +10,7 @@ struct Left {
   static constexpr int32_t kWarps = kThreads / kWarp;
 
   CudaBlock<kThreads>* block;
-  // The tokens that are left; none beyond the last one.
+  // The tokens that are left. It has a bit for a token n, too, which is never set.
   Bits tokens;
   // [n][ld]
   const int32_t* sim;
@@ -35,6 +35,7 @@ struct Left {
       const uint32_t before = tokens.words[first / kWarp];
       const bool gone = before >> lane_id() & 1 && f(i);
       const uint32_t lanes = __ballot_sync(kAllLanes, gone);
+      __syncwarp();
       if (lane_id() == 0) tokens.words[first / kWarp] = before & ~lanes;
       removed += __popc(lanes);
     }

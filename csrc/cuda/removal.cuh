@@ -47,11 +47,6 @@ enum class Fit { kAll, kCodes, kLess };
 VISPRUNER_HD int64_t compact_bytes(int64_t n) { return n * (4 * n + 6); }
 constexpr int32_t kCompactBytes = kMostCompact * (4 * kMostCompact + 6) + 64;
 
-// Bytes of the arrays of the passes of an image.
-VISPRUNER_HD int64_t pass_bytes(Matching matching, int64_t n) {
-  return matching == Matching::kBipartite ? 8 * n + n / 4 + fixed_bytes(n) : 16 * n + n / 4 + 256;
-}
-
 // Copies an array of `bytes` bytes, a multiple of 16. A batch is loaded before it is stored,
 // because the compiler must assume that they alias.
 __device__ inline void copy(const void* from, void* to, int32_t bytes) {

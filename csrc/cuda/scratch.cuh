@@ -16,10 +16,19 @@ VISPRUNER_HD int64_t rounded(int64_t n, int64_t to) { return (n + to - 1) / to *
 
 // Bytes of the arrays of the passes of an image of n tokens, besides similarities and lists, each
 // rounded up to 16. `fixed_bytes`: those that do not grow with every token.
-constexpr int32_t kTokenBytes = 17;
 VISPRUNER_HD constexpr int64_t fixed_bytes(int64_t n) {
   return 2 * Buckets::kBytes + kCells * sizeof(uint32_t) + room_bytes(n) + 256;
 }
+VISPRUNER_HD constexpr int64_t pass_bytes(Matching matching, int64_t n) {
+  return matching == Matching::kBipartite ? 8 * n + n / 4 + fixed_bytes(n) : 16 * n + n / 4 + 256;
+}
+// The same in scratch, for both rules: for each token, and for each image if the longest one has n
+// tokens. Up to 2048 tokens they fit in the shared memory of a tile.
+constexpr int64_t kInTile = 2048;
+static_assert(pass_bytes(Matching::kBipartite, kInTile) <= kTileBytes);
+static_assert(pass_bytes(Matching::kPairwise, kInTile) <= kTileBytes);
+VISPRUNER_HD constexpr int64_t token_bytes(int64_t n) { return n > kInTile ? 17 : 0; }
+VISPRUNER_HD constexpr int64_t image_bytes(int64_t n) { return n > kInTile ? fixed_bytes(n) : 0; }
 
 // A counter is a 64-bit word of the call's own scratch: the call's random tag, and below it
 // kCountBits bits that count arrivals. They can count more blocks than ever arrive at one counter.
@@ -56,8 +65,8 @@ struct Scratch {
     list_keys = list_codes + (removes ? total * kListed * sizeof(uint16_t) : 0);
     score_rank = list_keys + (removes ? total * kListed * sizeof(int32_t) : 0);
     passes = rounded(score_rank + total * sizeof(int32_t), 256);
-    counters =
-        rounded(passes + (removes ? total * kTokenBytes + images * fixed_bytes(tokens) : 0), 256);
+    counters = rounded(
+        passes + (removes ? total * token_bytes(tokens) + images * image_bytes(tokens) : 0), 256);
     bytes = counters + images * (1 + rounded(tokens, kTile) / kTile) * sizeof(uint64_t);
   }
 
@@ -65,13 +74,14 @@ struct Scratch {
                                    int64_t start) const {
     const int32_t most_blocks = (tokens + kTile - 1) / kTile;
     uint64_t* const words = reinterpret_cast<uint64_t*>(scratch + counters);
-    const int64_t first_pass = reinterpret_cast<int64_t>(scratch + passes + start * kTokenBytes);
+    const int64_t first_pass =
+        reinterpret_cast<int64_t>(scratch + passes + start * token_bytes(tokens));
     ImageScratch result;
     result.sim = reinterpret_cast<int32_t*>(scratch) + start * rounded(tokens, 16);
     result.lists.codes = reinterpret_cast<uint16_t*>(scratch + list_codes) + start * kListed;
     result.lists.keys = reinterpret_cast<int32_t*>(scratch + list_keys) + start * kListed;
     result.score_rank = reinterpret_cast<int32_t*>(scratch + score_rank) + start;
-    result.passes = reinterpret_cast<char*>(rounded(first_pass + image * fixed_bytes(tokens), 16));
+    result.passes = reinterpret_cast<char*>(rounded(first_pass + image * image_bytes(tokens), 16));
     result.done_blocks = words + image;
     result.done_tiles = words + images + image * most_blocks;
     return result;

@@ -43,7 +43,8 @@ __device__ void rank_scores(const Tokens& scores, const char* row, int32_t n, in
   const auto key_at = [&](int32_t t) {
     return t < n ? larger(INT32_MIN + 1, score_key_at(scores, row, t)) : INT32_MIN;
   };
-  const int32_t own = key_at(token);
+  // That of a thread without a token is not used.
+  const int32_t own = larger(INT32_MIN + 1, key_at(token));
   int32_t before = 0;
   for (int32_t first = 0; first < n; first += kScores) {
     const int32_t count = smaller(kScores, static_cast<int32_t>(rounded(n - first, 4)));

@@ -12,10 +12,10 @@ extern "C" __constant__ int32_t sm90sim_sizes[] = {
     kThreads,
     kFixedBytes,
     static_cast<int32_t>(fixed_bytes(576)),
-    kTokenBytes + kListBytes,
+    17 + kListBytes,
     2,
     0,
-    kFixedBytes + kCompactBytes + static_cast<int32_t>(fixed_bytes(576)) + 576 * kTokenBytes,
+    kFixedBytes + kCompactBytes + static_cast<int32_t>(fixed_bytes(576)) + 576 * 17,
 };
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
