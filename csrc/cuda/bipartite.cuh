@@ -126,7 +126,7 @@ struct Bipartite {
 #pragma unroll 1
     for (int32_t i = threadIdx.x; i < size_a; i += kThreads) {
       const int32_t token = tokens[2 * i];
-      const int32_t position = arrays.ranks.rank(buckets, i) - drop;
+      const int32_t position = arrays.ranks.rank(buckets, i, size_a) - drop;
       if (position >= 0) next[position] = static_cast<uint16_t>(token);
       use(token, position, false);
     }

@@ -30,17 +30,14 @@ struct Buckets {
   uint16_t* sizes;
   // [kCells]
   uint16_t* cell_sizes;
-  // How many keys found their bucket's room full.
-  int32_t* overflows;
 
-  static constexpr int32_t kSizes = kGroups + kNodes + kBuckets + kCells + 8;
+  static constexpr int32_t kSizes = kGroups + kNodes + kBuckets + kCells;
   static constexpr int32_t kBytes = 2 * kSizes;
   __device__ explicit Buckets(char* memory)
       : group_sizes(reinterpret_cast<uint16_t*>(memory)),
         node_sizes(group_sizes + kGroups),
         sizes(node_sizes + kNodes),
-        cell_sizes(sizes + kBuckets),
-        overflows(reinterpret_cast<int32_t*>(cell_sizes + kCells)) {}
+        cell_sizes(sizes + kBuckets) {}
 
   // Empties all buckets, by `threads` threads.
   __device__ void clear(int32_t thread, int32_t threads) const {
@@ -76,8 +73,6 @@ struct Ranks {
   uint16_t* members;
   // log2 of the room of a bucket, at least 3.
   int32_t room_log2;
-  // [n] Keys that found no room.
-  uint16_t* homeless;
   // [n] The keys and their buckets.
   int32_t* keys;
   uint16_t* buckets;
@@ -122,13 +117,13 @@ struct Ranks {
     const int32_t member = increment(in.sizes, bucket);
     keys[i] = key;
     buckets[i] = static_cast<uint16_t>(bucket);
-    uint16_t* const to = member >> room_log2 == 0 ? members + (bucket << room_log2) + member
-                                                  : homeless + atomicAdd(in.overflows, 1);
-    *to = static_cast<uint16_t>(i);
+    if (member >> room_log2 == 0) {
+      members[(bucket << room_log2) + member] = static_cast<uint16_t>(i);
+    }
   }
 
-  // Phase 2: the rank of key i. It counts larger keys, and equal ones before i.
-  __device__ int32_t rank(const Buckets& in, int32_t i) const {
+  // Phase 2: the rank of key i of n. It counts larger keys, and equal ones before i.
+  __device__ int32_t rank(const Buckets& in, int32_t i, int32_t n) const {
     const int32_t key = keys[i], bucket = buckets[i];
     const uint16_t* const room = members + (bucket << room_log2);
     uint2 pairs = *reinterpret_cast<const uint2*>(room);
@@ -156,13 +151,24 @@ struct Ranks {
       if (first >= housed) break;
       pairs = *reinterpret_cast<const uint2*>(room + first);
     }
-    if (size > housed) {
-#pragma unroll 4
-      for (int32_t o = 0; o < *in.overflows; ++o) {
-        const int32_t j = homeless[o];
-        rank += buckets[j] == bucket && keys[j] > key - (j < i);
-      }
+    return size > housed ? rank_among_all(i, n) : rank;
+  }
+
+  // The same if a bucket has more keys than it has room for: compares with all keys.
+  __device__ int32_t rank_among_all(int32_t i, int32_t n) const {
+    const int32_t key = keys[i];
+    int32_t rank = 0, j = 0;
+    // Equal keys count in a vector of which all are before i. `keys` is aligned to 16 bytes.
+#pragma unroll 2
+    for (; j + 4 <= n; j += 4) {
+      const int4 four = *reinterpret_cast<const int4*>(keys + j);
+      const int32_t bound = key + ((j + 3 - i) >> 31);
+      rank += is_above(four.x, bound) + is_above(four.y, bound);
+      rank += is_above(four.z, bound) + is_above(four.w, bound);
     }
+    for (; j < n; ++j) rank += keys[j] > key;
+    // The equal ones before i in its own vector.
+    for (j = i & ~3; j < i; ++j) rank += keys[j] == key;
     return rank;
   }
 

@@ -151,7 +151,6 @@ __device__ void remove_duplicates(Block& block, const SelectArgs& args,
     arrays.next = arena.template take<uint16_t>(left);
     arrays.ranks.room_log2 = room_log2_of(n);
     arrays.ranks.members = arena.template take<uint16_t>(kBuckets << arrays.ranks.room_log2);
-    arrays.ranks.homeless = arena.template take<uint16_t>(half);
     arrays.ranks.keys = arena.template take<int32_t>(half);
     arrays.ranks.buckets = arena.template take<uint16_t>(half);
     // No ranking is under way when the compact matrix is filled.

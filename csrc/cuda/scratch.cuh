@@ -20,7 +20,7 @@ VISPRUNER_HD constexpr int64_t fixed_bytes(int64_t n) {
   return 2 * Buckets::kBytes + kCells * sizeof(uint32_t) + room_bytes(n) + 256;
 }
 VISPRUNER_HD constexpr int64_t pass_bytes(Matching matching, int64_t n) {
-  return matching == Matching::kBipartite ? 8 * n + n / 4 + fixed_bytes(n) : 16 * n + n / 4 + 256;
+  return matching == Matching::kBipartite ? 7 * n + n / 4 + fixed_bytes(n) : 16 * n + n / 4 + 256;
 }
 // The same in scratch, for both rules: for each token, and for each image if the longest one has n
 // tokens. Up to 2048 tokens they fit in the shared memory of a tile.
