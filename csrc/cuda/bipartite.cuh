@@ -153,19 +153,25 @@ struct Bipartite {
 
   // The largest similarity of each of two tokens to a token of b, from their rows, by a warp.
   __device__ int2 row_max(int32_t token, int32_t other) const {
-    const int32_t* const row = sim + int64_t{token} * ld;
-    const int32_t* const other_row = sim + int64_t{other} * ld;
+    // Indices of 32 bits: there are at most 2^28 similarities.
+    const uint32_t row = static_cast<uint32_t>(token * ld);
+    const uint32_t other_row = static_cast<uint32_t>(other * ld);
     const int32_t size_b = left >> 1;
     int2 largest = make_int2(kNoSimilarity, kNoSimilarity);
     // A batch of loads without a condition between them.
     constexpr int32_t kBatch = 6;
 #pragma unroll 1
     for (int32_t first = lane_id(); first < size_b + lane_id(); first += kBatch * kWarp) {
+      uint32_t columns[kBatch];
       int2 keys[kBatch];
 #pragma unroll
       for (int32_t k = 0; k < kBatch; ++k) {
-        const int32_t j = tokens[2 * smaller(first + k * kWarp, size_b - 1) + 1];
-        keys[k] = make_int2(load_now(row + j), load_now(other_row + j));
+        columns[k] = tokens[2 * smaller(first + k * kWarp, size_b - 1) + 1];
+      }
+#pragma unroll
+      for (int32_t k = 0; k < kBatch; ++k) {
+        keys[k] =
+            make_int2(load_now(sim + (row + columns[k])), load_now(sim + (other_row + columns[k])));
       }
 #pragma unroll
       for (int32_t k = 0; k < kBatch; ++k) {

@@ -61,27 +61,31 @@ struct NeighbourLists {
     return keys[token * kListed + (k ^ (token & 31))];
   }
 
+  // Which of eight entries name tokens in `set`: bit 7 is the first entry's.
+  __device__ static uint32_t in_set(const Bits& set, uint4 codes) {
+    const uint32_t pairs[4] = {codes.x, codes.y, codes.z, codes.w};
+    uint32_t found[4];
+#pragma unroll
+    for (int32_t p = 0; p < 4; ++p) {
+      const uint32_t even = set.word(pairs[p] >> 5 & 0x7fc), odd = set.word(pairs[p] >> 21);
+      found[p] = select_bits(0x80 >> 2 * p, __funnelshift_r(even, even, pairs[p]),
+                             __funnelshift_r(odd, odd, pairs[p] >> 16));
+    }
+    return select_bits(0xf0, select_bits(0xc0, found[0], found[1]),
+                       select_bits(0x0c, found[2], found[3])) &
+           0xff;
+  }
+
   // The first entry whose token is in `set`, or kListed. By all lanes of a warp, each for its own
   // token; lanes that are not `active` get 0.
   __device__ int32_t first_in(const Bits& set, int32_t token, bool active) const {
     int32_t k = active ? kListed : 0;
-    uint4 codes = *reinterpret_cast<const uint4*>(eight(token, 0));
 #pragma unroll 1
-    for (int32_t first = 0; first < kListed; first += 8) {
-      const uint32_t pairs[4] = {codes.x, codes.y, codes.z, codes.w};
-      // The next eight load meanwhile.
-      codes = *reinterpret_cast<const uint4*>(eight(token, (first / 8 + 1) & 3));
-      uint32_t found[4];
-#pragma unroll
-      for (int32_t p = 0; p < 4; ++p) {
-        const uint32_t even = set.word(pairs[p] >> 5 & 0x7fc), odd = set.word(pairs[p] >> 21);
-        found[p] = select_bits(0x80 >> 2 * p, __funnelshift_r(even, even, pairs[p]),
-                               __funnelshift_r(odd, odd, pairs[p] >> 16));
-      }
-      const uint32_t all = select_bits(0xf0, select_bits(0xc0, found[0], found[1]),
-                                       select_bits(0x0c, found[2], found[3])) &
-                           0xff;
-      if (k == kListed && all) k = first + __clz(all) - 24;
+    for (int32_t first = 0; first < kListed; first += 16) {
+      const uint4 codes = *reinterpret_cast<const uint4*>(eight(token, first / 8));
+      const uint4 more = *reinterpret_cast<const uint4*>(eight(token, first / 8 + 1));
+      const uint32_t found = in_set(set, codes) << 8 | in_set(set, more);
+      if (k == kListed && found) k = first + __clz(found) - 16;
       if (!__any_sync(kAllLanes, k == kListed)) break;
     }
     return k;

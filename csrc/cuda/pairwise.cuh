@@ -147,8 +147,11 @@ struct Left {
 #pragma unroll
       for (int32_t b = 0; b < kBatch; ++b) {
         some[b].index = searching[smaller(first + b * kWarp, size - 1)];
-        some[b].value = load_now(row + some[b].index);
       }
+      // So that the compiler does not put each of these loads after the one before has been used.
+      __syncwarp();
+#pragma unroll
+      for (int32_t b = 0; b < kBatch; ++b) some[b].value = load_now(row + some[b].index);
 #pragma unroll
       for (int32_t b = 0; b < kBatch; ++b) {
         const bool nearer = some[b].value > best.value ||

@@ -30,14 +30,17 @@ struct Buckets {
   uint16_t* sizes;
   // [kCells]
   uint16_t* cell_sizes;
+  // How many keys found no room in their bucket.
+  int32_t* homeless;
 
-  static constexpr int32_t kSizes = kGroups + kNodes + kBuckets + kCells;
+  static constexpr int32_t kSizes = kGroups + kNodes + kBuckets + kCells + 8;
   static constexpr int32_t kBytes = 2 * kSizes;
   __device__ explicit Buckets(char* memory)
       : group_sizes(reinterpret_cast<uint16_t*>(memory)),
         node_sizes(group_sizes + kGroups),
         sizes(node_sizes + kNodes),
-        cell_sizes(sizes + kBuckets) {}
+        cell_sizes(sizes + kBuckets),
+        homeless(reinterpret_cast<int32_t*>(cell_sizes + kCells)) {}
 
   // Empties all buckets, by `threads` threads.
   __device__ void clear(int32_t thread, int32_t threads) const {
@@ -71,6 +74,9 @@ struct Ranks {
   uint32_t* cells;
   // [kBuckets][room] Keys in the buckets. Zeros before the first ranking.
   uint16_t* members;
+  // [most_homeless] The first keys that found no room.
+  uint16_t* homeless;
+  int32_t most_homeless;
   // log2 of the room of a bucket, at least 3.
   int32_t room_log2;
   // [n] The keys and their buckets.
@@ -119,6 +125,9 @@ struct Ranks {
     buckets[i] = static_cast<uint16_t>(bucket);
     if (member >> room_log2 == 0) {
       members[(bucket << room_log2) + member] = static_cast<uint16_t>(i);
+    } else {
+      const int32_t slot = atomicAdd(in.homeless, 1);
+      if (slot < most_homeless) homeless[slot] = static_cast<uint16_t>(i);
     }
   }
 
@@ -151,10 +160,26 @@ struct Ranks {
       if (first >= housed) break;
       pairs = *reinterpret_cast<const uint2*>(room + first);
     }
-    return size > housed ? rank_among_all(i, n) : rank;
+    if (size > housed) {
+      rank =
+          *in.homeless <= most_homeless ? rank + rank_among_homeless(in, i) : rank_among_all(i, n);
+    }
+    return rank;
   }
 
-  // The same if a bucket has more keys than it has room for: compares with all keys.
+  // What keys that found no room add to a rank.
+  __device__ int32_t rank_among_homeless(const Buckets& in, int32_t i) const {
+    const int32_t key = keys[i], bucket = buckets[i], count = *in.homeless;
+    int32_t rank = 0;
+#pragma unroll 4
+    for (int32_t h = 0; h < count; ++h) {
+      const int32_t j = homeless[h];
+      rank += buckets[j] == bucket ? is_above(keys[j], key + ((j - i) >> 31)) : 0;
+    }
+    return rank;
+  }
+
+  // The same, in a comparison with all keys.
   __device__ int32_t rank_among_all(int32_t i, int32_t n) const {
     const int32_t key = keys[i];
     int32_t rank = 0, j = 0;

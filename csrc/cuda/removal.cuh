@@ -16,6 +16,8 @@ struct SelectArgs {
   bool removes;
   // Whether rows of features begin at multiples of 16 bytes.
   bool aligned;
+  // Tiles of the longest image.
+  int32_t tiles;
   int32_t shared_bytes;
   uint64_t tag;
 };
@@ -153,6 +155,8 @@ __device__ void remove_duplicates(Block& block, const SelectArgs& args,
     arrays.ranks.members = arena.template take<uint16_t>(kBuckets << arrays.ranks.room_log2);
     arrays.ranks.keys = arena.template take<int32_t>(half);
     arrays.ranks.buckets = arena.template take<uint16_t>(half);
+    arrays.ranks.most_homeless = half / 8;
+    arrays.ranks.homeless = arena.template take<uint16_t>(half / 8);
     // No ranking is under way when the compact matrix is filled.
     uint16_t* const rows = arrays.ranks.members;
 #pragma unroll 1

@@ -20,7 +20,7 @@ VISPRUNER_HD constexpr int64_t fixed_bytes(int64_t n) {
   return 2 * Buckets::kBytes + kCells * sizeof(uint32_t) + room_bytes(n) + 256;
 }
 VISPRUNER_HD constexpr int64_t pass_bytes(Matching matching, int64_t n) {
-  return matching == Matching::kBipartite ? 7 * n + n / 4 + fixed_bytes(n) : 16 * n + n / 4 + 256;
+  return matching == Matching::kBipartite ? 7 * n + n / 2 + fixed_bytes(n) : 16 * n + n / 4 + 256;
 }
 // The same in scratch, for both rules: for each token, and for each image if the longest one has n
 // tokens. Up to 2048 tokens they fit in the shared memory of a tile.
@@ -34,6 +34,11 @@ VISPRUNER_HD constexpr int64_t image_bytes(int64_t n) { return n > kInTile ? fix
 // kCountBits bits that count arrivals. They can count more blocks than ever arrive at one counter.
 constexpr int32_t kCountBits = 20;
 
+// Blocks of tokens if tiles are small.
+VISPRUNER_HD int64_t most_blocks(int64_t tokens) {
+  return rounded(tokens, kSmallTile) / kSmallTile;
+}
+
 // The scratch of one image. Its first token is token `start` of all images.
 struct ImageScratch {
   // [n, ld] Ordered keys of the similarities, symmetric; kNoSimilarity on the diagonal and beyond
@@ -46,7 +51,7 @@ struct ImageScratch {
   char* passes;
   // Counts the blocks of tokens that are done.
   uint64_t* done_blocks;
-  // [blocks] Counts the tiles that are done, for each block of tokens.
+  // [most_blocks] Counts the tiles that are done, for each block of tokens.
   uint64_t* done_tiles;
 };
 
@@ -67,12 +72,11 @@ struct Scratch {
     passes = rounded(score_rank + total * sizeof(int32_t), 256);
     counters = rounded(
         passes + (removes ? total * token_bytes(tokens) + images * image_bytes(tokens) : 0), 256);
-    bytes = counters + images * (1 + rounded(tokens, kTile) / kTile) * sizeof(uint64_t);
+    bytes = counters + images * (1 + most_blocks(tokens)) * sizeof(uint64_t);
   }
 
   __device__ ImageScratch of_image(char* scratch, int64_t images, int32_t tokens, int64_t image,
                                    int64_t start) const {
-    const int32_t most_blocks = (tokens + kTile - 1) / kTile;
     uint64_t* const words = reinterpret_cast<uint64_t*>(scratch + counters);
     const int64_t first_pass =
         reinterpret_cast<int64_t>(scratch + passes + start * token_bytes(tokens));
@@ -83,7 +87,7 @@ struct Scratch {
     result.score_rank = reinterpret_cast<int32_t*>(scratch + score_rank) + start;
     result.passes = reinterpret_cast<char*>(rounded(first_pass + image * image_bytes(tokens), 16));
     result.done_blocks = words + image;
-    result.done_tiles = words + images + image * most_blocks;
+    result.done_tiles = words + images + image * most_blocks(tokens);
     return result;
   }
 };

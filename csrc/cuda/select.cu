@@ -14,61 +14,37 @@ namespace {
 
 // Shared memory for the totals of a block.
 constexpr int32_t kTotalsBytes = 2 * kWarps * sizeof(int64_t);
-// Score keys in shared memory at a time.
-constexpr int32_t kScores = 4096;
-static_assert(kScores * sizeof(int32_t) <= kTileBytes, "the keys are in the memory of the tile");
 static_assert(kWarps * kStagingBytes <= kTileBytes, "the staging is in the memory of the tile");
 
-__device__ int32_t score_key_at(const Tokens& scores, const char* row, int64_t token) {
-  const int64_t offset = token * scores.token_stride;
-  float score;
-  if (scores.dtype == DType::kFloat32) {
-    score = reinterpret_cast<const float*>(row)[offset];
-  } else {
-    const uint16_t bits = reinterpret_cast<const uint16_t*>(row)[offset];
-    score = scores.dtype == DType::kFloat16 ? half_to_float(bits)
-                                            : __int_as_float(static_cast<int32_t>(bits) << 16);
-  }
-  return score_key(score);
+// score_rank[token], by a warp: the position of the token in the order by score. It counts larger
+// scores, and equal ones before the token.
+template <DType kDType>
+__device__ void rank_score(const char* row, int64_t stride, int32_t n, int32_t token,
+                           int32_t* score_rank) {
+  using Bits = std::conditional_t<kDType == DType::kFloat32, uint32_t, uint16_t>;
+  // No score has the key INT32_MIN + 1. NaN takes it, so that key - 1 does not overflow.
+  const auto key_at = [=](int32_t t) {
+    const Bits bits = reinterpret_cast<const Bits*>(row)[t * stride];
+    return larger(INT32_MIN + 1, score_key(Slice<kDType>::value(bits)));
+  };
+  const int32_t own = key_at(token);
+  int32_t before = 0;
+#pragma unroll 8
+  for (int32_t j = lane_id(); j < n; j += kWarp) before += key_at(j) > own - (j < token);
+  before = __reduce_add_sync(kAllLanes, before);
+  if (lane_id() == 0) score_rank[token] = before;
 }
 
-// score_rank[t] of the tokens of one block: their positions in the order by score. Eight threads
-// count for each token.
-__device__ void rank_scores(const Tokens& scores, const char* row, int32_t n, int32_t first_token,
-                            int32_t* keys, int32_t* score_rank) {
-  constexpr int32_t kParts = kThreads / kTile;
-  const int32_t token = first_token + static_cast<int32_t>(threadIdx.x) / kParts;
-  const int32_t part = static_cast<int32_t>(threadIdx.x) % kParts;
-  // No score has the key INT32_MIN + 1. NaN takes it, so that key - 1 does not overflow.
-  const auto key_at = [&](int32_t t) {
-    return t < n ? larger(INT32_MIN + 1, score_key_at(scores, row, t)) : INT32_MIN;
-  };
-  // That of a thread without a token is not used.
-  const int32_t own = larger(INT32_MIN + 1, key_at(token));
-  int32_t before = 0;
-  for (int32_t first = 0; first < n; first += kScores) {
-    const int32_t count = smaller(kScores, static_cast<int32_t>(rounded(n - first, 4)));
-    __syncthreads();
-    for (int32_t j = threadIdx.x; j < count; j += kThreads) keys[j] = key_at(first + j);
-    __syncthreads();
-    // Equal scores count if they are before the token: all of a vector of four, or, in the vector
-    // of the token, some.
-    const int32_t behind = token - first;
-#pragma unroll 4
-    for (int32_t j = 4 * part; j < count; j += 4 * kParts) {
-      const int4 four = *reinterpret_cast<const int4*>(keys + j);
-      const int32_t bound = own - (j + 4 <= behind);
-      before += ((four.x > bound) + (four.y > bound)) + ((four.z > bound) + (four.w > bound));
-    }
-    if (part == 0 && 0 <= behind && behind < count) {
-      for (int32_t j = behind & ~3; j < behind; ++j) before += keys[j] == own;
-    }
+// Calls f(std::integral_constant<DType, dtype>{}).
+template <class F>
+__device__ void with_dtype(DType dtype, F f) {
+  if (dtype == DType::kFloat32) {
+    f(std::integral_constant<DType, DType::kFloat32>{});
+  } else if (dtype == DType::kFloat16) {
+    f(std::integral_constant<DType, DType::kFloat16>{});
+  } else {
+    f(std::integral_constant<DType, DType::kBFloat16>{});
   }
-  for (int32_t distance = 1; distance < kParts; distance *= 2) {
-    before += __shfl_xor_sync(kAllLanes, before, distance);
-  }
-  if (part == 0 && token < n) score_rank[token] = before;
-  __syncthreads();
 }
 
 // The image of a thread block. It is in shared memory, because it would take many registers.
@@ -119,6 +95,7 @@ __device__ int2 clamped_range(Block& block, const Offsets& offsets, int64_t imag
 
 // Whether an image may have this tile: a cheap test, because most tiles do not exist if most images
 // are shorter than the longest one. Clamped offsets never make an image longer.
+template <int32_t kTile>
 __device__ bool may_have_tile(const CudaSelect& call, int64_t image, int32_t tile) {
   const int32_t* const offset = call.cu_seqlens.data + image * call.cu_seqlens.stride;
   const int64_t length = int64_t{offset[call.cu_seqlens.stride]} - offset[0];
@@ -154,6 +131,7 @@ __device__ Image packed_image(Block& block, const CudaSelect& call, int64_t imag
 }
 
 // Lists the neighbours of one block of tokens.
+template <int32_t kTile>
 __device__ void list_block(const ImageScratch& scratch, int32_t n, int32_t token_block,
                            char* memory) {
   const int32_t ld = static_cast<int32_t>(rounded(n, 16));
@@ -195,28 +173,26 @@ __device__ void gather_kept(const SelectArgs& args, const char* features, const 
   }
 }
 
-// Grid: images * tiles of 64 x 64 similarities. The thread block that finishes the last tile of a
+// Grid: images * tiles of kTile x kTile similarities. The thread block that finishes the last tile
+// of a
 //   block of tokens lists the neighbours of these tokens; the one that finishes the last lists of
 //   an image runs its passes.
-// Shared: 41 KiB for a tile; for the passes as much as they use, up to the limit of the device.
-// Moves: features 2 * (N / 64 + 1) times, from L2 after the first time; similarities out once, and
-//   in for the lists.
+// Shared: at most 41 KiB for a tile; for the passes as much as they use, up to the device's limit.
+// Moves: features 2 * (N / kTile + 1) times, from L2 after the first time; similarities out once,
+//   and in for the lists.
 // Deterministic: all sums and comparisons are of integers; the order of arrival decides only which
 //   thread block continues.
-template <Matching kMatching, Fit kFit>
+template <Matching kMatching, Fit kFit, int32_t kTile>
 __global__ void __launch_bounds__(kThreads, 1) select_kernel(const SelectArgs args) {
   const CudaSelect& call = args.call;
-  const int32_t most_blocks = (call.tokens + kTile - 1) / kTile;
-  const int32_t tiles = most_blocks * (most_blocks + 1) / 2;
-  const int32_t tile = blockIdx.x % tiles;
+  const int32_t number = blockIdx.x / args.tiles, tile = blockIdx.x - number * args.tiles;
   Block block{reinterpret_cast<int64_t*>(shared_memory())};
   char* const memory = shared_memory() + kTotalsBytes + kImageBytes;
   Image& image = *reinterpret_cast<Image*>(shared_memory() + kTotalsBytes);
 
   const bool packed = call.cu_seqlens.data != nullptr;
-  if (packed && tile > 0 && !may_have_tile(call, blockIdx.x / tiles, tile)) return;
+  if (packed && tile > 0 && !may_have_tile<kTile>(call, number, tile)) return;
   {
-    const int64_t number = blockIdx.x / tiles;
     const Image found =
         packed ? packed_image(block, call, number, tile) : batched_image(call, number);
     if (threadIdx.x == 0) image = found;
@@ -227,7 +203,8 @@ __global__ void __launch_bounds__(kThreads, 1) select_kernel(const SelectArgs ar
   const int32_t blocks = (n + kTile - 1) / kTile;
   // If scores alone decide, or all tokens are kept, only the tiles on the diagonal have work.
   const bool removes = keep > image.important && keep < n;
-  if (tile >= (removes ? blocks * (blocks + 1) / 2 : blocks)) return;
+  const int32_t working = removes ? blocks * (blocks + 1) / 2 : blocks;
+  if (tile >= working) return;
 
   // Computed where it is needed, because it would take many registers too.
   const auto scratch = [&] {
@@ -238,33 +215,38 @@ __global__ void __launch_bounds__(kThreads, 1) select_kernel(const SelectArgs ar
     return call.features.data + image.features * element_size(call.features.dtype);
   };
   // Pairs of blocks by their distance around a circle: each pair once.
-  const int32_t block_a = tile % blocks;
-  const int32_t block_b = (block_a + tile / blocks) % blocks;
-  // By three warps, because each waits for memory.
-  if (threadIdx.x == 0) open(scratch().done_blocks, args.tag);
-  if (threadIdx.x == kWarp && removes) open(scratch().done_tiles + block_a, args.tag);
-  if (threadIdx.x == 2 * kWarp && removes && block_b != block_a) {
+  const int32_t distance = tile / blocks, block_a = tile - distance * blocks;
+  const int32_t around = block_a + distance;
+  const int32_t block_b = around < blocks ? around : around - blocks;
+  // By the last warps: those of a small tile have no other work at first. Each waits for memory.
+  if (threadIdx.x == kThreads - kWarp) open(scratch().done_blocks, args.tag);
+  if (threadIdx.x == kThreads - 2 * kWarp && removes) {
+    open(scratch().done_tiles + block_a, args.tag);
+  }
+  if (threadIdx.x == kThreads - 3 * kWarp && removes && block_b != block_a) {
     open(scratch().done_tiles + block_b, args.tag);
   }
 
-  // Phase 1: the order by score (on the diagonal) and the similarities.
-  if (block_a == block_b) {
-    rank_scores(call.scores, call.scores.data + image.scores * element_size(call.scores.dtype), n,
-                block_a * kTile, reinterpret_cast<int32_t*>(memory), scratch().score_rank);
+  // Phase 1: the similarities, and the ranks of some scores: the image has all of them when all of
+  // its tiles have arrived.
+  constexpr int32_t kRankers = kTile < kLargeTile ? idle_warps(kTile) : kWarps;
+  const int32_t ranker = warp_id() - (kWarps - kRankers);
+  if (ranker >= 0) {
+    with_dtype(call.scores.dtype, [&](auto dtype) {
+      constexpr DType kDType = decltype(dtype)::value;
+      const char* const row = call.scores.data + image.scores * element_size(call.scores.dtype);
+#pragma unroll 1
+      for (int32_t t = tile * kRankers + ranker; t < n; t += working * kRankers) {
+        rank_score<kDType>(row, call.scores.token_stride, n, t, scratch().score_rank);
+      }
+    });
   }
   if (removes) {
-    const auto make_tile = [&](auto dtype) {
-      similarity_tile<decltype(dtype)::value>(features(), call.features.token_stride, call.channels,
-                                              args.aligned, n, block_a, block_b, memory,
-                                              scratch().sim, rounded(n, 16));
-    };
-    if (call.features.dtype == DType::kFloat32) {
-      make_tile(std::integral_constant<DType, DType::kFloat32>{});
-    } else if (call.features.dtype == DType::kFloat16) {
-      make_tile(std::integral_constant<DType, DType::kFloat16>{});
-    } else {
-      make_tile(std::integral_constant<DType, DType::kBFloat16>{});
-    }
+    with_dtype(call.features.dtype, [&](auto dtype) {
+      similarity_tile<kTile, decltype(dtype)::value>(
+          features(), call.features.token_stride, call.channels, args.aligned, n, block_a, block_b,
+          memory, scratch().sim, rounded(n, 16));
+    });
   }
 
   // Phase 2: the thread block that finishes the last tile of a block of tokens lists the neighbours
@@ -273,7 +255,7 @@ __global__ void __launch_bounds__(kThreads, 1) select_kernel(const SelectArgs ar
   for (int32_t side = 0; side < (removes ? 1 + (block_a != block_b) : 0); ++side) {
     const int32_t token_block = side == 0 ? block_a : block_b;
     if (!arrive(scratch().done_tiles + token_block, blocks)) continue;
-    list_block(scratch(), n, token_block, memory);
+    list_block<kTile>(scratch(), n, token_block, memory);
     last = arrive(scratch().done_blocks, blocks) || last;
   }
   if (!last) return;
@@ -312,17 +294,17 @@ void check(cudaError_t error, const char* what) {
 
 using Kernel = void (*)(const SelectArgs);
 
-Kernel kernel_of(Matching matching, Fit fit) {
-  static constexpr Kernel kernels[2][3] = {
-      {select_kernel<Matching::kBipartite, Fit::kAll>,
-       select_kernel<Matching::kBipartite, Fit::kCodes>,
-       select_kernel<Matching::kBipartite, Fit::kLess>},
-      {select_kernel<Matching::kPairwise, Fit::kAll>,
-       select_kernel<Matching::kPairwise, Fit::kCodes>,
-       select_kernel<Matching::kPairwise, Fit::kLess>},
-  };
-  return kernels[static_cast<int>(matching)][static_cast<int>(fit)];
-}
+// By matching and fit, and last with small tiles, for which all arrays fit.
+constexpr Kernel kernels[2][4] = {
+    {select_kernel<Matching::kBipartite, Fit::kAll, kLargeTile>,
+     select_kernel<Matching::kBipartite, Fit::kCodes, kLargeTile>,
+     select_kernel<Matching::kBipartite, Fit::kLess, kLargeTile>,
+     select_kernel<Matching::kBipartite, Fit::kAll, kSmallTile>},
+    {select_kernel<Matching::kPairwise, Fit::kAll, kLargeTile>,
+     select_kernel<Matching::kPairwise, Fit::kCodes, kLargeTile>,
+     select_kernel<Matching::kPairwise, Fit::kLess, kLargeTile>,
+     select_kernel<Matching::kPairwise, Fit::kAll, kSmallTile>},
+};
 
 // Allows the queries of a first call while a graph is captured; they are not part of the graph.
 class CaptureMode {
@@ -336,25 +318,34 @@ class CaptureMode {
   cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
 };
 
-// The bytes of shared memory that a block of the current device may have, queried once per device.
-int shared_limit(int device) {
+// The bytes of shared memory that a block may have, and the number of multiprocessors.
+struct Limits {
+  int32_t shared;
+  int32_t multiprocessors;
+};
+
+// Those of the current device, queried once per device.
+Limits limits_of(int device) {
   constexpr int kDevices = 64;
-  static std::atomic<int> known[kDevices];
-  const int found = device < kDevices ? known[device].load(std::memory_order_acquire) : 0;
-  if (found) return found;
+  static std::atomic<Limits> known[kDevices];
+  const Limits found =
+      device < kDevices ? known[device].load(std::memory_order_acquire) : Limits{0, 0};
+  if (found.shared) return found;
   const CaptureMode relaxed;
-  int limit = 0;
-  check(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+  Limits limits = {0, 0};
+  check(cudaDeviceGetAttribute(&limits.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
         "shared memory of the device");
-  for (const Matching matching : {Matching::kBipartite, Matching::kPairwise}) {
-    for (const Fit fit : {Fit::kAll, Fit::kCodes, Fit::kLess}) {
-      check(cudaFuncSetAttribute(kernel_of(matching, fit),
-                                 cudaFuncAttributeMaxDynamicSharedMemorySize, limit),
-            "a kernel for this device");
+  check(cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, device),
+        "multiprocessors of the device");
+  for (const auto& kernels_of_rule : kernels) {
+    for (const Kernel kernel : kernels_of_rule) {
+      check(
+          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limits.shared),
+          "a kernel for this device");
     }
   }
-  if (device < kDevices) known[device].store(limit, std::memory_order_release);
-  return limit;
+  if (device < kDevices) known[device].store(limits, std::memory_order_release);
+  return limits;
 }
 
 class DeviceGuard {
@@ -392,13 +383,6 @@ int64_t cuda_select_scratch(int64_t images, int64_t tokens, int64_t total, bool 
 }
 
 void cuda_select(const CudaSelect& call, int device, void* stream) {
-  const int64_t blocks = rounded(call.tokens, kTile) / kTile;
-  const int64_t grid = call.images * (blocks * (blocks + 1) / 2);
-  if (grid > INT32_MAX) {
-    throw std::invalid_argument("vispruner_kernels: the grid would have " + std::to_string(grid) +
-                                " blocks, expected at most 2147483647; call it with fewer images "
-                                "at a time");
-  }
   const DeviceGuard guard(device);
   SelectArgs args;
   args.call = call;
@@ -413,7 +397,8 @@ void cuda_select(const CudaSelect& call, int device, void* stream) {
   const int64_t arrays = kFixedBytes + pass_bytes(call.matching, call.tokens);
   const int64_t lists = call.tokens * kListBytes;
   const int64_t compact = call.matching == Matching::kBipartite ? kCompactBytes : 0;
-  int64_t shared = shared_limit(device) / 16 * 16;
+  const Limits limits = limits_of(device);
+  int64_t shared = limits.shared / 16 * 16;
   const Fit fit = arrays + lists <= shared                                ? Fit::kAll
                   : arrays + call.tokens * kListed * int64_t{2} <= shared ? Fit::kCodes
                                                                           : Fit::kLess;
@@ -422,13 +407,25 @@ void cuda_select(const CudaSelect& call, int device, void* stream) {
   if (shared < kSharedBytes) shared = kSharedBytes;
   args.shared_bytes = static_cast<int32_t>(shared);
   args.tag = new_tag();
+  // Small tiles take less time if each has a multiprocessor of its own.
+  const bool small =
+      fit == Fit::kAll && call.images * tiles_of(call.tokens, kSmallTile) <= limits.multiprocessors;
+  const int64_t tiles = tiles_of(call.tokens, small ? kSmallTile : kLargeTile);
+  const int64_t grid = call.images * tiles;
+  args.tiles = static_cast<int32_t>(tiles);
+  if (grid > INT32_MAX) {
+    throw std::invalid_argument("vispruner_kernels: the grid would have " + std::to_string(grid) +
+                                " blocks, expected at most 2147483647; call it with fewer images "
+                                "at a time");
+  }
 
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(grid));
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = static_cast<size_t>(shared);
   config.stream = static_cast<cudaStream_t>(stream);
-  check(cudaLaunchKernelEx(&config, kernel_of(call.matching, fit), args), "the launch of select");
+  const Kernel kernel = kernels[static_cast<int>(call.matching)][small ? 3 : static_cast<int>(fit)];
+  check(cudaLaunchKernelEx(&config, kernel, args), "the launch of select");
 }
 
 }  // namespace vispruner

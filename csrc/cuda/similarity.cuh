@@ -6,22 +6,34 @@
 
 namespace vispruner {
 
-// Tokens of a block, which is the side of a tile; channels of a step; threads that compute a tile.
-constexpr int32_t kTile = 64;
+// The sides of tiles, in tokens: multiples of 16. Small ones are for calls whose tiles are so few
+// that each has a multiprocessor of its own.
+constexpr int32_t kLargeTile = 64;
+constexpr int32_t kSmallTile = 48;
+// Channels of a step; threads that compute a tile.
 constexpr int32_t kStep = 64;
 constexpr int32_t kTileThreads = 512;
 // A thread converts a slice of a token's channels in each step.
 constexpr int32_t kSlice = 16;
 constexpr int32_t kSlices = kStep / kSlice;
-static_assert(kTileThreads == 2 * kTile * kSlices, "one thread for each slice of both blocks");
+static_assert(kTileThreads == 2 * kLargeTile * kSlices, "a thread for each slice of both blocks");
+// Warps that convert no slice of a tile.
+VISPRUNER_HD constexpr int32_t idle_warps(int32_t side) { return (kTileThreads - 2 * side * kSlices) / 32; }
 // Bytes between rows in shared memory. The 16 bytes of padding put the lanes of a warp that load a
 // fragment in different banks.
 constexpr int32_t kPitch = kStep + 16;
 // One int8 half of the fixed-point values of a block. A step has four: two blocks, two halves.
 // There are two steps in memory: one is written while the other is multiplied.
-constexpr int32_t kHalfBytes = kTile * kPitch;
-constexpr int32_t kStepBytes = 4 * kHalfBytes;
-constexpr int32_t kTileBytes = 2 * kStepBytes + 2 * kTile * sizeof(float);
+VISPRUNER_HD constexpr int32_t half_bytes(int32_t side) { return side * kPitch; }
+VISPRUNER_HD constexpr int32_t step_bytes(int32_t side) { return 4 * half_bytes(side); }
+// Shared memory of a large tile; a small one takes less.
+constexpr int32_t kTileBytes = 2 * step_bytes(kLargeTile) + 2 * kLargeTile * sizeof(float);
+
+// The tiles of an image: pairs of blocks of `side` tokens.
+VISPRUNER_HD constexpr int64_t tiles_of(int64_t tokens, int32_t side) {
+  const int64_t blocks = (tokens + side - 1) / side;
+  return blocks * (blocks + 1) / 2;
+}
 
 // 16 channels of a token.
 template <DType kDType>
@@ -111,24 +123,27 @@ struct Slice {
 // Writes sim[i][j] and sim[j][i] for the tokens i of block a and j of block b: ordered keys,
 // kNoSimilarity on the diagonal and beyond column n; `ld` is n rounded up to 16. `memory`:
 // kTileBytes of shared memory, which other threads may still read when this function returns.
-template <DType kDType>
+template <int32_t kTile, DType kDType>
 __device__ void similarity_tile(const char* features, int64_t stride, int32_t channels,
                                 bool aligned, int32_t n, int32_t block_a, int32_t block_b,
                                 char* memory, int32_t* sim, int64_t ld) {
   // The halves of a step, by block (0: a, 1: b) and half (0: high, 1: low).
   const auto half = [=](int32_t step, int32_t block, int32_t low) {
-    return memory + (step % 2) * kStepBytes + (2 * block + low) * kHalfBytes;
+    return memory + (step % 2) * step_bytes(kTile) + (2 * block + low) * half_bytes(kTile);
   };
-  float* const inverse_norm = reinterpret_cast<float*>(memory + 2 * kStepBytes);
+  float* const inverse_norm = reinterpret_cast<float*>(memory + 2 * step_bytes(kTile));
 
-  // Phase 1: the scale of each token; four threads share a token.
+  // Phase 1: the scale of each token; four threads share a token. In a small tile the last warps
+  // have none.
+  const bool has_token = static_cast<int32_t>(threadIdx.x) < 2 * kTile * kSlices;
   const int32_t mine = static_cast<int32_t>(threadIdx.x) / kSlices;
   const int32_t channel = static_cast<int32_t>(threadIdx.x) % kSlices * kSlice;
   const int32_t token = (mine < kTile ? block_a : block_b) * kTile + mine % kTile;
-  const char* const row = token < n ? features + token * stride * Slice<kDType>::kSize : nullptr;
+  const char* const row =
+      has_token && token < n ? features + token * stride * Slice<kDType>::kSize : nullptr;
   Slice<kDType> slice;
   uint32_t most = 0;
-  int32_t c = channel;
+  int32_t c = has_token ? channel : channels;
   // 128 bytes at a time without a condition between the loads, which would make each load wait for
   // the one before.
   constexpr int32_t kAhead = 8 / Slice<kDType>::kSize;
@@ -158,70 +173,92 @@ __device__ void similarity_tile(const char* features, int64_t stride, int32_t ch
       float_bits(magnitude) >= float_bits(kMinMagnitude) && float_bits(magnitude) < 0x7f800000;
   const float scale = usable ? __fdiv_rn(kFixedPointMax, magnitude) : 0.0f;
 
-  // Phase 2: products of the halves. A warp computes 16 x 16 of the tile as two fragments of 16
-  // x 8.
-  const int32_t first_a = warp_id() / 4 * 16, first_b = warp_id() % 4 * 16;
-  // The rows of four matrices of 8 x 16 bytes that this lane points at, for a and for b.
+  // Phase 2: products of the halves. The tile has fragments of 16 x 8; a warp has every 16th.
+  constexpr int32_t kRows = kTile / 16, kFragments = kRows * kTile / 8, kWarps = kTileThreads / 32;
+  constexpr int32_t kMine = (kFragments + kWarps - 1) / kWarps;
+  // Second ones of a small tile are for warps that have no token.
+  const auto fragment = [=](int32_t f) { return (warp_id() + 4 * f) % kWarps + f * kWarps; };
+  const auto has = [=](int32_t f) {
+    return kFragments >= (f + 1) * kWarps || fragment(f) < kFragments;
+  };
+  const auto first_a = [=](int32_t f) { return fragment(f) % kRows * 16; };
+  const auto first_b = [=](int32_t f) { return fragment(f) / kRows * 8; };
+  // Fragments of a warp may have the same rows.
+  constexpr bool kSameRows = kWarps % kRows == 0;
+  // The rows of four matrices of 8 x 16 bytes that this lane points at: of one half of a, and of
+  // both halves of b.
   const int32_t matrix = lane_id() / 8;
-  const int32_t from_a = (first_a + lane_id() % 8 + matrix % 2 * 8) * kPitch + matrix / 2 * 16;
-  const int32_t from_b = (first_b + lane_id() % 8 + matrix / 2 * 8) * kPitch + matrix % 2 * 16;
-  int32_t high[2][4] = {}, mixed[2][4] = {}, low[2][4] = {};
+  const int32_t from_a = (lane_id() % 8 + matrix % 2 * 8) * kPitch + matrix / 2 * 16;
+  const int32_t from_b = matrix / 2 * half_bytes(kTile) + lane_id() % 8 * kPitch + matrix % 2 * 16;
+  int32_t high[kMine][4] = {}, mixed[kMine][4] = {}, low[kMine][4] = {};
   uint64_t squares = 0;
   const int32_t steps = (channels + kStep - 1) / kStep;
   const int32_t offset = mine % kTile * kPitch + channel;
   const auto convert = [&](int32_t step) {
+    if (!has_token) return;
     squares += slice.convert(scale, half(step, mine / kTile, 0) + offset,
                              half(step, mine / kTile, 1) + offset);
     // The next slice loads meanwhile.
     slice.load(row, (step + 1) * kStep + channel, channels, aligned);
   };
+  const auto store_norm = [&] {
+    if (!has_token) return;
+    for (int32_t distance = 1; distance < kSlices; distance *= 2) {
+      squares += __shfl_xor_sync(kAllLanes, static_cast<unsigned long long>(squares), distance);
+    }
+    if (channel > 0) return;
+    const float norm = __fsqrt_rn(__ll2float_rn(static_cast<long long>(squares)));
+    inverse_norm[mine] = squares > 0 ? __fdiv_rn(1.0f, norm) : 0.0f;
+  };
   const auto multiply = [&](int32_t step) {
 #pragma unroll
     for (int32_t k = 0; k < kStep; k += 32) {
-      uint32_t a[2][4], b[2][4];
+      uint32_t a[2][4];
 #pragma unroll
-      for (int32_t l = 0; l < 2; ++l) {
-        load_matrices(a[l], half(step, 0, l) + from_a + k);
-        load_matrices(b[l], half(step, 1, l) + from_b + k);
-      }
-#pragma unroll
-      for (int32_t f = 0; f < 2; ++f) {
-        mma_s8(high[f], a[0], b[0][2 * f], b[0][2 * f + 1]);
+      for (int32_t f = 0; f < kMine; ++f) {
+        if (!has(f)) break;
+        if (f == 0 || !kSameRows) {
+          load_matrices(a[0], half(step, 0, 0) + first_a(f) * kPitch + from_a + k);
+          load_matrices(a[1], half(step, 0, 1) + first_a(f) * kPitch + from_a + k);
+        }
+        uint32_t b[4];
+        load_matrices(b, half(step, 1, 0) + first_b(f) * kPitch + from_b + k);
+        mma_s8(high[f], a[0], b[0], b[1]);
         // 2 * 65536 products of [-127, 127] and [0, 127] fit an int32.
-        mma_s8(mixed[f], a[0], b[1][2 * f], b[1][2 * f + 1]);
-        mma_s8(mixed[f], a[1], b[0][2 * f], b[0][2 * f + 1]);
-        mma_s8(low[f], a[1], b[1][2 * f], b[1][2 * f + 1]);
+        mma_s8(mixed[f], a[0], b[2], b[3]);
+        mma_s8(mixed[f], a[1], b[0], b[1]);
+        mma_s8(low[f], a[1], b[2], b[3]);
       }
     }
   };
-  slice.load(row, channel, channels, aligned);
+  if (has_token) slice.load(row, channel, channels, aligned);
   convert(0);
   // While one half of the warps converts the next step, the other half multiplies this one. A
-  // scheduler has warps of both halves.
+  // scheduler has warps of both halves. Behind the last step come the norms.
   const bool converts_first = warp_id() % 8 < 4;
+  const auto prepare = [&](int32_t step) {
+    if (step < steps) {
+      convert(step);
+    } else {
+      store_norm();
+    }
+  };
 #pragma unroll 1
   for (int32_t step = 0; step < steps; ++step) {
     __syncthreads();
-    if (converts_first && step + 1 < steps) convert(step + 1);
+    if (converts_first) prepare(step + 1);
     multiply(step);
-    if (!converts_first && step + 1 < steps) convert(step + 1);
-  }
-
-  // Phase 3: norms.
-  for (int32_t distance = 1; distance < kSlices; distance *= 2) {
-    squares += __shfl_xor_sync(kAllLanes, static_cast<unsigned long long>(squares), distance);
-  }
-  if (channel == 0) {
-    const float norm = __fsqrt_rn(__ll2float_rn(static_cast<long long>(squares)));
-    inverse_norm[mine] = squares > 0 ? __fdiv_rn(1.0f, norm) : 0.0f;
+    if (!converts_first) prepare(step + 1);
   }
   __syncthreads();
 
-  // Phase 4: similarities and their keys.
-  for (int32_t f = 0; f < 2; ++f) {
+  // Phase 3: similarities and their keys.
+#pragma unroll
+  for (int32_t f = 0; f < kMine; ++f) {
+    if (!has(f)) break;
     for (int32_t below = 0; below < 2; ++below) {
-      const int32_t in_a = first_a + lane_id() / 4 + 8 * below;
-      const int32_t in_b = first_b + 8 * f + lane_id() % 4 * 2;
+      const int32_t in_a = first_a(f) + lane_id() / 4 + 8 * below;
+      const int32_t in_b = first_b(f) + lane_id() % 4 * 2;
       const int32_t i = block_a * kTile + in_a;
       const int32_t j = block_b * kTile + in_b;
       int32_t keys[2];
