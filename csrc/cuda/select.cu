@@ -16,23 +16,38 @@ namespace {
 constexpr int32_t kTotalsBytes = 2 * kWarps * sizeof(int64_t);
 static_assert(kWarps * kStagingBytes <= kTileBytes, "the staging is in the memory of the tile");
 
-// score_rank[token], by a warp: the position of the token in the order by score. It counts larger
+// score_rank[t] of two tokens, by a warp: the position in the order by score. It counts larger
 // scores, and equal ones before the token.
 template <DType kDType>
-__device__ void rank_score(const char* row, int64_t stride, int32_t n, int32_t token,
-                           int32_t* score_rank) {
+__device__ void rank_scores(const char* row, int64_t stride, int32_t n, int2 tokens,
+                            int32_t* score_rank) {
   using Bits = std::conditional_t<kDType == DType::kFloat32, uint32_t, uint16_t>;
+  const auto bits_at = [=](int32_t t) { return reinterpret_cast<const Bits*>(row)[t * stride]; };
   // No score has the key INT32_MIN + 1. NaN takes it, so that key - 1 does not overflow.
-  const auto key_at = [=](int32_t t) {
-    const Bits bits = reinterpret_cast<const Bits*>(row)[t * stride];
+  const auto key_of = [](Bits bits) {
     return larger(INT32_MIN + 1, score_key(Slice<kDType>::value(bits)));
   };
-  const int32_t own = key_at(token);
-  int32_t before = 0;
-#pragma unroll 8
-  for (int32_t j = lane_id(); j < n; j += kWarp) before += key_at(j) > own - (j < token);
-  before = __reduce_add_sync(kAllLanes, before);
-  if (lane_id() == 0) score_rank[token] = before;
+  const int2 own = make_int2(key_of(bits_at(tokens.x)), key_of(bits_at(tokens.y)));
+  int2 before = make_int2(0, 0);
+  // A batch of loads without a condition between them.
+  constexpr int32_t kBatch = 10;
+#pragma unroll 1
+  for (int32_t first = lane_id(); first < n; first += kBatch * kWarp) {
+    Bits bits[kBatch];
+#pragma unroll
+    for (int32_t b = 0; b < kBatch; ++b) bits[b] = bits_at(smaller(first + b * kWarp, n - 1));
+#pragma unroll
+    for (int32_t b = 0; b < kBatch; ++b) {
+      const int32_t j = first + b * kWarp, key = j < n ? key_of(bits[b]) : INT32_MIN;
+      before.x += key > own.x - (j < tokens.x);
+      before.y += key > own.y - (j < tokens.y);
+    }
+  }
+  before =
+      make_int2(__reduce_add_sync(kAllLanes, before.x), __reduce_add_sync(kAllLanes, before.y));
+  if (lane_id() != 0) return;
+  score_rank[tokens.x] = before.x;
+  score_rank[tokens.y] = before.y;
 }
 
 // Calls f(std::integral_constant<DType, dtype>{}).
@@ -236,8 +251,9 @@ __global__ void __launch_bounds__(kThreads, 1) select_kernel(const SelectArgs ar
       constexpr DType kDType = decltype(dtype)::value;
       const char* const row = call.scores.data + image.scores * element_size(call.scores.dtype);
 #pragma unroll 1
-      for (int32_t t = tile * kRankers + ranker; t < n; t += working * kRankers) {
-        rank_score<kDType>(row, call.scores.token_stride, n, t, scratch().score_rank);
+      for (int32_t t = 2 * (tile * kRankers + ranker); t < n; t += 2 * working * kRankers) {
+        rank_scores<kDType>(row, call.scores.token_stride, n, make_int2(t, smaller(t + 1, n - 1)),
+                            scratch().score_rank);
       }
     });
   }

@@ -18,7 +18,9 @@ constexpr int32_t kSlice = 16;
 constexpr int32_t kSlices = kStep / kSlice;
 static_assert(kTileThreads == 2 * kLargeTile * kSlices, "a thread for each slice of both blocks");
 // Warps that convert no slice of a tile.
-VISPRUNER_HD constexpr int32_t idle_warps(int32_t side) { return (kTileThreads - 2 * side * kSlices) / 32; }
+VISPRUNER_HD constexpr int32_t idle_warps(int32_t side) {
+  return (kTileThreads - 2 * side * kSlices) / 32;
+}
 // Bytes between rows in shared memory. The 16 bytes of padding put the lanes of a warp that load a
 // fragment in different banks.
 constexpr int32_t kPitch = kStep + 16;
