@@ -213,23 +213,27 @@ __device__ void similarity_tile(const char* features, int64_t stride, int32_t ch
     inverse_norm[mine] = squares > 0 ? __fdiv_rn(1.0f, norm) : 0.0f;
   };
   const auto multiply = [&](int32_t step) {
+    constexpr int32_t kParts = kStep / 32;
+    uint32_t a[kParts][2][4];
 #pragma unroll
-    for (int32_t k = 0; k < kStep; k += 32) {
-      uint32_t a[2][4];
+    for (int32_t f = 0; f < kMine; ++f) {
+      if (!has(f)) break;
+      uint32_t b[kParts][4];
 #pragma unroll
-      for (int32_t f = 0; f < kMine; ++f) {
-        if (!has(f)) break;
+      for (int32_t k = 0; k < kParts; ++k) {
         if (f == 0 || !kSameRows) {
-          load_matrices(a[0], half(step, 0, 0) + first_a(f) * kPitch + from_a + k);
-          load_matrices(a[1], half(step, 0, 1) + first_a(f) * kPitch + from_a + k);
+          load_matrices(a[k][0], half(step, 0, 0) + first_a(f) * kPitch + from_a + 32 * k);
+          load_matrices(a[k][1], half(step, 0, 1) + first_a(f) * kPitch + from_a + 32 * k);
         }
-        uint32_t b[4];
-        load_matrices(b, half(step, 1, 0) + first_b(f) * kPitch + from_b + k);
-        mma_s8(high[f], a[0], b[0], b[1]);
+        load_matrices(b[k], half(step, 1, 0) + first_b(f) * kPitch + from_b + 32 * k);
+      }
+#pragma unroll
+      for (int32_t k = 0; k < kParts; ++k) {
+        mma_s8(high[f], a[k][0], b[k][0], b[k][1]);
         // 2 * 65536 products of [-127, 127] and [0, 127] fit an int32.
-        mma_s8(mixed[f], a[0], b[2], b[3]);
-        mma_s8(mixed[f], a[1], b[0], b[1]);
-        mma_s8(low[f], a[1], b[2], b[3]);
+        mma_s8(mixed[f], a[k][0], b[k][2], b[k][3]);
+        mma_s8(mixed[f], a[k][1], b[k][0], b[k][1]);
+        mma_s8(low[f], a[k][1], b[k][2], b[k][3]);
       }
     }
   };
