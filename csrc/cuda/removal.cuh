@@ -52,14 +52,15 @@ constexpr int32_t kCompactBytes = kMostCompact * (4 * kMostCompact + 6) + 64;
 // Copies an array of `bytes` bytes, a multiple of 16. A batch is loaded before it is stored,
 // because the compiler must assume that they alias.
 __device__ inline void copy(const void* from, void* to, int32_t bytes) {
-  constexpr int32_t kBatch = 8;
+  constexpr int32_t kBatch = 10;
   const int32_t count = bytes / 16;
+#pragma unroll 1
   for (int32_t first = threadIdx.x; first < count; first += kBatch * kThreads) {
     uint4 vectors[kBatch];
 #pragma unroll
     for (int32_t b = 0; b < kBatch; ++b) {
-      const int32_t v = first + b * kThreads;
-      if (v < count) vectors[b] = static_cast<const uint4*>(from)[v];
+      // Without a condition, which would make each load wait for the one before.
+      vectors[b] = static_cast<const uint4*>(from)[smaller(first + b * kThreads, count - 1)];
     }
 #pragma unroll
     for (int32_t b = 0; b < kBatch; ++b) {
@@ -88,11 +89,9 @@ __device__ NeighbourLists take_lists(Arena<kFit != Fit::kLess>& arena, Neighbour
 // The compact matrix, in all shared memory that is left.
 template <bool kShared>
 __device__ Compact take_compact(Arena<kShared> arena, int32_t most) {
-  Compact compact = {0, nullptr, nullptr, nullptr};
+  Compact compact = {(most + 15) / 16 * 16, nullptr, nullptr, nullptr};
   const int64_t free = arena.shared_end - arena.shared;
-  while (compact.capacity < most && compact_bytes(compact.capacity + 16) <= free) {
-    compact.capacity += 16;
-  }
+  while (compact.capacity > 0 && compact_bytes(compact.capacity) > free) compact.capacity -= 16;
   compact.sim = reinterpret_cast<int32_t*>(arena.shared);
   compact.mask = compact.sim + compact.capacity * compact.capacity;
   compact.tokens = reinterpret_cast<uint16_t*>(compact.mask + compact.capacity);
@@ -159,10 +158,20 @@ __device__ void remove_duplicates(Block& block, const SelectArgs& args,
     arrays.ranks.homeless = arena.template take<uint16_t>(half / 8);
     // No ranking is under way when the compact matrix is filled.
     uint16_t* const rows = arrays.ranks.members;
+    constexpr int32_t kBatch = 2;
 #pragma unroll 1
-    for (int32_t t = threadIdx.x; t < n; t += kThreads) {
-      if (score_rank[t] >= important) {
-        arrays.tokens[score_rank[t] - important] = static_cast<uint16_t>(t);
+    for (int32_t first = threadIdx.x; first < n; first += kBatch * kThreads) {
+      int32_t ranks[kBatch];
+#pragma unroll
+      for (int32_t b = 0; b < kBatch; ++b) {
+        ranks[b] = score_rank[smaller(first + b * kThreads, n - 1)];
+      }
+#pragma unroll
+      for (int32_t b = 0; b < kBatch; ++b) {
+        const int32_t t = first + b * kThreads;
+        if (t < n && ranks[b] >= important) {
+          arrays.tokens[ranks[b] - important] = static_cast<uint16_t>(t);
+        }
       }
     }
     // The compact matrix is where the lists were.

@@ -261,7 +261,7 @@ __global__ void __launch_bounds__(kThreads, 1) select_kernel(const SelectArgs ar
     with_dtype(call.features.dtype, [&](auto dtype) {
       similarity_tile<kTile, decltype(dtype)::value>(
           features(), call.features.token_stride, call.channels, args.aligned, n, block_a, block_b,
-          memory, scratch().sim, rounded(n, 16));
+          memory, scratch().sim, static_cast<int32_t>(rounded(n, 16)));
     });
   }
 

@@ -128,7 +128,7 @@ struct Slice {
 template <int32_t kTile, DType kDType>
 __device__ void similarity_tile(const char* features, int64_t stride, int32_t channels,
                                 bool aligned, int32_t n, int32_t block_a, int32_t block_b,
-                                char* memory, int32_t* sim, int64_t ld) {
+                                char* memory, int32_t* sim, int32_t ld) {
   // The halves of a step, by block (0: a, 1: b) and half (0: high, 1: low).
   const auto half = [=](int32_t step, int32_t block, int32_t low) {
     return memory + (step % 2) * step_bytes(kTile) + (2 * block + low) * half_bytes(kTile);
@@ -277,12 +277,14 @@ __device__ void similarity_tile(const char* features, int64_t stride, int32_t ch
         const bool pair = i < n && j + e < n && i != j + e;
         keys[e] = pair ? ordered(similarity) : kNoSimilarity;
       }
+      // Indices of 32 bits: there are at most 2^28 similarities.
       if (i < n && j < ld) {
-        *reinterpret_cast<int2*>(sim + i * ld + j) = make_int2(keys[0], keys[1]);
+        *reinterpret_cast<int2*>(sim + static_cast<uint32_t>(i * ld + j)) =
+            make_int2(keys[0], keys[1]);
       }
       if (block_a == block_b || i >= ld) continue;
       for (int32_t e = 0; e < 2; ++e) {
-        if (j + e < n) sim[(j + e) * ld + i] = keys[e];
+        if (j + e < n) sim[static_cast<uint32_t>((j + e) * ld + i)] = keys[e];
       }
     }
   }
