@@ -20,6 +20,7 @@
 //                          use(j) writes, j != i
 // check(n, where, test, use): use(i) for each i with where(i) for which test(i)(j, similarity) is
 //                          false for another token j that is left
+// rivals(n, i, group, score_rank): see Rivals; no phase
 //
 // The index of a token, here, is its row of similarities. Rows are in the order of the tokens in
 // the image; a CPU has rows for the residual tokens only, CUDA for all tokens.
@@ -38,6 +39,13 @@ struct alignas(8) Best {
   int32_t index;
 };
 constexpr Best kNoNeighbour = {kNoSimilarity, -1};
+
+// The tokens of a group from which token i loses: the best one before i, as its rank by score << 16
+// | the token, or UINT32_MAX; and the first one behind i that is better than i, or n.
+struct Rivals {
+  uint32_t before;
+  int32_t behind;
+};
 
 // The memory of pairwise.
 struct PairwiseArrays {
@@ -71,7 +79,8 @@ VISPRUNER_HD int32_t remove_alike(Block& block, Left& left, int32_t n, PairwiseA
     group[i] = !has_group ? kNoPartner : partner[i] < i ? partner[i] : static_cast<uint16_t>(i);
   });
   // A token spoils its group if it is not as similar to all of it, or as similar to another token.
-  constexpr uint16_t kSpoils = 0x8000;
+  // It marks the partner of the first one: several calls make the same mark.
+  constexpr uint16_t kSpoilt = 0x8000;
   const auto similarity_of = [=](int32_t i) {
     return static_cast<int32_t>(pair[i] >> (2 * kIndexBits));
   };
@@ -82,32 +91,19 @@ VISPRUNER_HD int32_t remove_alike(Block& block, Left& left, int32_t n, PairwiseA
           return (similarity == own) == (group[j] == first);
         };
       },
-      [=](int32_t i) { partner[i] = static_cast<uint16_t>(partner[i] | kSpoils); });
+      [=](int32_t i) { partner[group[i]] = static_cast<uint16_t>(partner[group[i]] | kSpoilt); });
   const int32_t removed = left.remove(n, [=](int32_t i) {
     const int32_t first = group[i];
-    if (first == kNoPartner) return false;
-    // The best token before i, below its rank by score, and the first better one behind i.
-    const uint32_t own = score_rank[i];
-    uint32_t before = UINT32_MAX;
-    int32_t behind = n;
-    bool spoiled = false;
-    // Without branches: every token of a group takes every step.
-    for (int32_t j = first; j < n; ++j) {
-      const bool same = group[j] == first;
-      const uint32_t rank = score_rank[j];
-      const uint32_t candidate = same && j < i ? rank << 16 | static_cast<uint32_t>(j) : UINT32_MAX;
-      const int32_t better = same && j > i && rank < own ? j : n;
-      before = candidate < before ? candidate : before;
-      behind = better < behind ? better : behind;
-      spoiled = spoiled || (same && (partner[j] & kSpoils));
-    }
-    const bool loses = before >> 16 < own;
-    if (spoiled || (!loses && behind == n)) return false;
-    pair[i] = pair_key(similarity_of(i), i, loses ? static_cast<int32_t>(before & 0xffff) : behind);
+    if (first == kNoPartner || (partner[first] & kSpoilt)) return false;
+    const Rivals rivals = left.rivals(n, i, group, score_rank);
+    const bool loses = rivals.before >> 16 < score_rank[i];
+    if (!loses && rivals.behind == n) return false;
+    pair[i] = pair_key(similarity_of(i), i,
+                       loses ? static_cast<int32_t>(rivals.before & 0xffff) : rivals.behind);
     return true;
   });
   block.each(n, [=](int32_t i) {
-    if (group[i] != kNoPartner) partner[i] = static_cast<uint16_t>(partner[i] & ~kSpoils);
+    if (group[i] != kNoPartner) partner[i] = static_cast<uint16_t>(partner[i] & ~kSpoilt);
   });
   return removed;
 }

@@ -71,6 +71,17 @@ struct Left {
       }
     });
   }
+  Rivals rivals(int32_t n, int32_t i, const uint16_t* group, const uint16_t* score_rank) const {
+    Rivals found = {UINT32_MAX, n};
+    for (int32_t j = group[i]; j < i; ++j) {
+      const uint32_t rival = uint32_t{score_rank[j]} << 16 | static_cast<uint32_t>(j);
+      if (group[j] == group[i] && rival < found.before) found.before = rival;
+    }
+    for (int32_t j = i + 1; j < n && found.behind == n; ++j) {
+      if (group[j] == group[i] && score_rank[j] < score_rank[i]) found.behind = j;
+    }
+    return found;
+  }
 };
 
 }  // namespace vispruner

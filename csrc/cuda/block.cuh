@@ -17,6 +17,10 @@ __device__ inline uint32_t lanes_before() { return (1u << lane_id()) - 1; }
 __device__ inline int32_t smaller(int32_t a, int32_t b) { return a < b ? a : b; }
 __device__ inline int32_t larger(int32_t a, int32_t b) { return a > b ? a : b; }
 
+// The loads of a warp that come before it stay before it. The compiler would put each of them where
+// its result is used, and each would wait for memory.
+__device__ inline void keep_loads_before() { __syncwarp(); }
+
 // 1 if x > y, else 0, in two instructions, where a comparison has three. y - x must not overflow:
 // keys of similarities are small enough.
 __device__ inline int32_t is_above(int32_t x, int32_t y) {

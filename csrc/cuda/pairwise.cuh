@@ -108,20 +108,22 @@ struct Left {
   // A warp for each token.
   template <class Where, class Test, class Use>
   __device__ void check(int32_t n, Where where, Test test, Use use) {
-    constexpr int32_t kBatch = 6;
+    constexpr int32_t kBatch = 18;
 #pragma unroll 1
     for (int32_t i = warp_id(); i < n; i += kWarps) {
       if (!where(i)) continue;
       const auto agrees = test(i);
-      const int32_t* const row = sim + int64_t{i} * ld;
+      const uint32_t row = static_cast<uint32_t>(i * ld);
       bool all = true;
 #pragma unroll 1
       for (int32_t first = lane_id(); first < n + lane_id(); first += kBatch * kWarp) {
         int32_t keys[kBatch];
 #pragma unroll
         for (int32_t b = 0; b < kBatch; ++b) {
-          keys[b] = load_now(row + smaller(first + b * kWarp, n - 1));
+          keys[b] =
+              load_now(sim + (row + static_cast<uint32_t>(smaller(first + b * kWarp, n - 1))));
         }
+        keep_loads_before();
 #pragma unroll
         for (int32_t b = 0; b < kBatch; ++b) {
           const int32_t j = smaller(first + b * kWarp, n - 1);
@@ -132,6 +134,32 @@ struct Left {
       __syncwarp();
     }
     __syncthreads();
+  }
+
+  // Eight tokens at a time, the last ones first.
+  __device__ Rivals rivals(int32_t n, int32_t i, const uint16_t* group,
+                           const uint16_t* score_rank) const {
+    const uint32_t first = group[i], own = score_rank[i];
+    Rivals found = {UINT32_MAX, n};
+#pragma unroll 1
+    for (int32_t j = (n - 1) & ~7; j >= 0; j -= 8) {
+      const uint4 groups = *reinterpret_cast<const uint4*>(group + j);
+      const uint4 ranks = *reinterpret_cast<const uint4*>(score_rank + j);
+      const uint32_t group_pairs[4] = {groups.x, groups.y, groups.z, groups.w};
+      const uint32_t rank_pairs[4] = {ranks.x, ranks.y, ranks.z, ranks.w};
+#pragma unroll
+      for (int32_t e = 7; e >= 0; --e) {
+        const uint32_t other = e % 2 ? group_pairs[e / 2] >> 16 : group_pairs[e / 2] & 0xffff;
+        const uint32_t rank = e % 2 ? rank_pairs[e / 2] >> 16 : rank_pairs[e / 2] & 0xffff;
+        const uint32_t rival =
+            other == first ? rank << 16 | static_cast<uint32_t>(j + e) : UINT32_MAX;
+        if (j + e < i && rival < found.before) found.before = rival;
+        if (j + e > i && rival >> 16 < own) found.behind = j + e;
+      }
+    }
+    // What lies behind the last token may be in a group.
+    found.behind = smaller(found.behind, n);
+    return found;
   }
 
  private:
@@ -148,8 +176,7 @@ struct Left {
       for (int32_t b = 0; b < kBatch; ++b) {
         some[b].index = searching[smaller(first + b * kWarp, size - 1)];
       }
-      // So that the compiler does not put each of these loads after the one before has been used.
-      __syncwarp();
+      keep_loads_before();
 #pragma unroll
       for (int32_t b = 0; b < kBatch; ++b) some[b].value = load_now(row + some[b].index);
 #pragma unroll
