@@ -119,10 +119,6 @@ struct Bipartite {
   __device__ void reorder(const BipartiteArrays& arrays, int32_t size_a, int32_t drop, Use use) {
     const Buckets buckets(arrays.buckets + (pass & 1) * Buckets::kBytes);
     const Buckets others(arrays.buckets + (~pass & 1) * Buckets::kBytes);
-    // First what the warps do that have few tokens of a or none.
-    if (threadIdx.x >= kThreads / 2) others.clear(threadIdx.x - kThreads / 2, kThreads / 2);
-    if (warp_id() == kWarps - 1) arrays.ranks.adapt(buckets, size_a);
-    move_b(size_a, drop, use);
 #pragma unroll 1
     for (int32_t i = threadIdx.x; i < size_a; i += kThreads) {
       const int32_t token = tokens[2 * i];
@@ -130,11 +126,16 @@ struct Bipartite {
       if (position >= 0) next[position] = static_cast<uint16_t>(token);
       use(token, position, false);
     }
+    // Last what the warps do that have few tokens of a or none.
+    if (threadIdx.x < kThreads / 2) return;
+    if (warp_id() == kWarps - 1) arrays.ranks.adapt(buckets, size_a);
+    others.clear(threadIdx.x - kThreads / 2, kThreads / 2);
+    move_b(size_a, drop, use);
   }
   template <class Use>
   __device__ void move_b(int32_t size_a, int32_t drop, Use use) {
 #pragma unroll 1
-    for (int32_t i = kThreads - 1 - threadIdx.x; i < left >> 1; i += kThreads) {
+    for (int32_t i = kThreads - 1 - threadIdx.x; i < left >> 1; i += kThreads / 2) {
       const int32_t token = tokens[2 * i + 1], position = size_a - drop + i;
       next[position] = static_cast<uint16_t>(token);
       use(token, position, true);
