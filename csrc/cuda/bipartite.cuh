@@ -169,6 +169,7 @@ struct Bipartite {
       for (int32_t k = 0; k < kBatch; ++k) {
         columns[k] = tokens[2 * smaller(first + k * kWarp, size_b - 1) + 1];
       }
+      keep_loads_before();
 #pragma unroll
       for (int32_t k = 0; k < kBatch; ++k) {
         keys[k] =

@@ -20,6 +20,14 @@ __device__ inline float half_to_float(uint16_t bits) {
   return x;
 }
 
+// The same pointer. The compiler forgets how it was computed, so that an index is added to it alone
+// and not to its parts.
+template <class T>
+__device__ inline T* computed(T* pointer) {
+  asm volatile("mov.b64 %0, %0;" : "+l"(pointer));
+  return pointer;
+}
+
 // A load from global memory that stays before those behind it: the compiler would put it where its
 // result is used.
 __device__ inline int32_t load_now(const int32_t* from) {

@@ -281,7 +281,7 @@ __global__ void __launch_bounds__(kThreads, 1) select_kernel(const SelectArgs ar
   if (removes) {
     const Arena<kFit != Fit::kLess> arena = {memory, shared_memory() + args.shared_bytes,
                                              scratch().passes};
-    remove_duplicates<kMatching, kFit>(block, args, arena, scratch().sim, scratch().lists,
+    remove_duplicates<kMatching, kFit>(block, args, arena, computed(scratch().sim), scratch().lists,
                                        scratch().score_rank, image.n, image.keep, image.important,
                                        call.indices + image.out, image.first_index);
   } else {

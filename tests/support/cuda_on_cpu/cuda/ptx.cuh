@@ -23,6 +23,11 @@ inline float half_to_float(uint16_t bits) {
   return std::copysign(x, sign ? -1.0f : 1.0f);
 }
 
+template <class T>
+inline T* computed(T* pointer) {
+  return pointer;
+}
+
 inline int32_t load_now(const int32_t* from) { return *from; }
 
 // ldmatrix.sync.aligned.m8n8.x4.shared.b16: lane 8 m + r points at row r of matrix m, 16 bytes;
