@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import itertools
 import json
 import os
 import random
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -39,9 +41,13 @@ Calls = list[tuple[str, tuple[Any, ...]]]
 
 
 class Memory:
-    """Stands in for torch: uninitialised tensors hold random bytes, and guards surround them."""
+    """Stands in for torch: uninitialised tensors hold random bytes, and guards surround them.
 
-    def __init__(self, seed: int) -> None:
+    `run` runs the launches since the last `run`, or those again.
+    """
+
+    def __init__(self, seed: int, run: Callable[[bool], None]) -> None:
+        self.run = run
         self.generator = torch.Generator().manual_seed(seed)
         self.guarded: list[tuple[Tensor, Tensor]] = []
 
@@ -72,11 +78,12 @@ class Memory:
         self.guarded.clear()
 
 
-def load(library: str, seed: int, shared: int, device: int = 0) -> Memory:
+def load(library: str, seed: int, shared: int, device: int = 0, resident: int = 1) -> Memory:
     """Replace the kernels for a GPU by those of `library`, compiled for a CPU.
 
-    `seed` sets the order of threads, `shared` the bytes of shared memory of a block. All devices
-    have the same properties; kernels store those of devices 0 to 63 only.
+    `seed` sets the order of threads, `shared` the bytes of shared memory of a block, `resident` how
+    many blocks run at a time, at most. All devices have the same properties; kernels store those of
+    devices 0 to 63 only.
     """
     # This build lacks the operators for the CPU. Lazy binding resolves them only in a call.
     flags = sys.getdlopenflags()
@@ -85,8 +92,9 @@ def load(library: str, seed: int, shared: int, device: int = 0) -> Memory:
     module: ModuleType = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     sys.setdlopenflags(flags)
-    ctypes.CDLL(library).cuda_on_cpu_configure(ctypes.c_uint64(seed), shared, 132)
-    memory = Memory(seed)
+    emulator = ctypes.CDLL(library)
+    emulator.cuda_on_cpu_configure(ctypes.c_uint64(seed), shared, 132, resident)
+    memory = Memory(seed, emulator.cuda_on_cpu_run)
     cuda._C = module
     cuda.torch = memory
     cuda._device_and_stream = lambda tensor: (device, 0)
@@ -121,17 +129,57 @@ def model_calls(sizes: list[list[int]], kind: str, dtype: str) -> Calls:
     return calls
 
 
+def differences(case: str, got: Any, wanted: Any) -> list[str]:
+    try:
+        for x, y in zip(leaves(got), leaves(wanted), strict=True):
+            assert_same_bits(x, y)
+    except AssertionError as error:
+        return [f"{case}: {error}"]
+    return []
+
+
 def compare(calls: Calls, memory: Memory) -> int:
     wrong = []
     for number, (op, args) in enumerate(calls):
-        got, wanted = getattr(cuda, op)(*args), expected(op, args)
-        try:
-            for x, y in zip(leaves(got), leaves(wanted), strict=True):
-                assert_same_bits(x, y)
-            memory.check()
-        except AssertionError as error:
-            wrong.append(f"{number}: {op}{tuple(args[0].shape)}{args[2:]}: {error}")
+        got = getattr(cuda, op)(*args)
+        memory.run(False)
+        case = f"{number}: {op}{tuple(args[0].shape)}{args[2:]}"
+        wrong += differences(case, got, expected(op, args))
+        memory.check()
     assert not wrong, f"{len(wrong)} of {len(calls)} differ\n" + "\n".join(wrong[:8])
+    return len(calls)
+
+
+def long_calls(begin: int, most: int) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """Random calls for images of several tiles."""
+    for seed in itertools.count(begin):
+        for op, args in random_calls(range(seed, seed + 1), most):
+            longest = args[4] if op == "select_varlen" else args[0].shape[1]
+            if longest > 64 and args[0].numel():
+                yield op, args
+
+
+def compare_interleaved(calls: Calls, memory: Memory) -> int:
+    """Two calls run at the same time, as on two streams. Then both run again with other inputs and
+    with the scratch as it is, as a CUDA graph that is replayed."""
+    wrong = []
+    for number in range(0, len(calls), 2):
+        pair = [
+            (op, (args[0].clone(), args[1].clone(), *args[2:]))
+            for op, args in calls[number : number + 2]
+        ]
+        got = [getattr(cuda, op)(*args) for op, args in pair]
+        for again in (False, True):
+            memory.run(again)
+            for k, (op, args) in enumerate(pair):
+                case = f"{number + k}{' again' * again}: {op}{tuple(args[0].shape)}{args[2:]}"
+                wrong += differences(case, got[k], expected(op, args))
+                for x in leaves(got[k]):
+                    x.fill_(-1)
+                args[0].copy_(args[0].flip(-2))
+                args[1].copy_(args[1].flip(-1))
+        memory.check()
+    assert not wrong, f"{len(wrong)} of {2 * len(calls)} differ\n" + "\n".join(wrong[:8])
     return len(calls)
 
 
@@ -150,6 +198,7 @@ def stay_in_bounds(seeds: range, total: int, memory: Memory) -> int:
         sizes = rng.choice([3, 70, 157, 16383]), rng.randint(1, total)
         rule = rng.choice([0.2, 0.5, 1.0]), 8, rng.choice(["bipartite", "pairwise"])
         got = cuda.select_varlen(features, scores, *offsets, *sizes, *rule)
+        memory.run(False)
         assert ((got >= 0) & (got < total)).all(), (seed, got)
         memory.check()
     return len(seeds)
@@ -158,12 +207,17 @@ def stay_in_bounds(seeds: range, total: int, memory: Memory) -> int:
 def main(library: str, task: str) -> int:
     todo = json.loads(task)
     torch.set_num_threads(1)
-    memory = load(library, todo["seed"], todo["shared"], todo.get("device", 0))
+    device, resident = todo.get("device", 0), todo.get("resident", 1)
+    memory = load(library, todo["seed"], todo["shared"], device, resident)
     _native.arguments.EAGER_ROUNDS = todo.get("eager_rounds", _native.arguments.EAGER_ROUNDS)
     count = 0
     if "random" in todo:
         begin, end, most = todo["random"]
         count += compare(random_calls(range(begin, end), most), memory)
+    if "interleaved" in todo:
+        begin, number, most = todo["interleaved"]
+        calls = itertools.islice(long_calls(begin, most), number)
+        count += compare_interleaved(list(calls), memory)
     if "models" in todo:
         count += compare(model_calls(*todo["models"]), memory)
     for rounds in todo.get("hubs", []):

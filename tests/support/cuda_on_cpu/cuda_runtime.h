@@ -1,10 +1,16 @@
 // Replaces CUDA's header: g++ compiles a kernel unchanged, and a CPU runs it.
 //
-// A launch runs its blocks one after another. The threads of a block are fibers. A fiber runs until
-// it waits at a barrier or at a collective of its warp, or exits; then the next fiber that can
-// continue runs. The order is ascending for seed 0, descending for seed 1, and otherwise random and
-// new at every barrier. So the results of a kernel that lacks a barrier depend on the seed. A wrong
-// use of CUDA aborts the process and prints the position of every thread of the block.
+// The threads of a block are fibers. A fiber runs until it waits at a barrier or at a collective of
+// its warp, or exits; then the next fiber that can continue runs. The order is ascending for seed
+// 0, descending for seed 1, and otherwise random and new at every barrier. So the results of a
+// kernel that lacks a barrier depend on the seed. A wrong use of CUDA aborts the process and prints
+// the position of every thread of the block.
+//
+// Blocks run one after another, or up to 8 are resident at a time, of one launch or of several.
+// Then a random one continues after some of the barriers, atomic operations on global memory and
+// fences. Every store is visible at once to all blocks, because plain pointers cannot be
+// intercepted: so this does not find a missing fence, or an atomic operation with too weak an
+// order.
 //
 // To compile: g++ -std=c++17 -Wno-unknown-pragmas; -fno-strict-aliasing, because kernels load
 // vectors from arrays of other types; -ffp-contract=off, which is -fmad=false of nvcc. -O2 is four
@@ -92,6 +98,14 @@ To bit_cast(From x) {
   return y;
 }
 
+template <class T, class F>
+T atomic(T* p, F f) {
+  machine.preempt(p);
+  const T old = std::exchange(*p, f(*p));
+  machine.preempt(p);
+  return old;
+}
+
 // The names that kernels use without a namespace.
 inline namespace cuda {
 
@@ -143,14 +157,25 @@ T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32, SITE) {
 }
 #undef SITE
 
-// One thread runs at a time, and others only while it waits.
-inline void __threadfence() {}
-inline int atomicAdd(int* p, int x) { return std::exchange(*p, add(*p, x)); }
-inline unsigned atomicAdd(unsigned* p, unsigned x) { return std::exchange(*p, *p + x); }
-inline ull atomicAdd(ull* p, ull x) { return std::exchange(*p, *p + x); }
-inline unsigned atomicOr(unsigned* p, unsigned x) { return std::exchange(*p, *p | x); }
-inline unsigned atomicXor(unsigned* p, unsigned x) { return std::exchange(*p, *p ^ x); }
-inline ull atomicCAS(ull* p, ull old, ull x) { return std::exchange(*p, *p == old ? x : *p); }
+inline void __threadfence() { machine.preempt(nullptr); }
+inline int atomicAdd(int* p, int x) {
+  return atomic(p, [=](int old) { return add(old, x); });
+}
+inline unsigned atomicAdd(unsigned* p, unsigned x) {
+  return atomic(p, [=](unsigned old) { return old + x; });
+}
+inline ull atomicAdd(ull* p, ull x) {
+  return atomic(p, [=](ull old) { return old + x; });
+}
+inline unsigned atomicOr(unsigned* p, unsigned x) {
+  return atomic(p, [=](unsigned old) { return old | x; });
+}
+inline unsigned atomicXor(unsigned* p, unsigned x) {
+  return atomic(p, [=](unsigned old) { return old ^ x; });
+}
+inline ull atomicCAS(ull* p, ull expected, ull x) {
+  return atomic(p, [=](ull old) { return old == expected ? x : old; });
+}
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __popcll(ull x) { return __builtin_popcountll(x); }
@@ -214,7 +239,7 @@ cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute, int by
   return cudaSuccess;
 }
 
-// Returns when the grid has run.
+// cuda_on_cpu_run runs the grid.
 template <class... P, class... A>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...),
                                A&&... args) {
@@ -232,20 +257,29 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     return refuse(std::to_string(bytes) + " bytes of dynamic shared memory, more than the " +
                   std::to_string(most) + " that the kernel may have");
   }
-  machine.kernel = [kernel, params = std::tuple<P...>(std::forward<A>(args)...)] {
+  const auto run = [kernel, params = std::tuple<P...>(std::forward<A>(args)...)] {
     std::apply(kernel, params);
   };
-  machine.run_grid(config->gridDim, config->blockDim, bytes);
+  machine.pending.push_back({run, config->gridDim, config->blockDim, bytes});
   return cudaSuccess;
 }
 
 // Kernels keep the shared memory that cudaFuncSetAttribute allowed, up to the new limit.
 extern "C" __attribute__((visibility("default"), used)) inline void cuda_on_cpu_configure(
-    uint64_t seed, int shared_memory_optin, int multiprocessors) {
+    uint64_t seed, int shared_memory_optin, int multiprocessors, int most_resident) {
   const std::lock_guard<std::mutex> lock(machine.mutex);
   machine.seed = machine.random_state = seed;
   machine.shared_memory_optin = shared_memory_optin;
   machine.multiprocessors = multiprocessors;
+  machine.most_resident = std::clamp<size_t>(most_resident, 1, kMostResident);
+}
+
+// Runs the launches since the last call, at the same time as on several streams. Again: those of
+// the last call once more, as a graph that is replayed.
+extern "C" __attribute__((visibility("default"), used)) inline void cuda_on_cpu_run(bool again) {
+  const std::lock_guard<std::mutex> lock(machine.mutex);
+  if (!again) machine.launches = std::exchange(machine.pending, {});
+  machine.run();
 }
 
 // The reason of the last error.

@@ -1,5 +1,5 @@
-// A thread block as fibers: the stacks, the barriers and collectives at which fibers wait, and the
-// memory with its guards.
+// Thread blocks as fibers: the stacks, the barriers and collectives at which fibers wait, the
+// memory with its guards, and the blocks that are resident at a time.
 #pragma once
 
 #include <sys/mman.h>
@@ -41,6 +41,7 @@ inline dim3 blockDim, gridDim;
 }  // namespace cuda
 
 constexpr unsigned kMaxThreads = 1024;
+constexpr size_t kMostResident = 8;
 constexpr size_t kGuardBytes = 4096;
 constexpr char kGuard = '\xa5';
 // Address space of a stack; pages that are never used take no memory.
@@ -79,65 +80,127 @@ struct Fiber {
   void* args;     // of a collective
 };
 
-struct Machine {
-  std::mutex mutex;  // of a launch and of the settings
-  int shared_memory_optin = 227 << 10, multiprocessors = 132;
-  std::map<const void*, int> allowed;  // dynamic shared memory, of kernels for which it is set
-  std::string refused;                 // the reason of the last error
-  uint64_t seed = 0, random_state = 0;
-
+struct Launch {
   std::function<void()> kernel;
+  dim3 grid, block;
+  size_t bytes;  // of dynamic shared memory
+
+  unsigned threads() const { return block.x * block.y * block.z; }
+};
+
+// A resident block.
+struct Block {
+  const Launch* launch = nullptr;
+  uint3 index = {};
   std::vector<char> memory;  // dynamic shared memory between its guards
   char* shared = nullptr;
-  Fiber fibers[kMaxThreads] = {}, launcher = {};
-  Fiber *current = &launcher, *previous = nullptr;
-  unsigned threads = 0, living = 0;
+  Fiber fibers[kMaxThreads] = {};
+  unsigned living = 0;
   std::vector<unsigned> order;            // threads by rank
   uint64_t ready[kMaxThreads / 64] = {};  // a bit for each rank
   Call barrier_call = {};                 // of the first that arrived
   unsigned arrived = 0, votes = 0, result = 0;
   bool at_another = false;  // some arrived at another barrier
+};
 
-  void run_grid(dim3 grid, dim3 block, size_t bytes) {
-    gridDim = grid;
-    blockDim = block;
-    threads = block.x * block.y * block.z;
-    for (unsigned i = 0; i < threads; ++i) {
-      fibers[i].index = {i % block.x, i / block.x % block.y, i / block.x / block.y};
-      if (!fibers[i].stack) map_stack(fibers[i]);
+struct Machine {
+  std::mutex mutex;  // of launches and of the settings
+  int shared_memory_optin = 227 << 10, multiprocessors = 132;
+  size_t most_resident = 1;
+  std::map<const void*, int> allowed;  // dynamic shared memory, of kernels for which it is set
+  std::string refused;                 // the reason of the last error
+  uint64_t seed = 0, random_state = 0;
+
+  std::vector<Launch> pending, launches;
+  std::vector<std::pair<const Launch*, unsigned>> waiting;  // blocks, the next one last
+  Block blocks[kMostResident] = {};
+  std::vector<Block*> resident;
+  Block* block = nullptr;  // of the current fiber
+  Fiber launcher = {};
+  Fiber *current = &launcher, *previous = nullptr;
+
+  // Runs all blocks of `launches`.
+  void run() {
+    std::vector<std::pair<const Launch*, unsigned>> all;
+    for (const Launch& launch : launches) {
+      const unsigned count = launch.grid.x * launch.grid.y * launch.grid.z;
+      for (unsigned i = 0; i < count; ++i) all.push_back({&launch, i});
+    }
+    if (all.empty()) return;
+    for (const unsigned i : arranged(all.size())) waiting.push_back(all[i]);
+    std::reverse(waiting.begin(), waiting.end());
+    const size_t least = std::min<size_t>(most_resident, 2);
+    const size_t count = least + random() % (most_resident - least + 1);
+    for (size_t i = 0; i < count && !waiting.empty(); ++i) {
+      resident.push_back(&blocks[i]);
+      begin_block(blocks[i]);
     }
     launcher.started = true;
-    for (const unsigned i : arranged(size_t{grid.x} * grid.y * grid.z)) {
-      blockIdx = {i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y};
-      run_block(bytes);
-    }
+    yield();
   }
 
-  void run_block(size_t bytes) {
-    memory.resize(bytes + 2 * kGuardBytes + 128);
-    shared = memory.data() + kGuardBytes;
-    shared += -reinterpret_cast<uintptr_t>(shared) % 128;
-    char *const before = shared - kGuardBytes, *const behind = shared + bytes;
-    for (size_t i = 0; i < bytes; i += 8) {
+  void enter(Block& b) {
+    block = &b;
+    blockIdx = b.index;
+    blockDim = b.launch->block;
+    gridDim = b.launch->grid;
+  }
+
+  void enter_any() { enter(*resident[random() % resident.size()]); }
+
+  // Makes the next block resident instead of one that has ended.
+  void begin_block(Block& b) {
+    const auto [launch, i] = waiting.back();
+    waiting.pop_back();
+    const dim3 grid = launch->grid, size = launch->block;
+    b.launch = launch;
+    b.index = {i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y};
+    enter(b);
+    b.memory.resize(launch->bytes + 2 * kGuardBytes + 128);
+    b.shared = b.memory.data() + kGuardBytes;
+    b.shared += -reinterpret_cast<uintptr_t>(b.shared) % 128;
+    for (size_t k = 0; k < launch->bytes; k += 8) {
       const uint64_t garbage = random();
-      memcpy(shared + i, &garbage, 8);
+      memcpy(b.shared + k, &garbage, 8);
     }
-    memset(before, kGuard, kGuardBytes);
-    memset(behind, kGuard, kGuardBytes);
-    CUDA_ON_CPU_ASAN(__asan_poison_memory_region(before, kGuardBytes));
-    CUDA_ON_CPU_ASAN(__asan_poison_memory_region(behind, kGuardBytes));
-    for (unsigned i = 0; i < threads; ++i) fibers[i].exited = false;
-    living = threads;
-    order = arranged(threads);
+    for (char* const guard : {b.shared - kGuardBytes, b.shared + launch->bytes}) {
+      memset(guard, kGuard, kGuardBytes);
+      CUDA_ON_CPU_ASAN(__asan_poison_memory_region(guard, kGuardBytes));
+    }
+    b.living = launch->threads();
+    for (unsigned t = 0; t < b.living; ++t) {
+      Fiber& fiber = b.fibers[t];
+      fiber.exited = false;
+      fiber.index = {t % size.x, t / size.x % size.y, t / size.x / size.y};
+      if (!fiber.stack) map_stack(fiber, t);
+    }
+    b.order = arranged(b.living);
     release();
-    yield();
+  }
+
+  // All threads of the block have exited.
+  void end_block() {
+    const size_t bytes = block->launch->bytes;
+    char *const before = block->shared - kGuardBytes, *const behind = block->shared + bytes;
     CUDA_ON_CPU_ASAN(__asan_unpoison_memory_region(before, bytes + 2 * kGuardBytes));
     for (size_t i = 0; i < 2 * kGuardBytes; ++i) {
       const char* const at = i < kGuardBytes ? behind + i : before + 2 * kGuardBytes - 1 - i;
       if (*at == kGuard) continue;
-      fail("wrote byte " + std::to_string(at - shared) + " of " + std::to_string(bytes) +
+      fail("wrote byte " + std::to_string(at - block->shared) + " of " + std::to_string(bytes) +
            " of dynamic shared memory");
     }
+    if (!waiting.empty()) return begin_block(*block);
+    resident.erase(std::find(resident.begin(), resident.end(), block));
+  }
+
+  // Before and after an atomic operation, and at a fence (null): another block may continue here,
+  // or another thread of this one.
+  void preempt(const void* word) {
+    const char *const begin = block->memory.data(), *const end = begin + block->memory.size();
+    if (resident.size() < 2 || (begin <= word && word < end) || random() % 2) return;
+    make_ready(*current);
+    enter_any();
+    yield();
   }
 
   // Switches to the next fiber, and returns when it is the caller's turn. Uses GCC's builtins,
@@ -177,26 +240,34 @@ struct Machine {
   // The next thread that can continue, or the launching thread if all have exited.
   Fiber* next() {
     for (;;) {
-      for (unsigned i = 0; i * 64 < threads; ++i) {
-        if (!ready[i]) continue;
-        const unsigned rank = i * 64 + __builtin_ctzll(ready[i]);
-        ready[i] &= ready[i] - 1;
-        return &fibers[order[rank]];
+      for (unsigned i = 0; i * 64 < block->order.size(); ++i) {
+        if (!block->ready[i]) continue;
+        const unsigned rank = i * 64 + __builtin_ctzll(block->ready[i]);
+        block->ready[i] &= block->ready[i] - 1;
+        return &block->fibers[block->order[rank]];
       }
-      if (!living) return &launcher;
+      if (!block->living) {
+        end_block();
+        if (resident.empty()) return &launcher;
+        enter_any();
+        continue;
+      }
       // Threads that have exited count as arrived.
-      if (arrived < living || at_another) fail("deadlock, no thread can continue");
+      if (block->arrived < block->living || block->at_another) {
+        fail("deadlock, no thread can continue");
+      }
       release();
+      if (random() % 4 == 0) enter_any();
     }
   }
 
   // Ends a barrier.
   void release() {
-    result = votes;
-    arrived = votes = 0;
-    shuffle(order);
-    for (unsigned rank = 0; rank < threads; ++rank) {
-      Fiber& fiber = fibers[order[rank]];
+    block->result = block->votes;
+    block->arrived = block->votes = 0;
+    shuffle(block->order);
+    for (unsigned rank = 0; rank < block->order.size(); ++rank) {
+      Fiber& fiber = block->fibers[block->order[rank]];
       fiber.rank = rank;
       if (!fiber.exited) make_ready(fiber);
     }
@@ -204,17 +275,17 @@ struct Machine {
 
   void make_ready(Fiber& fiber) {
     fiber.call = {};
-    ready[fiber.rank / 64] |= uint64_t{1} << fiber.rank % 64;
+    block->ready[fiber.rank / 64] |= uint64_t{1} << fiber.rank % 64;
   }
 
   // Returns the number of votes.
   int barrier(const char* name, Site site, bool vote) {
     current->call = {name, site, 0};
-    if (arrived++ == 0) barrier_call = current->call;
-    at_another |= !(current->call == barrier_call);
-    votes += vote;
+    if (block->arrived++ == 0) block->barrier_call = current->call;
+    block->at_another |= !(current->call == block->barrier_call);
+    block->votes += vote;
     yield();
-    return result;
+    return block->result;
   }
 
   std::vector<unsigned> arranged(size_t n) {
@@ -242,14 +313,14 @@ struct Machine {
 
   // Protected pages are below each stack. Stacks begin at different offsets in a page, because with
   // one offset they would all compete for the same few cache lines.
-  void map_stack(Fiber& fiber) {
+  void map_stack(Fiber& fiber, unsigned thread) {
     void* const pages = mmap(nullptr, kStackGuardBytes + kStackBytes, PROT_READ | PROT_WRITE,
                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (pages == MAP_FAILED || mprotect(pages, kStackGuardBytes, PROT_NONE)) {
       fail("no memory for a stack");
     }
     fiber.stack = static_cast<char*>(pages) + kStackGuardBytes;
-    fiber.stack_bytes = kStackBytes - (&fiber - fibers) % 16 * 256;
+    fiber.stack_bytes = kStackBytes - thread % 16 * 256;
   }
 
   // Runs one thread of every block.
@@ -258,6 +329,8 @@ struct Machine {
   [[noreturn]] void fail(const std::string& what) {
     fprintf(stderr, "cuda_on_cpu: block (%u, %u, %u): %s\n", blockIdx.x, blockIdx.y, blockIdx.z,
             what.c_str());
+    const Fiber* const fibers = block->fibers;
+    const unsigned threads = block->launch->threads();
     for (unsigned i = 0, end; i < threads; i = end) {
       const Fiber& fiber = fibers[i];
       const Call& call = fiber.call;
@@ -283,9 +356,9 @@ inline thread_local int current_device = 0;
 inline void Machine::run_fiber() {
   machine.switched();
   for (;;) {
-    machine.kernel();
+    machine.block->launch->kernel();
     machine.current->exited = true;
-    --machine.living;
+    --machine.block->living;
     machine.yield();
   }
 }
@@ -295,7 +368,7 @@ inline cudaError_t refuse(const std::string& why) {
   return last_error = cudaErrorInvalidValue;
 }
 
-inline int lane() { return (machine.current - machine.fibers) % 32; }
+inline int lane() { return (machine.current - machine.block->fibers) % 32; }
 
 }  // namespace cuda_on_cpu
 #pragma GCC visibility pop

@@ -10,10 +10,11 @@
 namespace vispruner {
 
 // The dynamic shared memory of the calling block; the launch sets its size.
-inline char* shared_memory() { return cuda_on_cpu::machine.shared; }
+inline char* shared_memory() { return cuda_on_cpu::machine.block->shared; }
 
-// Blocks run one after another.
-inline uint64_t arrive_at(uint64_t* word) { return (*word)++; }
+inline uint64_t arrive_at(uint64_t* word) {
+  return cuda_on_cpu::atomic(word, [](uint64_t old) { return old + 1; });
+}
 
 inline float half_to_float(uint16_t bits) {
   const int sign = bits >> 15, exponent = bits >> 10 & 31, fraction = bits & 1023;
