@@ -13,7 +13,7 @@ import json
 import os
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -46,8 +46,9 @@ class Memory:
     `run` runs the launches since the last `run`, or those again.
     """
 
-    def __init__(self, seed: int, run: Callable[[bool], None]) -> None:
-        self.run = run
+    def __init__(self, seed: int, emulator: ctypes.CDLL) -> None:
+        self.run = emulator.cuda_on_cpu_run
+        self.watch = emulator.cuda_on_cpu_watch
         self.generator = torch.Generator().manual_seed(seed)
         self.guarded: list[tuple[Tensor, Tensor]] = []
 
@@ -67,7 +68,9 @@ class Memory:
         memory.random_(generator=self.generator)
         begin = GUARD + (-(memory.data_ptr() + GUARD)) % 512
         self.guarded.append((memory, torch.cat([memory[:begin], memory[begin + count :]])))
-        return memory[begin : begin + count].view(dtype).view(shape)
+        inner = memory[begin : begin + count]
+        self.watch(ctypes.c_void_p(inner.data_ptr()), ctypes.c_size_t(count))
+        return inner.view(dtype).view(shape)
 
     def check(self) -> None:
         """Assert that no kernel wrote to a guard."""
@@ -76,6 +79,7 @@ class Memory:
             begin = GUARD + (-(memory.data_ptr() + GUARD)) % 512
             assert torch.equal(torch.cat([memory[:begin], memory[begin + count :]]), guards)
         self.guarded.clear()
+        self.watch(None, 0)
 
 
 def load(library: str, seed: int, shared: int, device: int = 0, resident: int = 1) -> Memory:
@@ -94,7 +98,7 @@ def load(library: str, seed: int, shared: int, device: int = 0, resident: int = 
     sys.setdlopenflags(flags)
     emulator = ctypes.CDLL(library)
     emulator.cuda_on_cpu_configure(ctypes.c_uint64(seed), shared, 132, resident)
-    memory = Memory(seed, emulator.cuda_on_cpu_run)
+    memory = Memory(seed, emulator)
     cuda._C = module
     cuda.torch = memory
     cuda._device_and_stream = lambda tensor: (device, 0)

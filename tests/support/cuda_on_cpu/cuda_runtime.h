@@ -19,6 +19,7 @@
 #pragma once
 
 #include "fibers.h"
+#include "races.h"
 
 #pragma GCC visibility push(hidden)
 namespace cuda_on_cpu {
@@ -98,10 +99,13 @@ To bit_cast(From x) {
   return y;
 }
 
+// `ordered`: with acquire and release.
 template <class T, class F>
-T atomic(T* p, F f) {
+CUDA_ON_CPU_RAW __attribute__((noinline)) T atomic(T* p, F f, bool ordered = false) {
   machine.preempt(p);
-  const T old = std::exchange(*p, f(*p));
+  races.atomic(p, sizeof(T), ordered, __builtin_return_address(0));
+  const T old = *p;
+  *p = f(old);
   machine.preempt(p);
   return old;
 }
@@ -157,7 +161,10 @@ T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32, SITE) {
 }
 #undef SITE
 
-inline void __threadfence() { machine.preempt(nullptr); }
+inline void __threadfence() {
+  machine.preempt(nullptr);
+  races.fence();
+}
 inline int atomicAdd(int* p, int x) {
   return atomic(p, [=](int old) { return add(old, x); });
 }
@@ -279,7 +286,16 @@ extern "C" __attribute__((visibility("default"), used)) inline void cuda_on_cpu_
 extern "C" __attribute__((visibility("default"), used)) inline void cuda_on_cpu_run(bool again) {
   const std::lock_guard<std::mutex> lock(machine.mutex);
   if (!again) machine.launches = std::exchange(machine.pending, {});
+  size_t blocks = 0;
+  for (const Launch& launch : machine.launches) blocks += launch.blocks();
+  races.begin(blocks);
   machine.run();
+}
+
+// Global memory in which to find races. Null: of all memory, none.
+extern "C" __attribute__((visibility("default"), used)) inline void cuda_on_cpu_watch(
+    const void* begin, size_t bytes) {
+  races.watch(begin, bytes);
 }
 
 // The reason of the last error.

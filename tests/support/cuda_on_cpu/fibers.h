@@ -85,6 +85,7 @@ struct Launch {
   dim3 grid, block;
   size_t bytes;  // of dynamic shared memory
 
+  unsigned blocks() const { return grid.x * grid.y * grid.z; }
   unsigned threads() const { return block.x * block.y * block.z; }
 };
 
@@ -92,6 +93,7 @@ struct Launch {
 struct Block {
   const Launch* launch = nullptr;
   uint3 index = {};
+  unsigned number = 0;       // among all blocks that run at the same time
   std::vector<char> memory;  // dynamic shared memory between its guards
   char* shared = nullptr;
   Fiber fibers[kMaxThreads] = {};
@@ -113,6 +115,7 @@ struct Machine {
 
   std::vector<Launch> pending, launches;
   std::vector<std::pair<const Launch*, unsigned>> waiting;  // blocks, the next one last
+  unsigned begun = 0;
   Block blocks[kMostResident] = {};
   std::vector<Block*> resident;
   Block* block = nullptr;  // of the current fiber
@@ -123,10 +126,10 @@ struct Machine {
   void run() {
     std::vector<std::pair<const Launch*, unsigned>> all;
     for (const Launch& launch : launches) {
-      const unsigned count = launch.grid.x * launch.grid.y * launch.grid.z;
-      for (unsigned i = 0; i < count; ++i) all.push_back({&launch, i});
+      for (unsigned i = 0; i < launch.blocks(); ++i) all.push_back({&launch, i});
     }
     if (all.empty()) return;
+    begun = 0;
     for (const unsigned i : arranged(all.size())) waiting.push_back(all[i]);
     std::reverse(waiting.begin(), waiting.end());
     const size_t least = std::min<size_t>(most_resident, 2);
@@ -154,6 +157,7 @@ struct Machine {
     waiting.pop_back();
     const dim3 grid = launch->grid, size = launch->block;
     b.launch = launch;
+    b.number = begun++;
     b.index = {i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y};
     enter(b);
     b.memory.resize(launch->bytes + 2 * kGuardBytes + 128);

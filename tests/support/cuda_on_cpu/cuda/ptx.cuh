@@ -13,7 +13,7 @@ namespace vispruner {
 inline char* shared_memory() { return cuda_on_cpu::machine.block->shared; }
 
 inline uint64_t arrive_at(uint64_t* word) {
-  return cuda_on_cpu::atomic(word, [](uint64_t old) { return old + 1; });
+  return cuda_on_cpu::atomic(word, [](uint64_t old) { return old + 1; }, true);
 }
 
 inline float half_to_float(uint16_t bits) {
