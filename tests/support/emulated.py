@@ -158,8 +158,9 @@ def long_calls(begin: int, most: int) -> Iterator[tuple[str, tuple[Any, ...]]]:
     """Random calls for images of several tiles."""
     for seed in itertools.count(begin):
         for op, args in random_calls(range(seed, seed + 1), most):
-            longest = args[4] if op == "select_varlen" else args[0].shape[1]
-            if longest > 64 and args[0].numel():
+            packed = op == "select_varlen"
+            lengths = args[2].diff().tolist() if packed else [args[0].shape[1]] * len(args[0])
+            if max(lengths, default=0) > 64:
                 yield op, args
 
 

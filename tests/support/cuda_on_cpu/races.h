@@ -1,6 +1,7 @@
 // Finds races between blocks: two accesses to the same bytes of global memory by different blocks,
 // at least one of them a store and at least one not atomic, which no release and acquire order. It
-// finds them in the order in which blocks happen to run, even if the result is right.
+// finds them even if the result is right, except a race with a load if another block has loaded the
+// same word since.
 //
 // g++ -fsanitize=thread calls a function before every access. This file has these functions, so the
 // library is linked without libtsan: -nodefaultlibs -lstdc++ -lm -lc -lgcc_s. The clocks are those
