@@ -8,9 +8,8 @@
 //
 // Blocks run one after another, or up to 8 are resident at a time, of one launch or of several.
 // Then a random one continues after some of the barriers, atomic operations on global memory and
-// fences. Every store is visible at once to all blocks, because plain pointers cannot be
-// intercepted: so this does not find a missing fence, or an atomic operation with too weak an
-// order.
+// fences. Every store is visible at once to all blocks: a missing fence, or an atomic operation
+// with too weak an order, changes no result, but races.h finds it.
 //
 // To compile: g++ -std=c++17 -Wno-unknown-pragmas; -fno-strict-aliasing, because kernels load
 // vectors from arrays of other types; -ffp-contract=off, which is -fmad=false of nvcc. -O2 is four
