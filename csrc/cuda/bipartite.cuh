@@ -50,7 +50,8 @@ struct BipartiteArrays {
 };
 
 // The passes of one image by one thread block.
-template <int32_t kThreads>
+// kAtOnce: entries of a list that are tested at once.
+template <int32_t kThreads, int32_t kAtOnce>
 struct Bipartite {
   static constexpr int32_t kWarps = kThreads / kWarp;
   static_assert(kThreads >= kCells, "a thread for each cell");
@@ -79,7 +80,7 @@ struct Bipartite {
     for (int32_t first = warp_id() * kWarp; first < size_a; first += kThreads) {
       const int32_t i = first + lane_id();
       const int32_t token = tokens[2 * smaller(i, size_a - 1)];
-      const int32_t k = lists.first_in(b, token, i < size_a);
+      const int32_t k = lists.first_in<kAtOnce>(b, token, i < size_a);
       int32_t key = k < kListed ? lists.key(token, k) : kNoSimilarity;
       // If a list has no token of b, the answer is in the row.
       const bool fails = k == kListed;
@@ -312,13 +313,14 @@ struct Bipartite {
 
 // Removes duplicates until `keep` of the `left` tokens in arrays.tokens, sorted by score, are left.
 // Returns them. compact.sim may overlap the lists.
-template <int32_t kThreads>
+template <int32_t kThreads, int32_t kAtOnce>
 __device__ uint16_t* bipartite(CudaBlock<kThreads>& block, const int32_t* sim, int32_t ld,
                                int32_t n, int32_t left, int32_t keep, int32_t step,
                                BipartiteArrays arrays, NeighbourLists lists, const Compact& compact,
                                uint16_t* rows) {
-  Bipartite<kThreads> passes{sim,           ld,          n,        left,         keep,       step,
-                             arrays.tokens, arrays.next, arrays.b, arrays.waits, n > kInline};
+  Bipartite<kThreads, kAtOnce> passes{
+      sim,           ld,          n,        left,         keep,       step,
+      arrays.tokens, arrays.next, arrays.b, arrays.waits, n > kInline};
   if (threadIdx.x == 0) *arrays.waits = 0;
   const int32_t words = n / 32 + 1, thread = threadIdx.x;
 #pragma unroll 1

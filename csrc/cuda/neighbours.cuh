@@ -77,15 +77,21 @@ struct NeighbourLists {
   }
 
   // The first entry whose token is in `set`, or kListed. By all lanes of a warp, each for its own
-  // token; lanes that are not `active` get 0.
+  // token; lanes that are not `active` get 0. kAtOnce: entries that a lane tests at once, 8 or 16.
+  template <int32_t kAtOnce>
   __device__ int32_t first_in(const Bits& set, int32_t token, bool active) const {
     int32_t k = active ? kListed : 0;
 #pragma unroll 1
-    for (int32_t first = 0; first < kListed; first += 16) {
-      const uint4 codes = *reinterpret_cast<const uint4*>(eight(token, first / 8));
-      const uint4 more = *reinterpret_cast<const uint4*>(eight(token, first / 8 + 1));
-      const uint32_t found = in_set(set, codes) << 8 | in_set(set, more);
-      if (k == kListed && found) k = first + __clz(found) - 16;
+    for (int32_t first = 0; first < kListed; first += kAtOnce) {
+      uint4 codes[kAtOnce / 8];
+#pragma unroll
+      for (int32_t e = 0; e < kAtOnce / 8; ++e) {
+        codes[e] = *reinterpret_cast<const uint4*>(eight(token, first / 8 + e));
+      }
+      uint32_t found = 0;
+#pragma unroll
+      for (int32_t e = 0; e < kAtOnce / 8; ++e) found = found << 8 | in_set(set, codes[e]);
+      if (k == kListed && found) k = first + __clz(found) - (32 - kAtOnce);
       if (!__any_sync(kAllLanes, k == kListed)) break;
     }
     return k;

@@ -142,6 +142,8 @@ __device__ void remove_duplicates(Block& block, const SelectArgs& args,
     pairwise(block, left, n, n - keep, args.call.eager_rounds, arrays,
              [=](int32_t i) { kept.add(i); });
   } else {
+    // The fewer bits a set has, the fewer banks of shared memory collide.
+    constexpr int32_t kAtOnce = kFit == Fit::kAll ? 16 : 8;
     const int32_t left = n - important, half = (left + 1) / 2;
     BipartiteArrays arrays;
     arrays.b.words = arena.template take<uint32_t>(words);
@@ -178,7 +180,7 @@ __device__ void remove_duplicates(Block& block, const SelectArgs& args,
     const Compact compact = take_compact(arena, smaller(left, compact_from(n)));
     const NeighbourLists copies = take_lists<kFit>(arena, lists, n);
     __syncthreads();
-    const uint16_t* const residual = bipartite<kThreads>(
+    const uint16_t* const residual = bipartite<kThreads, kAtOnce>(
         block, sim, ld, n, left, keep - important, args.call.step, arrays, copies, compact, rows);
     block.each(n, [=](int32_t t) {
       if (score_rank[t] < important) kept.add(t);
