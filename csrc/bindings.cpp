@@ -21,6 +21,7 @@
 #include "cpu/simd.h"
 #if defined(VISPRUNER_KERNELS_WITH_CUDA)
 #include "cuda/operators.h"
+#include "cuda/variants.h"
 #endif
 
 namespace py = pybind11;
@@ -108,8 +109,8 @@ struct Layout<CudaSelect> {
       field("total_keep", &CudaSelect::total_keep),
       field("important_ratio", &CudaSelect::important_ratio), field("step", &CudaSelect::step),
       field("matching", &CudaSelect::matching), field("eager_rounds", &CudaSelect::eager_rounds),
-      field("indices", &CudaSelect::indices), field("kept", &CudaSelect::kept),
-      field("scratch", &CudaSelect::scratch));
+      field("variant", &CudaSelect::variant), field("indices", &CudaSelect::indices),
+      field("kept", &CudaSelect::kept), field("scratch", &CudaSelect::scratch));
 };
 #endif
 
@@ -284,6 +285,12 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 
 #if defined(VISPRUNER_KERNELS_WITH_CUDA)
   m.attr("cuda_architectures") = VISPRUNER_KERNELS_CUDA_ARCHITECTURES;
+  py::list variants;
+  for (const Variant& v : kVariants) {
+    variants.append(py::dict(py::arg("tile") = v.tile, py::arg("fit") = static_cast<int>(v.fit),
+                             py::arg("at_once") = v.at_once, py::arg("compact") = v.compact));
+  }
+  m.attr("cuda_variants") = py::tuple(variants);
   define(m, "cuda_select_scratch", &cuda_select_scratch, "images", "tokens", "total", "removes");
   define(
       m, "cuda_select",

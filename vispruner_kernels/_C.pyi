@@ -111,11 +111,20 @@ class CudaSelect(TypedDict):
     step: int
     matching: int
     eager_rounds: int
+    variant: int
     indices: int
     kept: int
     scratch: int
 
+class Variant(TypedDict):
+    tile: int
+    fit: int
+    at_once: int
+    compact: int
+
 cuda_architectures: str
+# csrc/cuda/variants.h, in its order.
+cuda_variants: tuple[Variant, ...]
 
 def cuda_select_scratch(*, images: int, tokens: int, total: int, removes: bool) -> int: ...
 def cuda_select(*, call: CudaSelect, device: int, stream: int) -> None: ...

@@ -28,11 +28,9 @@ struct Compact {
 // few, and a barrier would take longer.
 constexpr int32_t kInline = 1024;
 
-// As soon as at most this many of n tokens are left, their similarities are copied to a compact
-// matrix: lists have lost most of their tokens by then. Found by simulation (docs/cuda.md).
+// The largest compact matrix has this many rows.
 constexpr int32_t kMostCompact = 192;
 static_assert(kMostCompact % 64 == 0, "two columns for each lane of a warp");
-VISPRUNER_HD int32_t compact_from(int32_t n) { return n <= kInline ? 128 : kMostCompact; }
 
 // The arrays of the passes of one image of n tokens, of which at most `residual` are left.
 struct BipartiteArrays {

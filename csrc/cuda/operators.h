@@ -1,6 +1,6 @@
 // The operators on CUDA devices: pointers to memory of the device, sizes, strides in elements, a
 // stream. The caller has checked the arguments. Inputs are only read. Throws std::runtime_error if
-// a CUDA call fails, std::invalid_argument if a grid would be too large.
+// a CUDA call fails, std::invalid_argument if a grid would be too large or a variant does not fit.
 #pragma once
 
 #include <cstdint>
@@ -38,6 +38,8 @@ struct CudaSelect {
   Matching matching;
   // Changes no bit: see pairwise in passes.h.
   int32_t eager_rounds;
+  // Changes no bit: the number of a variant in variants.h, counted from 1. 0: the first that fits.
+  int32_t variant;
   int64_t* indices;
   // [B, keep, C] contiguous, or null.
   char* kept;

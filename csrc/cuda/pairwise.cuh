@@ -5,7 +5,8 @@
 
 namespace vispruner {
 
-template <int32_t kThreads>
+// kAtOnce: entries of a list that a lane tests at once.
+template <int32_t kThreads, int32_t kAtOnce>
 struct Left {
   static constexpr int32_t kWarps = kThreads / kWarp;
 
@@ -73,7 +74,7 @@ struct Left {
     for (int32_t first = warp_id() * kWarp; first < searches; first += kThreads) {
       const int32_t s = first + lane_id();
       const int32_t i = searching[smaller(s, searches - 1)];
-      const int32_t k = lists.first_in<16>(tokens, i, s < searches);
+      const int32_t k = lists.first_in<kAtOnce>(tokens, i, s < searches);
       if (s >= searches) continue;
       const int32_t key = k < kListed ? lists.key(i, k) : kNoSimilarity;
       if (key == kNoSimilarity) {

@@ -6,6 +6,7 @@
 #include "cuda/operators.h"
 #include "cuda/pairwise.cuh"
 #include "cuda/scratch.cuh"
+#include "cuda/variants.h"
 
 namespace vispruner {
 
@@ -41,9 +42,8 @@ struct Arena {
   }
 };
 
-// Shared memory holds the arrays of the passes and all of the lists, or all but the keys of the
-// lists, or less.
-enum class Fit { kAll, kCodes, kLess };
+template <int32_t kVariant>
+using ArenaOf = Arena<kVariants[kVariant].fit != Fit::kLess>;
 
 // Bytes of a compact matrix for this many tokens, and for the most.
 VISPRUNER_HD int64_t compact_bytes(int64_t n) { return n * (4 * n + 6); }
@@ -101,12 +101,13 @@ __device__ Compact take_compact(Arena<kShared> arena, int32_t most) {
 // Keeps the `important` best tokens by score, and those of the rest that the rule leaves when only
 // keep - important remain. score_rank[n]: the position of each token in the order by score. Writes
 // out[keep], ascending: the indices of the tokens plus first_index.
-template <Matching kMatching, Fit kFit>
-__device__ void remove_duplicates(Block& block, const SelectArgs& args,
-                                  Arena<kFit != Fit::kLess> arena, const int32_t* sim,
-                                  NeighbourLists lists, const int32_t* score_rank, int32_t n,
-                                  int32_t keep, int32_t important, int64_t* out,
-                                  int32_t first_index) {
+template <Matching kMatching, int32_t kVariant>
+__device__ void remove_duplicates(Block& block, const SelectArgs& args, ArenaOf<kVariant> arena,
+                                  const int32_t* sim, NeighbourLists lists,
+                                  const int32_t* score_rank, int32_t n, int32_t keep,
+                                  int32_t important, int64_t* out, int32_t first_index) {
+  constexpr Fit kFit = kVariants[kVariant].fit;
+  constexpr int32_t kAtOnce = kVariants[kVariant].at_once;
   const int32_t ld = static_cast<int32_t>(rounded(n, 16));
   const int32_t words = n / 32 + 1;
   // The set of the kept tokens.
@@ -137,13 +138,12 @@ __device__ void remove_duplicates(Block& block, const SelectArgs& args,
     }
     if (threadIdx.x < 2) counters[threadIdx.x] = make_int2(0, 0);
     const NeighbourLists copies = take_lists<kFit>(arena, lists, n);
-    Left<kThreads> left = {&block, tokens, sim, ld, copies, arrays.next, waiting, counters};
+    Left<kThreads, kAtOnce> left = {&block, tokens,      sim,     ld,
+                                    copies, arrays.next, waiting, counters};
     __syncthreads();
     pairwise(block, left, n, n - keep, args.call.eager_rounds, arrays,
              [=](int32_t i) { kept.add(i); });
   } else {
-    // The fewer bits a set has, the fewer banks of shared memory collide.
-    constexpr int32_t kAtOnce = kFit == Fit::kAll ? 16 : 8;
     const int32_t left = n - important, half = (left + 1) / 2;
     BipartiteArrays arrays;
     arrays.b.words = arena.template take<uint32_t>(words);
@@ -177,7 +177,7 @@ __device__ void remove_duplicates(Block& block, const SelectArgs& args,
       }
     }
     // The compact matrix is where the lists were.
-    const Compact compact = take_compact(arena, smaller(left, compact_from(n)));
+    const Compact compact = take_compact(arena, smaller(left, kVariants[kVariant].compact));
     const NeighbourLists copies = take_lists<kFit>(arena, lists, n);
     __syncthreads();
     const uint16_t* const residual = bipartite<kThreads, kAtOnce>(

@@ -1,11 +1,14 @@
 // select, prune and select_varlen in one launch: similarities by tiles, lists of neighbours, and
 // one thread block per image that removes duplicates.
 
+#include <algorithm>
+#include <array>
 #include <atomic>
 #include <random>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <utility>
 
 #include "cuda/removal.cuh"
 
@@ -188,8 +191,8 @@ __device__ void gather_kept(const SelectArgs& args, const char* features, const 
   }
 }
 
-// Grid: images * tiles of kTile x kTile similarities. The thread block that finishes the last tile
-// of a
+// Grid: images * tiles, each of kTile x kTile similarities. The thread block that finishes the last
+// tile of a
 //   block of tokens lists the neighbours of these tokens; the one that finishes the last lists of
 //   an image runs its passes.
 // Shared: at most 41 KiB for a tile; for the passes as much as they use, up to the device's limit.
@@ -197,8 +200,9 @@ __device__ void gather_kept(const SelectArgs& args, const char* features, const 
 //   and in for the lists.
 // Deterministic: all sums and comparisons are of integers; the order of arrival decides only which
 //   thread block continues.
-template <Matching kMatching, Fit kFit, int32_t kTile>
+template <Matching kMatching, int32_t kVariant>
 __global__ void __launch_bounds__(kThreads, 1) select_kernel(const SelectArgs args) {
+  constexpr int32_t kTile = kVariants[kVariant].tile;
   const CudaSelect& call = args.call;
   const int32_t number = blockIdx.x / args.tiles, tile = blockIdx.x - number * args.tiles;
   Block block{reinterpret_cast<int64_t*>(shared_memory())};
@@ -279,11 +283,10 @@ __global__ void __launch_bounds__(kThreads, 1) select_kernel(const SelectArgs ar
   // Phase 3: the thread block that finishes the last block of tokens of an image removes duplicates
   // and writes the answer.
   if (removes) {
-    const Arena<kFit != Fit::kLess> arena = {memory, shared_memory() + args.shared_bytes,
-                                             scratch().passes};
-    remove_duplicates<kMatching, kFit>(block, args, arena, computed(scratch().sim), scratch().lists,
-                                       scratch().score_rank, image.n, image.keep, image.important,
-                                       call.indices + image.out, image.first_index);
+    const ArenaOf<kVariant> arena = {memory, shared_memory() + args.shared_bytes, scratch().passes};
+    remove_duplicates<kMatching, kVariant>(
+        block, args, arena, computed(scratch().sim), scratch().lists, scratch().score_rank, image.n,
+        image.keep, image.important, call.indices + image.out, image.first_index);
   } else {
     const int32_t* const score_rank = scratch().score_rank;
     int64_t* const out = call.indices + image.out;
@@ -310,17 +313,15 @@ void check(cudaError_t error, const char* what) {
 
 using Kernel = void (*)(const SelectArgs);
 
-// By matching and fit, and last with small tiles, for which all arrays fit.
-constexpr Kernel kernels[2][4] = {
-    {select_kernel<Matching::kBipartite, Fit::kAll, kLargeTile>,
-     select_kernel<Matching::kBipartite, Fit::kCodes, kLargeTile>,
-     select_kernel<Matching::kBipartite, Fit::kLess, kLargeTile>,
-     select_kernel<Matching::kBipartite, Fit::kAll, kSmallTile>},
-    {select_kernel<Matching::kPairwise, Fit::kAll, kLargeTile>,
-     select_kernel<Matching::kPairwise, Fit::kCodes, kLargeTile>,
-     select_kernel<Matching::kPairwise, Fit::kLess, kLargeTile>,
-     select_kernel<Matching::kPairwise, Fit::kAll, kSmallTile>},
-};
+template <int32_t... kVariant>
+constexpr std::array<std::array<Kernel, kVariantCount>, 2> kernels_of(
+    std::integer_sequence<int32_t, kVariant...>) {
+  return {{{select_kernel<Matching::kBipartite, kVariant>...},
+           {select_kernel<Matching::kPairwise, kVariant>...}}};
+}
+
+// By matching and variant.
+constexpr auto kernels = kernels_of(std::make_integer_sequence<int32_t, kVariantCount>{});
 
 // Allows the queries of a first call while a graph is captured; they are not part of the graph.
 class CaptureMode {
@@ -381,6 +382,25 @@ class DeviceGuard {
   int before_ = 0;
 };
 
+// Shared memory for the passes of the longest image if it holds this much of the lists. `instead`:
+// bytes of what may be in the place of the lists.
+int64_t bytes_of(const CudaSelect& call, Fit fit, int64_t instead = 0) {
+  const int64_t fixed = kFixedBytes + pass_bytes(call.matching, call.tokens);
+  const int64_t lists = call.tokens * (fit == Fit::kAll ? kListBytes : 2 * kListed);
+  return fit == Fit::kLess ? kSharedBytes
+                           : rounded(fixed + (lists > instead ? lists : instead), 16);
+}
+
+int32_t first_variant(const CudaSelect& call, const Limits& limits) {
+  for (int32_t v = 0; v < kVariantCount; ++v) {
+    const bool few =
+        call.images * tiles_of(call.tokens, kVariants[v].tile) <= limits.multiprocessors;
+    if (kVariants[v].tile < kLargeTile && !few) continue;
+    if (bytes_of(call, kVariants[v].fit) <= limits.shared / 16 * 16) return v;
+  }
+  return -1;
+}
+
 // A random tag, never 0 and almost surely different for each call: a counter through a mixer
 // (splitmix64).
 uint64_t new_tag() {
@@ -408,25 +428,25 @@ void cuda_select(const CudaSelect& call, int device, void* stream) {
   args.aligned = aligned(reinterpret_cast<int64_t>(call.features.data)) &&
                  aligned(call.features.image_stride * size) &&
                  aligned(call.features.token_stride * size);
+  const Limits limits = limits_of(device);
+  const int64_t most = limits.shared / 16 * 16;
+  const int32_t v = call.variant ? call.variant - 1 : first_variant(call, limits);
+  if (v < 0 || v >= kVariantCount || bytes_of(call, kVariants[v].fit) > most) {
+    throw std::invalid_argument("vispruner_kernels: variant " + std::to_string(call.variant) +
+                                " of select does not exist, or its arrays for " +
+                                std::to_string(call.tokens) +
+                                " tokens do not fit in the shared memory of this device");
+  }
+  const Variant& variant = kVariants[v];
   // The shared memory that the passes of the longest image can use. A block may take all of it: a
   // multiprocessor has no registers for a second block.
-  const int64_t arrays = kFixedBytes + pass_bytes(call.matching, call.tokens);
-  const int64_t lists = call.tokens * kListBytes;
   const int64_t compact = call.matching == Matching::kBipartite ? kCompactBytes : 0;
-  const Limits limits = limits_of(device);
-  int64_t shared = limits.shared / 16 * 16;
-  const Fit fit = arrays + lists <= shared                                ? Fit::kAll
-                  : arrays + call.tokens * kListed * int64_t{2} <= shared ? Fit::kCodes
-                                                                          : Fit::kLess;
-  const int64_t useful = rounded(arrays + (lists > compact ? lists : compact), 16);
-  if (shared > useful) shared = useful;
-  if (shared < kSharedBytes) shared = kSharedBytes;
+  const int64_t useful =
+      std::max<int64_t>(bytes_of(call, Fit::kAll), bytes_of(call, Fit::kCodes, compact));
+  const int64_t shared = std::max<int64_t>(kSharedBytes, std::min(useful, most));
   args.shared_bytes = static_cast<int32_t>(shared);
   args.tag = new_tag();
-  // Small tiles take less time if each has a multiprocessor of its own.
-  const bool small =
-      fit == Fit::kAll && call.images * tiles_of(call.tokens, kSmallTile) <= limits.multiprocessors;
-  const int64_t tiles = tiles_of(call.tokens, small ? kSmallTile : kLargeTile);
+  const int64_t tiles = tiles_of(call.tokens, variant.tile);
   const int64_t grid = call.images * tiles;
   args.tiles = static_cast<int32_t>(tiles);
   if (grid > INT32_MAX) {
@@ -440,8 +460,8 @@ void cuda_select(const CudaSelect& call, int device, void* stream) {
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = static_cast<size_t>(shared);
   config.stream = static_cast<cudaStream_t>(stream);
-  const Kernel kernel = kernels[static_cast<int>(call.matching)][small ? 3 : static_cast<int>(fit)];
-  check(cudaLaunchKernelEx(&config, kernel, args), "the launch of select");
+  check(cudaLaunchKernelEx(&config, kernels[static_cast<int>(call.matching)][v], args),
+        "the launch of select");
 }
 
 }  // namespace vispruner

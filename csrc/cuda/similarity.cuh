@@ -6,8 +6,7 @@
 
 namespace vispruner {
 
-// The sides of tiles, in tokens: multiples of 16. Small ones are for calls whose tiles are so few
-// that each has a multiprocessor of its own.
+// The sides of the largest and the smallest tiles, in tokens: multiples of 16.
 constexpr int32_t kLargeTile = 64;
 constexpr int32_t kSmallTile = 48;
 // Channels of a step; threads that compute a tile.

@@ -37,17 +37,19 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   args.call.step = step;
   args.call.eager_rounds = eager_rounds;
   args.shared_bytes = shared_bytes;
-  const auto run = [&](auto fit) {
-    constexpr Fit kFit = decltype(fit)::value;
-    remove_duplicates<Matching::RULE, kFit>(
-        block, args, Arena<kFit != Fit::kLess>{memory, shared_memory() + shared_bytes, rest}, sim,
-        lists, order, n, keep, important, out, 0);
+  const auto run = [&](auto variant) {
+    constexpr int32_t kVariant = decltype(variant)::value;
+    remove_duplicates<Matching::RULE, kVariant>(
+        block, args, ArenaOf<kVariant>{memory, shared_memory() + shared_bytes, rest}, sim, lists,
+        order, n, keep, important, out, 0);
   };
+  // The variants with tiles of 64.
+  static_assert(kVariants[2].fit == Fit::kAll && kVariants[3].fit == Fit::kCodes);
   if (SHARED) {
-    run(std::integral_constant<Fit, Fit::kAll>{});
+    run(std::integral_constant<int32_t, 2>{});
   } else if (kFixedBytes + pass_bytes(Matching::RULE, n) + n * kListed * 2 <= shared_bytes) {
-    run(std::integral_constant<Fit, Fit::kCodes>{});
+    run(std::integral_constant<int32_t, 3>{});
   } else {
-    run(std::integral_constant<Fit, Fit::kLess>{});
+    run(std::integral_constant<int32_t, 4>{});
   }
 }

@@ -29,6 +29,9 @@ REASON = _reason()
 INSTALLED = not REASON
 
 
+# The number of a variant in `_C.cuda_variants`, counted from 1, for all calls; 0 leaves the choice to
+# the core. It changes no bit; tests and `benchmarks.tune` set it.
+VARIANT = 0
 _NO_OFFSETS: _C.Offsets = {"data": 0, "stride": 0}
 
 
@@ -83,6 +86,7 @@ def _select(
             "step": min(step, tokens),
             "matching": arguments.MATCHINGS[matching],
             "eager_rounds": arguments.EAGER_ROUNDS,
+            "variant": VARIANT,
             "indices": out.data_ptr(),
             "kept": kept,
             "scratch": scratch.data_ptr(),
@@ -146,6 +150,7 @@ def select_varlen(
             "step": min(step, longest),
             "matching": arguments.MATCHINGS[matching],
             "eager_rounds": arguments.EAGER_ROUNDS,
+            "variant": VARIANT,
             "indices": out.data_ptr(),
             "kept": 0,
             "scratch": scratch.data_ptr(),

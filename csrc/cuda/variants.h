@@ -1,0 +1,33 @@
+// The variants of the CUDA kernel of select. All give the same bits; which one is fastest depends
+// on the GPU and on the shape. `python -m benchmarks.tune` measures them all.
+#pragma once
+
+#include <cstdint>
+
+namespace vispruner {
+
+// The arrays that the passes of an image have in shared memory: all of them; all but the keys of
+// the lists; or as many as there is room for.
+enum class Fit { kAll, kCodes, kLess };
+
+struct Variant {
+  // Tokens along the side of a tile: 48 or 64.
+  int32_t tile;
+  Fit fit;
+  // Entries of a list that a thread tests at once: 8 or 16.
+  int32_t at_once;
+  // The bipartite rule copies the similarities of the tokens that are left to a compact matrix when
+  // they are at most this many: a multiple of 64, at most 192.
+  int32_t compact;
+};
+
+// If a call names no variant, it gets the first one whose arrays fit. Tiles of 48 are only for
+// calls that have a multiprocessor for each. Compact matrices and entries at once are the best ones
+// found by simulation (docs/cuda.md).
+constexpr Variant kVariants[] = {
+    {48, Fit::kAll, 16, 128},  {48, Fit::kCodes, 16, 128}, {64, Fit::kAll, 16, 128},
+    {64, Fit::kCodes, 8, 192}, {64, Fit::kLess, 8, 192},
+};
+constexpr int32_t kVariantCount = sizeof(kVariants) / sizeof(Variant);
+
+}  // namespace vispruner
