@@ -149,16 +149,29 @@ def differences(case: str, got: Any, wanted: Any) -> list[str]:
     return []
 
 
-def compare(calls: Calls, memory: Memory) -> int:
+def call(number: int, op: str, args: tuple[Any, ...]) -> Any:
+    """Call a kernel: the variants in turns, or the core's choice where one does not fit."""
+    cuda.VARIANT = number % (1 + len(cuda._C.cuda_variants))
+    try:
+        return getattr(cuda, op)(*args)
+    except ValueError as error:
+        assert "do not fit" in str(error), error
+    cuda.VARIANT = 0
+    return getattr(cuda, op)(*args)
+
+
+def compare(calls: Calls, memory: Memory, turns: int = 1) -> int:
+    """Each call so many times; every time is the turn of another variant."""
     wrong = []
-    for number, (op, args) in enumerate(calls):
-        got = getattr(cuda, op)(*args)
+    assert turns in (1, 1 + len(cuda._C.cuda_variants))
+    for number, (op, args) in enumerate(calls * turns):
+        got = call(number // len(calls) if turns > 1 else number, op, args)
         memory.run(False)
-        case = f"{number}: {op}{tuple(args[0].shape)}{args[2:]}"
+        case = f"{number}: {op}{tuple(args[0].shape)}{args[2:]}, variant {cuda.VARIANT}"
         wrong += differences(case, got, expected(op, args))
         memory.check()
-    assert not wrong, f"{len(wrong)} of {len(calls)} differ\n" + "\n".join(wrong[:8])
-    return len(calls)
+    assert not wrong, f"{len(wrong)} of {len(calls) * turns} differ\n" + "\n".join(wrong[:8])
+    return len(calls) * turns
 
 
 def long_calls(begin: int, most: int) -> Iterator[tuple[str, tuple[Any, ...]]]:
@@ -185,7 +198,7 @@ def compare_interleaved(calls: Calls, memory: Memory) -> int:
             replayed = again and number % 4 == 0
             if not replayed:
                 memory.reused = memory.given[:]
-                got = [getattr(cuda, op)(*args) for op, args in pair]
+                got = [call(number // 2 + k, *pair[k]) for k in range(len(pair))]
             memory.run(replayed)
             for k, (op, args) in enumerate(pair):
                 case = f"{number + k}{' again' * again}: {op}{tuple(args[0].shape)}{args[2:]}"
@@ -235,7 +248,7 @@ def main(library: str, task: str) -> int:
         calls = itertools.islice(long_calls(begin, most), number)
         count += compare_interleaved(list(calls), memory)
     if "models" in todo:
-        count += compare(model_calls(*todo["models"]), memory)
+        count += compare(model_calls(*todo["models"]), memory, todo.get("turns", 1))
     for rounds in todo.get("hubs", []):
         _native.arguments.EAGER_ROUNDS = rounds
         count += compare([("select", tuple(x)) for x in hub_cases(todo["tokens"])], memory)
