@@ -43,6 +43,8 @@ struct Arena {
 };
 
 template <int32_t kVariant>
+using BlockOf = CudaBlock<kVariants[kVariant].threads>;
+template <int32_t kVariant>
 using ArenaOf = Arena<kVariants[kVariant].fit != Fit::kLess>;
 
 // Bytes of a compact matrix for this many tokens, and for the most.
@@ -51,7 +53,8 @@ constexpr int32_t kCompactBytes = kMostCompact * (4 * kMostCompact + 6) + 64;
 
 // Copies an array of `bytes` bytes, a multiple of 16. A batch is loaded before it is stored,
 // because the compiler must assume that they alias.
-__device__ inline void copy(const void* from, void* to, int32_t bytes) {
+template <int32_t kThreads>
+__device__ void copy(const void* from, void* to, int32_t bytes) {
   constexpr int32_t kBatch = 10;
   const int32_t count = bytes / 16;
 #pragma unroll 1
@@ -70,17 +73,18 @@ __device__ inline void copy(const void* from, void* to, int32_t bytes) {
   }
 }
 
-template <Fit kFit>
-__device__ NeighbourLists take_lists(Arena<kFit != Fit::kLess>& arena, NeighbourLists lists,
-                                     int32_t n) {
+template <int32_t kVariant>
+__device__ NeighbourLists take_lists(ArenaOf<kVariant>& arena, NeighbourLists lists, int32_t n) {
+  constexpr Fit kFit = kVariants[kVariant].fit;
+  constexpr int32_t kThreads = kVariants[kVariant].threads;
   if constexpr (kFit != Fit::kLess) {
     uint16_t* const codes = arena.template take<uint16_t>(int64_t{n} * kListed);
-    copy(lists.codes, codes, n * kListed * 2);
+    copy<kThreads>(lists.codes, codes, n * kListed * 2);
     lists.codes = codes;
   }
   if constexpr (kFit == Fit::kAll) {
     int32_t* const keys = arena.template take<int32_t>(int64_t{n} * kListed);
-    copy(lists.keys, keys, n * kListed * 4);
+    copy<kThreads>(lists.keys, keys, n * kListed * 4);
     lists.keys = keys;
   }
   return lists;
@@ -102,11 +106,11 @@ __device__ Compact take_compact(Arena<kShared> arena, int32_t most) {
 // keep - important remain. score_rank[n]: the position of each token in the order by score. Writes
 // out[keep], ascending: the indices of the tokens plus first_index.
 template <Matching kMatching, int32_t kVariant>
-__device__ void remove_duplicates(Block& block, const SelectArgs& args, ArenaOf<kVariant> arena,
-                                  const int32_t* sim, NeighbourLists lists,
+__device__ void remove_duplicates(BlockOf<kVariant>& block, const SelectArgs& args,
+                                  ArenaOf<kVariant> arena, const int32_t* sim, NeighbourLists lists,
                                   const int32_t* score_rank, int32_t n, int32_t keep,
                                   int32_t important, int64_t* out, int32_t first_index) {
-  constexpr Fit kFit = kVariants[kVariant].fit;
+  constexpr int32_t kThreads = kVariants[kVariant].threads;
   constexpr int32_t kAtOnce = kVariants[kVariant].at_once;
   const int32_t ld = static_cast<int32_t>(rounded(n, 16));
   const int32_t words = n / 32 + 1;
@@ -137,7 +141,7 @@ __device__ void remove_duplicates(Block& block, const SelectArgs& args, ArenaOf<
       }
     }
     if (threadIdx.x < 2) counters[threadIdx.x] = make_int2(0, 0);
-    const NeighbourLists copies = take_lists<kFit>(arena, lists, n);
+    const NeighbourLists copies = take_lists<kVariant>(arena, lists, n);
     Left<kThreads, kAtOnce> left = {&block, tokens,      sim,     ld,
                                     copies, arrays.next, waiting, counters};
     __syncthreads();
@@ -178,7 +182,7 @@ __device__ void remove_duplicates(Block& block, const SelectArgs& args, ArenaOf<
     }
     // The compact matrix is where the lists were.
     const Compact compact = take_compact(arena, smaller(left, kVariants[kVariant].compact));
-    const NeighbourLists copies = take_lists<kFit>(arena, lists, n);
+    const NeighbourLists copies = take_lists<kVariant>(arena, lists, n);
     __syncthreads();
     const uint16_t* const residual = bipartite<kThreads, kAtOnce>(
         block, sim, ld, n, left, keep - important, args.call.step, arrays, copies, compact, rows);

@@ -8,10 +8,6 @@
 
 namespace vispruner {
 
-constexpr int32_t kThreads = kTileThreads;
-constexpr int32_t kWarps = kThreads / kWarp;
-using Block = CudaBlock<kThreads>;
-
 VISPRUNER_HD int64_t rounded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // Bytes of the arrays of the passes of an image of n tokens, besides similarities and lists, each

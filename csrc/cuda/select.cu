@@ -15,9 +15,10 @@
 namespace vispruner {
 namespace {
 
-// Shared memory for the totals of a block.
-constexpr int32_t kTotalsBytes = 2 * kWarps * sizeof(int64_t);
-static_assert(kWarps * kStagingBytes <= kTileBytes, "the staging is in the memory of the tile");
+// Warps of the largest block, and shared memory for its totals.
+constexpr int32_t kMostWarps = 16;
+constexpr int32_t kTotalsBytes = 2 * kMostWarps * sizeof(int64_t);
+static_assert(kMostWarps * kStagingBytes <= kTileBytes, "the staging is in the memory of the tile");
 
 // score_rank[t] of two tokens, by a warp: the position in the order by score. It counts larger
 // scores, and equal ones before the token.
@@ -103,7 +104,9 @@ __device__ Image batched_image(const CudaSelect& call, int64_t image) {
 
 // offsets[image] and offsets[image + 1], clamped to [0, end]. An offset below an earlier one counts
 // as the largest before it. So the ranges of images are disjoint for any offsets.
-__device__ int2 clamped_range(Block& block, const Offsets& offsets, int64_t image, int32_t end) {
+template <int32_t kThreads>
+__device__ int2 clamped_range(CudaBlock<kThreads>& block, const Offsets& offsets, int64_t image,
+                              int32_t end) {
   const auto at = [=](int64_t i) { return offsets.data[i * offsets.stride]; };
   const int64_t largest = block.max(static_cast<int32_t>(image) + 1,
                                     [=](int32_t i) { return static_cast<int64_t>(at(i)); });
@@ -123,7 +126,9 @@ __device__ bool may_have_tile(const CudaSelect& call, int64_t image, int32_t til
 
 // An image of select_varlen. Its first tile also zeros output slots to which no image writes: those
 // of this image beyond its `keep` tokens, and those before the first and after the last image.
-__device__ Image packed_image(Block& block, const CudaSelect& call, int64_t image, int32_t tile) {
+template <int32_t kThreads>
+__device__ Image packed_image(CudaBlock<kThreads>& block, const CudaSelect& call, int64_t image,
+                              int32_t tile) {
   const int64_t most = call.total < INT32_MAX ? call.total : INT32_MAX;
   const int2 range = clamped_range(block, call.cu_seqlens, image, static_cast<int32_t>(most));
   const int2 slots = clamped_range(block, call.cu_keep, image, call.total_keep);
@@ -149,7 +154,7 @@ __device__ Image packed_image(Block& block, const CudaSelect& call, int64_t imag
 }
 
 // Lists the neighbours of one block of tokens.
-template <int32_t kTile>
+template <int32_t kWarps, int32_t kTile>
 __device__ void list_block(const ImageScratch& scratch, int32_t n, int32_t token_block,
                            char* memory) {
   const int32_t ld = static_cast<int32_t>(rounded(n, 16));
@@ -162,6 +167,7 @@ __device__ void list_block(const ImageScratch& scratch, int32_t n, int32_t token
 }
 
 // Copies features[indices[k]] to kept[k] for k < keep.
+template <int32_t kWarps>
 __device__ void gather_kept(const SelectArgs& args, const char* features, const int64_t* indices,
                             int32_t keep, char* kept) {
   const int64_t size = element_size(args.call.features.dtype);
@@ -201,11 +207,13 @@ __device__ void gather_kept(const SelectArgs& args, const char* features, const 
 // Deterministic: all sums and comparisons are of integers; the order of arrival decides only which
 //   thread block continues.
 template <Matching kMatching, int32_t kVariant>
-__global__ void __launch_bounds__(kThreads, 1) select_kernel(const SelectArgs args) {
+__global__ void __launch_bounds__(kVariants[kVariant].threads, blocks_of(kVariants[kVariant]))
+    select_kernel(const SelectArgs args) {
+  constexpr int32_t kThreads = kVariants[kVariant].threads, kWarps = kThreads / kWarp;
   constexpr int32_t kTile = kVariants[kVariant].tile;
   const CudaSelect& call = args.call;
   const int32_t number = blockIdx.x / args.tiles, tile = blockIdx.x - number * args.tiles;
-  Block block{reinterpret_cast<int64_t*>(shared_memory())};
+  CudaBlock<kThreads> block{reinterpret_cast<int64_t*>(shared_memory())};
   char* const memory = shared_memory() + kTotalsBytes + kImageBytes;
   Image& image = *reinterpret_cast<Image*>(shared_memory() + kTotalsBytes);
 
@@ -248,7 +256,7 @@ __global__ void __launch_bounds__(kThreads, 1) select_kernel(const SelectArgs ar
 
   // Phase 1: the similarities, and the ranks of some scores: the image has all of them when all of
   // its tiles have arrived.
-  constexpr int32_t kRankers = kTile < kLargeTile ? idle_warps(kTile) : kWarps;
+  constexpr int32_t kIdle = idle_warps(kThreads, kTile), kRankers = kIdle > 0 ? kIdle : kWarps;
   const int32_t ranker = warp_id() - (kWarps - kRankers);
   if (ranker >= 0) {
     with_dtype(call.scores.dtype, [&](auto dtype) {
@@ -263,7 +271,7 @@ __global__ void __launch_bounds__(kThreads, 1) select_kernel(const SelectArgs ar
   }
   if (removes) {
     with_dtype(call.features.dtype, [&](auto dtype) {
-      similarity_tile<kTile, decltype(dtype)::value>(
+      similarity_tile<kThreads, kTile, decltype(dtype)::value>(
           features(), call.features.token_stride, call.channels, args.aligned, n, block_a, block_b,
           memory, scratch().sim, static_cast<int32_t>(rounded(n, 16)));
     });
@@ -275,7 +283,7 @@ __global__ void __launch_bounds__(kThreads, 1) select_kernel(const SelectArgs ar
   for (int32_t side = 0; side < (removes ? 1 + (block_a != block_b) : 0); ++side) {
     const int32_t token_block = side == 0 ? block_a : block_b;
     if (!arrive(scratch().done_tiles + token_block, blocks)) continue;
-    list_block<kTile>(scratch(), n, token_block, memory);
+    list_block<kWarps, kTile>(scratch(), n, token_block, memory);
     last = arrive(scratch().done_blocks, blocks) || last;
   }
   if (!last) return;
@@ -298,8 +306,8 @@ __global__ void __launch_bounds__(kThreads, 1) select_kernel(const SelectArgs ar
   if (!call.kept) return;
   const int64_t kept_bytes =
       int64_t{image.keep} * call.channels * element_size(call.features.dtype);
-  gather_kept(args, features(), call.indices + image.out, image.keep,
-              call.kept + image.number * kept_bytes);
+  gather_kept<kWarps>(args, features(), call.indices + image.out, image.keep,
+                      call.kept + image.number * kept_bytes);
 }
 
 void check(cudaError_t error, const char* what) {
@@ -382,21 +390,40 @@ class DeviceGuard {
   int before_ = 0;
 };
 
-// Shared memory for the passes of the longest image if it holds this much of the lists. `instead`:
-// bytes of what may be in the place of the lists.
-int64_t bytes_of(const CudaSelect& call, Fit fit, int64_t instead = 0) {
-  const int64_t fixed = kFixedBytes + pass_bytes(call.matching, call.tokens);
-  const int64_t lists = call.tokens * (fit == Fit::kAll ? kListBytes : 2 * kListed);
-  return fit == Fit::kLess ? kSharedBytes
-                           : rounded(fixed + (lists > instead ? lists : instead), 16);
+// The shared memory that a block of this variant may have.
+int64_t most_shared(const Variant& variant, const Limits& limits) {
+  // The limit of a block is what a multiprocessor has less 1 KiB for each block.
+  constexpr int32_t kReserved = 1024;
+  return ((limits.shared + kReserved) / blocks_of(variant) - kReserved) / 16 * 16;
+}
+
+// The shared memory that it can use for the passes of the longest image, or must have if it is to
+// run at all.
+int64_t useful_shared(const CudaSelect& call, const Variant& variant, bool must) {
+  if (variant.fit == Fit::kLess) return must ? kSharedBytes : INT32_MAX;
+  const int64_t lists = call.tokens * (variant.fit == Fit::kAll ? kListBytes : 2 * kListed);
+  // The compact matrix is where the lists were.
+  const bool has_compact = !must && call.matching == Matching::kBipartite;
+  const int64_t compact = has_compact ? compact_bytes(variant.compact) + 64 : 0;
+  const int64_t bytes =
+      kFixedBytes + pass_bytes(call.matching, call.tokens) + std::max(lists, compact);
+  return std::max<int64_t>(kSharedBytes, rounded(bytes, 16));
+}
+
+// Whether it is likely to be the fastest variant for this call.
+bool suits(const CudaSelect& call, const Variant& variant, const Limits& limits) {
+  // Found by simulation and arithmetic (docs/cuda.md).
+  constexpr int64_t kManyTiles = 4;
+  const int64_t tiles = call.images * tiles_of(call.tokens, variant.tile);
+  if (variant.tile < kLargeTile && tiles > limits.multiprocessors) return false;
+  return blocks_of(variant) == 1 || tiles >= kManyTiles * limits.multiprocessors;
 }
 
 int32_t first_variant(const CudaSelect& call, const Limits& limits) {
   for (int32_t v = 0; v < kVariantCount; ++v) {
-    const bool few =
-        call.images * tiles_of(call.tokens, kVariants[v].tile) <= limits.multiprocessors;
-    if (kVariants[v].tile < kLargeTile && !few) continue;
-    if (bytes_of(call, kVariants[v].fit) <= limits.shared / 16 * 16) return v;
+    const Variant& variant = kVariants[v];
+    const bool fits = useful_shared(call, variant, true) <= most_shared(variant, limits);
+    if (fits && suits(call, variant, limits)) return v;
   }
   return -1;
 }
@@ -429,21 +456,17 @@ void cuda_select(const CudaSelect& call, int device, void* stream) {
                  aligned(call.features.image_stride * size) &&
                  aligned(call.features.token_stride * size);
   const Limits limits = limits_of(device);
-  const int64_t most = limits.shared / 16 * 16;
   const int32_t v = call.variant ? call.variant - 1 : first_variant(call, limits);
-  if (v < 0 || v >= kVariantCount || bytes_of(call, kVariants[v].fit) > most) {
+  if (v < 0 || v >= kVariantCount ||
+      useful_shared(call, kVariants[v], true) > most_shared(kVariants[v], limits)) {
     throw std::invalid_argument("vispruner_kernels: variant " + std::to_string(call.variant) +
                                 " of select does not exist, or its arrays for " +
                                 std::to_string(call.tokens) +
                                 " tokens do not fit in the shared memory of this device");
   }
   const Variant& variant = kVariants[v];
-  // The shared memory that the passes of the longest image can use. A block may take all of it: a
-  // multiprocessor has no registers for a second block.
-  const int64_t compact = call.matching == Matching::kBipartite ? kCompactBytes : 0;
-  const int64_t useful =
-      std::max<int64_t>(bytes_of(call, Fit::kAll), bytes_of(call, Fit::kCodes, compact));
-  const int64_t shared = std::max<int64_t>(kSharedBytes, std::min(useful, most));
+  const int64_t shared =
+      std::min(useful_shared(call, variant, false), most_shared(variant, limits));
   args.shared_bytes = static_cast<int32_t>(shared);
   args.tag = new_tag();
   const int64_t tiles = tiles_of(call.tokens, variant.tile);
@@ -457,7 +480,7 @@ void cuda_select(const CudaSelect& call, int device, void* stream) {
 
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(grid));
-  config.blockDim = dim3(kThreads);
+  config.blockDim = dim3(static_cast<unsigned>(variant.threads));
   config.dynamicSmemBytes = static_cast<size_t>(shared);
   config.stream = static_cast<cudaStream_t>(stream);
   check(cudaLaunchKernelEx(&config, kernels[static_cast<int>(call.matching)][v], args),

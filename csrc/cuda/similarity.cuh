@@ -9,16 +9,14 @@ namespace vispruner {
 // The sides of the largest and the smallest tiles, in tokens: multiples of 16.
 constexpr int32_t kLargeTile = 64;
 constexpr int32_t kSmallTile = 48;
-// Channels of a step; threads that compute a tile.
+// Channels of a step.
 constexpr int32_t kStep = 64;
-constexpr int32_t kTileThreads = 512;
 // A thread converts a slice of a token's channels in each step.
 constexpr int32_t kSlice = 16;
 constexpr int32_t kSlices = kStep / kSlice;
-static_assert(kTileThreads == 2 * kLargeTile * kSlices, "a thread for each slice of both blocks");
 // Warps that convert no slice of a tile.
-VISPRUNER_HD constexpr int32_t idle_warps(int32_t side) {
-  return (kTileThreads - 2 * side * kSlices) / 32;
+VISPRUNER_HD constexpr int32_t idle_warps(int32_t threads, int32_t side) {
+  return threads > 2 * side * kSlices ? (threads - 2 * side * kSlices) / 32 : 0;
 }
 // Bytes between rows in shared memory. The 16 bytes of padding put the lanes of a warp that load a
 // fragment in different banks.
@@ -124,7 +122,7 @@ struct Slice {
 // Writes sim[i][j] and sim[j][i] for the tokens i of block a and j of block b: ordered keys,
 // kNoSimilarity on the diagonal and beyond column n; `ld` is n rounded up to 16. `memory`:
 // kTileBytes of shared memory, which other threads may still read when this function returns.
-template <int32_t kTile, DType kDType>
+template <int32_t kThreads, int32_t kTile, DType kDType>
 __device__ void similarity_tile(const char* features, int64_t stride, int32_t channels,
                                 bool aligned, int32_t n, int32_t block_a, int32_t block_b,
                                 char* memory, int32_t* sim, int32_t ld) {
@@ -134,48 +132,62 @@ __device__ void similarity_tile(const char* features, int64_t stride, int32_t ch
   };
   float* const inverse_norm = reinterpret_cast<float*>(memory + 2 * step_bytes(kTile));
 
-  // Phase 1: the scale of each token; four threads share a token. In a small tile the last warps
-  // have none.
-  const bool has_token = static_cast<int32_t>(threadIdx.x) < 2 * kTile * kSlices;
-  const int32_t mine = static_cast<int32_t>(threadIdx.x) / kSlices;
+  // Phase 1: the scale of each token; four threads share a token. A thread has one slice, or in a
+  // small block two or none for its second; in a small tile the last warps have none.
+  constexpr int32_t kAllSlices = 2 * kTile * kSlices,
+                    kEach = (kAllSlices + kThreads - 1) / kThreads;
+  static_assert(kThreads % kSlices == 0, "all slices of a thread are of the same channels");
   const int32_t channel = static_cast<int32_t>(threadIdx.x) % kSlices * kSlice;
-  const int32_t token = (mine < kTile ? block_a : block_b) * kTile + mine % kTile;
-  const char* const row =
-      has_token && token < n ? features + token * stride * Slice<kDType>::kSize : nullptr;
-  Slice<kDType> slice;
-  uint32_t most = 0;
-  int32_t c = has_token ? channel : channels;
-  // 128 bytes at a time without a condition between the loads, which would make each load wait for
-  // the one before.
-  constexpr int32_t kAhead = 8 / Slice<kDType>::kSize;
-  const int32_t whole = row && aligned ? channels - (kAhead - 1) * kStep - kSlice : -1;
-  for (; c <= whole; c += kAhead * kStep) {
-    Slice<kDType> slices[kAhead];
+  const auto mine = [](int32_t e) {
+    return (static_cast<int32_t>(threadIdx.x) + e * kThreads) / kSlices;
+  };
+  const auto has_token = [=](int32_t e) {
+    return kAllSlices >= (e + 1) * kThreads || mine(e) < 2 * kTile;
+  };
+  Slice<kDType> slices[kEach];
+  const char* rows[kEach];
+  float scales[kEach];
 #pragma unroll
-    for (int32_t a = 0; a < kAhead; ++a) slices[a].load_vectors(row, c + a * kStep);
+  for (int32_t e = 0; e < kEach; ++e) {
+    const int32_t token = (mine(e) < kTile ? block_a : block_b) * kTile + mine(e) % kTile;
+    const char* const row =
+        has_token(e) && token < n ? features + token * stride * Slice<kDType>::kSize : nullptr;
+    uint32_t most = 0;
+    int32_t c = has_token(e) ? channel : channels;
+    // 128 bytes at a time without a condition between the loads, which would make each load wait
+    // for the one before.
+    constexpr int32_t kAhead = 8 / Slice<kDType>::kSize;
+    const int32_t whole = row && aligned ? channels - (kAhead - 1) * kStep - kSlice : -1;
+#pragma unroll 1
+    for (; c <= whole; c += kAhead * kStep) {
+      Slice<kDType> ahead[kAhead];
 #pragma unroll
-    for (int32_t a = 0; a < kAhead; ++a) {
-      const uint32_t magnitude = slices[a].magnitude();
+      for (int32_t a = 0; a < kAhead; ++a) ahead[a].load_vectors(row, c + a * kStep);
+#pragma unroll
+      for (int32_t a = 0; a < kAhead; ++a) {
+        const uint32_t magnitude = ahead[a].magnitude();
+        most = magnitude > most ? magnitude : most;
+      }
+    }
+#pragma unroll 1
+    for (; c < channels; c += kStep) {
+      slices[e].load(row, c, channels, aligned);
+      const uint32_t magnitude = slices[e].magnitude();
       most = magnitude > most ? magnitude : most;
     }
+    for (int32_t distance = 1; distance < kSlices; distance *= 2) {
+      const uint32_t other = __shfl_xor_sync(kAllLanes, most, distance);
+      most = other > most ? other : most;
+    }
+    const float magnitude = Slice<kDType>::value(most);
+    const bool usable =
+        float_bits(magnitude) >= float_bits(kMinMagnitude) && float_bits(magnitude) < 0x7f800000;
+    scales[e] = usable ? __fdiv_rn(kFixedPointMax, magnitude) : 0.0f;
+    rows[e] = row;
   }
-#pragma unroll 1
-  for (; c < channels; c += kStep) {
-    slice.load(row, c, channels, aligned);
-    const uint32_t magnitude = slice.magnitude();
-    most = magnitude > most ? magnitude : most;
-  }
-  for (int32_t distance = 1; distance < kSlices; distance *= 2) {
-    const uint32_t other = __shfl_xor_sync(kAllLanes, most, distance);
-    most = other > most ? other : most;
-  }
-  const float magnitude = Slice<kDType>::value(most);
-  const bool usable =
-      float_bits(magnitude) >= float_bits(kMinMagnitude) && float_bits(magnitude) < 0x7f800000;
-  const float scale = usable ? __fdiv_rn(kFixedPointMax, magnitude) : 0.0f;
 
-  // Phase 2: products of the halves. The tile has fragments of 16 x 8; a warp has every 16th.
-  constexpr int32_t kRows = kTile / 16, kFragments = kRows * kTile / 8, kWarps = kTileThreads / 32;
+  // Phase 2: products of the halves. The tile has fragments of 16 x 8, which warps take in turns.
+  constexpr int32_t kRows = kTile / 16, kFragments = kRows * kTile / 8, kWarps = kThreads / kWarp;
   constexpr int32_t kMine = (kFragments + kWarps - 1) / kWarps;
   // Second ones of a small tile are for warps that have no token.
   const auto fragment = [=](int32_t f) { return (warp_id() + 4 * f) % kWarps + f * kWarps; };
@@ -192,24 +204,31 @@ __device__ void similarity_tile(const char* features, int64_t stride, int32_t ch
   const int32_t from_a = (lane_id() % 8 + matrix % 2 * 8) * kPitch + matrix / 2 * 16;
   const int32_t from_b = matrix / 2 * half_bytes(kTile) + lane_id() % 8 * kPitch + matrix % 2 * 16;
   int32_t high[kMine][4] = {}, mixed[kMine][4] = {}, low[kMine][4] = {};
-  uint64_t squares = 0;
+  uint64_t squares[kEach] = {};
   const int32_t steps = (channels + kStep - 1) / kStep;
-  const int32_t offset = mine % kTile * kPitch + channel;
   const auto convert = [&](int32_t step) {
-    if (!has_token) return;
-    squares += slice.convert(scale, half(step, mine / kTile, 0) + offset,
-                             half(step, mine / kTile, 1) + offset);
-    // The next slice loads meanwhile.
-    slice.load(row, (step + 1) * kStep + channel, channels, aligned);
-  };
-  const auto store_norm = [&] {
-    if (!has_token) return;
-    for (int32_t distance = 1; distance < kSlices; distance *= 2) {
-      squares += __shfl_xor_sync(kAllLanes, static_cast<unsigned long long>(squares), distance);
+#pragma unroll
+    for (int32_t e = 0; e < kEach; ++e) {
+      if (!has_token(e)) break;
+      const int32_t block = mine(e) / kTile, offset = mine(e) % kTile * kPitch + channel;
+      squares[e] += slices[e].convert(scales[e], half(step, block, 0) + offset,
+                                      half(step, block, 1) + offset);
+      // The next slice loads meanwhile.
+      slices[e].load(rows[e], (step + 1) * kStep + channel, channels, aligned);
     }
-    if (channel > 0) return;
-    const float norm = __fsqrt_rn(__ll2float_rn(static_cast<long long>(squares)));
-    inverse_norm[mine] = squares > 0 ? __fdiv_rn(1.0f, norm) : 0.0f;
+  };
+  const auto store_norms = [&] {
+#pragma unroll
+    for (int32_t e = 0; e < kEach; ++e) {
+      if (!has_token(e)) break;
+      uint64_t sum = squares[e];
+      for (int32_t distance = 1; distance < kSlices; distance *= 2) {
+        sum += __shfl_xor_sync(kAllLanes, static_cast<unsigned long long>(sum), distance);
+      }
+      if (channel > 0) continue;
+      const float norm = __fsqrt_rn(__ll2float_rn(static_cast<long long>(sum)));
+      inverse_norm[mine(e)] = sum > 0 ? __fdiv_rn(1.0f, norm) : 0.0f;
+    }
   };
   const auto multiply = [&](int32_t step) {
     constexpr int32_t kParts = kStep / 32;
@@ -236,7 +255,10 @@ __device__ void similarity_tile(const char* features, int64_t stride, int32_t ch
       }
     }
   };
-  if (has_token) slice.load(row, channel, channels, aligned);
+#pragma unroll
+  for (int32_t e = 0; e < kEach; ++e) {
+    if (has_token(e)) slices[e].load(rows[e], channel, channels, aligned);
+  }
   convert(0);
   // While one half of the warps converts the next step, the other half multiplies this one. A
   // scheduler has warps of both halves. Behind the last step come the norms.
@@ -245,7 +267,7 @@ __device__ void similarity_tile(const char* features, int64_t stride, int32_t ch
     if (step < steps) {
       convert(step);
     } else {
-      store_norm();
+      store_norms();
     }
   };
 #pragma unroll 1

@@ -11,6 +11,8 @@ namespace vispruner {
 enum class Fit { kAll, kCodes, kLess };
 
 struct Variant {
+  // Threads of a block: 512, or 256, of which a multiprocessor has two blocks.
+  int32_t threads;
   // Tokens along the side of a tile: 48 or 64.
   int32_t tile;
   Fit fit;
@@ -21,13 +23,16 @@ struct Variant {
   int32_t compact;
 };
 
-// If a call names no variant, it gets the first one whose arrays fit. Tiles of 48 are only for
-// calls that have a multiprocessor for each. Compact matrices and entries at once are the best ones
-// found by simulation (docs/cuda.md).
+// If a call names no variant, it gets the first one that suits it and whose arrays fit. Tiles of 48
+// suit calls that have a multiprocessor for each tile, blocks of 256 threads those with many tiles
+// for each multiprocessor. Compact matrices and entries at once are the best ones found by
+// simulation (docs/cuda.md).
 constexpr Variant kVariants[] = {
-    {48, Fit::kAll, 16, 128},  {48, Fit::kCodes, 16, 128}, {64, Fit::kAll, 16, 128},
-    {64, Fit::kCodes, 8, 192}, {64, Fit::kLess, 8, 192},
+    {512, 48, Fit::kAll, 16, 128}, {512, 48, Fit::kCodes, 16, 128}, {256, 64, Fit::kCodes, 16, 128},
+    {512, 64, Fit::kAll, 16, 128}, {512, 64, Fit::kCodes, 8, 192},  {512, 64, Fit::kLess, 8, 192},
 };
+// Blocks of a multiprocessor: a thread has 128 of its 65536 registers.
+constexpr int32_t blocks_of(const Variant& variant) { return 512 / variant.threads; }
 constexpr int32_t kVariantCount = sizeof(kVariants) / sizeof(Variant);
 
 }  // namespace vispruner

@@ -5,6 +5,8 @@
 
 using namespace vispruner;
 
+constexpr int32_t kThreads = 512;
+
 // The driver allocates shared memory by these: the second and third, and the fourth and the product
 // of the next two for each token, but at least the last. And scratch: the fourth for each token,
 // and 2048. So the converted lists are part of the fourth.
@@ -32,7 +34,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   }
   __syncthreads();
   char* const memory = shared_memory() + kFixedBytes;
-  Block block{reinterpret_cast<int64_t*>(shared_memory())};
+  CudaBlock<kThreads> block{reinterpret_cast<int64_t*>(shared_memory())};
   SelectArgs args = {};
   args.call.step = step;
   args.call.eager_rounds = eager_rounds;
@@ -43,13 +45,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
         block, args, ArenaOf<kVariant>{memory, shared_memory() + shared_bytes, rest}, sim, lists,
         order, n, keep, important, out, 0);
   };
-  // The variants with tiles of 64.
-  static_assert(kVariants[2].fit == Fit::kAll && kVariants[3].fit == Fit::kCodes);
+  // The variants with blocks of 512 threads and tiles of 64.
+  static_assert(kVariants[3].fit == Fit::kAll && kVariants[4].fit == Fit::kCodes);
   if (SHARED) {
-    run(std::integral_constant<int32_t, 2>{});
-  } else if (kFixedBytes + pass_bytes(Matching::RULE, n) + n * kListed * 2 <= shared_bytes) {
     run(std::integral_constant<int32_t, 3>{});
-  } else {
+  } else if (kFixedBytes + pass_bytes(Matching::RULE, n) + n * kListed * 2 <= shared_bytes) {
     run(std::integral_constant<int32_t, 4>{});
+  } else {
+    run(std::integral_constant<int32_t, 5>{});
   }
 }
