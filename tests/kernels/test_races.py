@@ -75,6 +75,8 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setattr(module, "SWEEP", tl.constexpr(SWEEP))
     for name, value in {"BLOCK_SHORT": SWEEP, "BLOCK_LIST": 8, "SHORT": 4, "CHUNK": 32}.items():
         monkeypatch.setattr(neighbours, name, tl.constexpr(value))
+    # A program has 16 threads, and twice as many keys are sorted in blocks.
+    monkeypatch.setattr(bipartite, "SORTED", tl.constexpr(16))
     for name, value in {"CHUNK": 32, "BLOCK_H": 2, "BLOCK_S": 16}.items():
         monkeypatch.setattr(cls_row, name, value)
     for name, value in {"OFFSETS": 2, "ZEROS": SWEEP}.items():
@@ -156,6 +158,13 @@ def test_operators_have_no_hazards(op, way, seed):
     got, hazards = watched(op, args, seed)
     assert not hazards
     assert_matches(op, got, getattr(reference, op)(*args), args, {})
+
+
+def test_several_blocks_of_sorted_keys_have_no_hazards():
+    args = arguments("select", "bipartite", 1, images=1, tokens=90)
+    got, hazards = watched("select", args, 1)
+    assert not hazards
+    assert_same_bits(got, reference.select(*args))
 
 
 @pytest.mark.kernels

@@ -35,7 +35,7 @@ if operators.INTERPRETED:
     import triton
     import triton.language as tl
 
-    from vispruner_kernels._triton import launch, neighbours, pairwise, select
+    from vispruner_kernels._triton import bipartite, launch, neighbours, pairwise, select
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +52,10 @@ def sizes(monkeypatch):
 
     def set_sizes(**values: int) -> None:
         for name, value in values.items():
-            monkeypatch.setattr(select, name, value)
+            if name == "SORTED":
+                monkeypatch.setattr(bipartite, name, tl.constexpr(value))
+            else:
+                monkeypatch.setattr(select, name, value)
 
     return set_sizes
 
@@ -63,6 +66,10 @@ def small_sizes(seed: int) -> dict[str, int]:
         "SMALL": rng.choice([16, 128]),
         "EAGER": rng.choice([1, 3, 64]),
         "NEIGHBOURS": rng.choice([8, 16, 32]),
+        # Up to 8 or 256 keys are sorted at once, more in blocks of 16 or 512.
+        "SORTED": rng.choice([16, 512]),
+        # Tiles of 64 for 30 tokens or more.
+        "MANY_TOKENS": rng.choice([30, 8192]),
     }
 
 
@@ -268,8 +275,8 @@ def test_lists_hold_the_nearest_tokens():
 
     @triton.jit
     def list_kernel(sim_ptr, lists_ptr, N):
-        for row in range(0, N, 8):
-            neighbours.list_neighbours(sim_ptr, N, lists_ptr, N, row + tl.arange(0, 8), 32)
+        for row in range(0, N, 16):
+            neighbours.list_neighbours(sim_ptr, N, lists_ptr, N, row + tl.arange(0, 16), 32)
 
     launch.run(list_kernel, 1, keys, keys, lists, tokens)
     for token in range(tokens):

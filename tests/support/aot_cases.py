@@ -30,6 +30,8 @@ SELECT = {
     (1, 2880, 1024, 160, 0): FLOAT16,
     (8, 256, 1024, 64, 0): FLOAT16,
     (2, 16384, 1024, 6400, 0): BFLOAT16,
+    # The larger tiles of many tokens.
+    (64, 576, 1024, 64, 0): FLOAT32 + FLOAT16,
     (2, 16, 64, 4, 0): FLOAT32,
     (3, 577, 1023, 59, 1): FLOAT32 + BFLOAT16,
     (2, 2, 1, 1, 0): FLOAT32,
@@ -95,9 +97,12 @@ def _selections(
     # The quick run has each operator, rule and alignment, and the most different dtypes, once.
     first = (b, dtype) == (1, torch.float32) and n > 1
     odd = (offset, dtype) == (1, torch.bfloat16)
+    # Triton is imported only when a call is compiled.
+    from vispruner_kernels._triton.select import MANY_TOKENS
+
     # The other call has more images, packed images of another length, and another number of tokens
     # to keep. So multiples of 16 become other numbers and vice versa.
-    more, length = 16 * b if n < 4096 else b + 1, max(1, n - 1)
+    more, length = b + 1 if 16 * b * n >= MANY_TOKENS else 16 * b, max(1, n - 1)
     many = (_empty(offset, dtype, more, n, c), _empty(offset, torch.float32, more, n))
     many = (*many, max(1, keep - 1))
     lengths, kept = [length] * more, [min(keep, length)] * more

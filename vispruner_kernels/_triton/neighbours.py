@@ -20,15 +20,16 @@ from vispruner_kernels._triton.rules import (
     pair_key,
 )
 
-# Tokens per step of a search in short lists, in whole lists and in full rows.
+# Tokens per step of a search in short lists, in whole lists and in full rows; ROWS is also the
+# number of lists that are made at once.
 BLOCK_SHORT = tl.constexpr(256)
 BLOCK_LIST = tl.constexpr(32)
-ROWS = tl.constexpr(8)
+ROWS = tl.constexpr(16)
 # Neighbours in a short list, the beginning of a list. Most searches of the bipartite rule end there
 # (docs/measured.md).
 SHORT = tl.constexpr(8)
 # Columns of a row per step.
-CHUNK = tl.constexpr(256)
+CHUNK = tl.constexpr(128)
 # The most bisections of the similarity threshold of a list.
 HALVINGS = tl.constexpr(12)
 
@@ -77,10 +78,8 @@ def list_neighbours(sim_ptr, ld, lists_ptr, N, token, NEIGHBOURS: tl.constexpr):
     offs_k = tl.arange(0, NEIGHBOURS)
     listed = mask[:, None] & (offs_k[None, :] < filled[:, None])
     neighbour = tl.load(list_ptr[:, None] + offs_k[None, :], mask=listed, other=INT64_MIN)
-    rank = tl.sum((neighbour[:, :, None] > neighbour[:, None, :]).to(tl.int32), axis=1)
-    tl.debug_barrier()
-    place = tl.where(listed, rank, offs_k[None, :])
-    tl.store(list_ptr[:, None] + place, neighbour, mask=mask[:, None])
+    neighbour = tl.sort(neighbour, descending=True)
+    tl.store(list_ptr[:, None] + offs_k[None, :], neighbour, mask=mask[:, None])
 
 
 @triton.jit

@@ -29,6 +29,9 @@ from vispruner_kernels._triton.topk import gather_rows
 
 # Tokens along one side of a tile, bytes of features per step, and the length of a neighbour list.
 BLOCK_N, BLOCK_BYTES, NEIGHBOURS = 32, 128, 32
+# From so many tokens in all images on, larger tiles, which read features half as often
+# (docs/measured.md). Below, they would be too few to keep a GPU busy.
+MANY_TOKENS, MANY_BLOCK_N = 8192, 64
 NUM_WARPS = 8
 # The most tokens whose similarities fit the registers of a program; older compilers need more
 # registers.
@@ -270,7 +273,7 @@ def _select_kernel(
             count += tl.sum(kept.to(tl.int32), axis=0)
         if GATHER:
             tl.debug_barrier()
-            gather_rows(features_ptr, stride_fn, out_ptr, kept_ptr, keep, C, ROWS, 256)
+            gather_rows(features_ptr, stride_fn, out_ptr, kept_ptr, keep, C, 8, 256)
 
 
 def _launch(
@@ -293,7 +296,8 @@ def _launch(
     channels, strides = features.shape[-1], features.stride()
     # Loads that are not vectors need a register per address.
     aligned = (channels | strides[0] | strides[-2]) % 16 == 0 and features.data_ptr() % 16 == 0
-    grid, sim_size, array_size, words = layout(images, total, max_tokens, BLOCK_N, NEIGHBOURS)
+    block = MANY_BLOCK_N if aligned and _suit_large_tiles(features, total) else BLOCK_N
+    grid, sim_size, array_size, words = layout(images, total, max_tokens, block, NEIGHBOURS)
     cu_seqlens, cu_keep = offsets or (out, out)
     launch.run(
         _select_kernel,
@@ -328,7 +332,7 @@ def _launch(
         PAIRWISE=matching == "pairwise",
         VARLEN=offsets is not None,
         GATHER=kept is not None,
-        BLOCK_N=BLOCK_N,
+        BLOCK_N=block,
         BLOCK_C=BLOCK_BYTES // features.element_size() if aligned else 32,
         NEIGHBOURS=NEIGHBOURS,
         SMALL=SMALL,
@@ -337,6 +341,14 @@ def _launch(
         num_stages=3,
         maxnreg=255,
         enable_fp_fusion=False,
+    )
+
+
+def _suit_large_tiles(features: Tensor, total: int) -> bool:
+    """Whether larger tiles are faster; they spill before compute capability 9, and if features are
+    not aligned."""
+    return total >= MANY_TOKENS and (
+        launch.INTERPRETED or torch.cuda.get_device_capability(features.device) >= (9, 0)
     )
 
 
