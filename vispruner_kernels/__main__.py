@@ -52,7 +52,7 @@ def _triton_state() -> str:
     if not operators.INSTALLED:
         return operators.REASON
     if torch.version.hip:
-        return "not for HIP devices; the reference serves them"
+        return f"for HIP devices, {', '.join(_backends.HIP_TRITON)} only; no AMD GPU has run them"
     interpreted = " and, in Triton's interpreter, CPU tensors" if operators.INTERPRETED else ""
     return f"for CUDA devices{interpreted}"
 

@@ -121,11 +121,13 @@ SERVES: dict[tuple[str, str], bool] = {
     ("reference", "cpu"): True,
     ("reference", "cuda"): True,
     ("triton", "cpu"): triton.INSTALLED and triton.INTERPRETED,
-    # Also where Triton is not installed: its operators then raise and say what to install. Not on
-    # AMD GPUs: the kernels that finish in one launch need a barrier that waits for stores, and
-    # Triton's barrier does not wait there.
-    ("triton", "cuda"): torch.version.hip is None,
+    # Also where Triton is not installed: its operators then raise and say what to install.
+    ("triton", "cuda"): True,
 }
+# The operators that Triton serves on AMD GPUs. The kernels of the others finish in one launch by
+# arrival at a counter. That needs a barrier that waits for stores, and on AMD GPUs Triton's barrier
+# does not wait. The kernels of these run as three launches, or have no counters.
+HIP_TRITON = ("select", "prune", "select_varlen", "select_topk", "select_rows")
 
 
 def _requested() -> str:
@@ -157,8 +159,14 @@ REQUESTED = _requested()
 CHECKED = _flag("VISPRUNER_KERNELS_CHECK")
 
 
+def _serves(op: str, backend: str, device: str) -> bool:
+    if torch.version.hip and (backend, device) == ("triton", "cuda") and op not in HIP_TRITON:
+        return False
+    return SERVES[backend, device]
+
+
 def _owner(op: str, device: str) -> str:
-    backends = [backend for backend in IMPLEMENTATIONS[op, device] if SERVES[backend, device]]
+    backends = [name for name in IMPLEMENTATIONS[op, device] if _serves(op, name, device)]
     return REQUESTED if REQUESTED in backends else backends[0]
 
 

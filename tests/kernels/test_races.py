@@ -160,6 +160,16 @@ def test_operators_have_no_hazards(op, way, seed):
     assert_matches(op, got, getattr(reference, op)(*args), args, {})
 
 
+@pytest.mark.parametrize("way", _checks.MATCHINGS)
+@pytest.mark.parametrize("op", SELECT_ALL)
+def test_three_launches_have_no_hazards(op, way, monkeypatch):
+    monkeypatch.setattr(select, "FUSED", False)
+    args = arguments(op, way, 1)
+    got, hazards = watched(op, args, 1)
+    assert not hazards
+    assert_matches(op, got, getattr(reference, op)(*args), args, {})
+
+
 def test_several_blocks_of_sorted_keys_have_no_hazards():
     args = arguments("select", "bipartite", 1, images=1, tokens=90)
     got, hazards = watched("select", args, 1)

@@ -5,6 +5,7 @@ make test-triton runs the tests of the operators with these kernels too.
 
 from __future__ import annotations
 
+import importlib.metadata
 import random
 import re
 import types
@@ -146,8 +147,50 @@ def test_important_tokens_of_packed_images_are_counted_in_float64(keep, importan
     assert_same_bits(operators.select_varlen(*args), expected)
 
 
-def test_contradictory_offsets_stay_in_bounds(monkeypatch):
+@pytest.mark.parametrize(
+    "seeds", [range(20), pytest.param(range(20, 150), marks=pytest.mark.kernels)]
+)
+def test_three_launches_match_the_reference(seeds, sizes):
+    """As on AMD GPUs: ties, several images, both rules, packed images of different lengths."""
+    for seed in seeds:
+        sizes(**small_sizes(seed), FUSED=False)
+        case = random_case(seed)
+        packed = random_packed_case(seed, max_tokens=140, max_images=4)
+        try:
+            assert_same_bits(operators.select(*case), reference.select(*case))
+            for got, expected in zip(operators.prune(*case), reference.prune(*case), strict=True):
+                assert_same_bits(got, expected)
+            assert_same_bits(operators.select_varlen(*packed), reference.select_varlen(*packed))
+        except AssertionError as error:
+            raise AssertionError(f"seed {seed}") from error
+
+
+@pytest.mark.parametrize("matching", ["bipartite", "pairwise"])
+def test_three_launches_use_no_counters(matching, sizes, monkeypatch):
+    """A counter would need a barrier that waits for stores, which Triton for AMD GPUs lacks."""
+    launches = []
+    run = launch.run
+
+    def recorded(kernel, grid, *args, **meta):
+        launches.append((grid, meta["PHASE"]))
+        run(kernel, grid, *args, **meta)
+
+    monkeypatch.setattr(launch, "run", recorded)
+    monkeypatch.setattr(tl, "atomic_add", None)
+    monkeypatch.setattr(tl, "atomic_cas", None)
+    sizes(FUSED=False, SMALL=16)
+    generator = torch.Generator().manual_seed(0)
+    features = sample_features("clustered", 3, 70, 8, generator)
+    args = (features, sample_scores("ties", 3, 70, generator), 12, 0.5, 8, matching)
+    assert_same_bits(operators.select(*args), reference.select(*args))
+    # Three blocks of 32 tokens are six tiles.
+    assert launches == [(18, 1), (9, 2), (3, 3)]
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_contradictory_offsets_stay_in_bounds(fused, sizes, monkeypatch):
     """A GPU cannot check offsets without a copy to the host. Sentinels surround the output."""
+    sizes(FUSED=fused)
     monkeypatch.setattr(select, "check_offsets", lambda *args: None)
     for seed in range(60):
         rng = random.Random(seed)
@@ -308,6 +351,28 @@ def test_triton_serves_cuda_and_cpu():
     assert _backends.SERVES["triton", "cpu"]
 
 
+def test_on_amd_gpus_triton_serves_only_kernels_that_use_no_counter(monkeypatch):
+    monkeypatch.setattr(_backends, "REQUESTED", "auto")
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    owners = {op: _backends._owner(op, "cuda") for op, device in _backends.OWNERS if device == "cuda"}
+    served = {op for op, owner in owners.items() if owner == "triton"}
+    assert served == {"select", "prune", "select_varlen", "select_topk", "select_rows"}
+    assert {owner for op, owner in owners.items() if op not in served} == {"reference"}
+    assert _backends._owner("select", "cpu") == _backends.OWNERS["select", "cpu"]
+
+
+def test_triton_for_amd_gpus_counts_as_installed(monkeypatch):
+    def version(package):
+        if package != "pytorch-triton-rocm":
+            raise importlib.metadata.PackageNotFoundError(package)
+        return "3.4.0+git1234"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert operators._reason() == ""
+    monkeypatch.setattr(operators, "PACKAGES", ("triton",))
+    assert "not installed" in operators._reason()
+
+
 def test_a_cuda_call_without_triton_raises(monkeypatch):
     """There is no silent fallback."""
     monkeypatch.setattr(operators, "INSTALLED", False)
@@ -375,4 +440,14 @@ def test_compiled_kernels_are_cached_by_shape_class(monkeypatch):
         launch.run(kernel, 7, like, *other, **meta)
     launch.run(kernel, 7, like, x, 32, 0.5, 16, **{**meta, "num_warps": 8})
     assert len(compiled) == 8
+    assert len(launched) == 1
+    # On AMD GPUs storages of less than 2 GiB have kernels of their own, without maxnreg.
+    monkeypatch.setattr(launch, "HIP", True)
+    compiled.clear()
+    launch.run(kernel, 7, like, x, 32, 0.5, 16, maxnreg=255, **meta)
+    assert compiled == [((7,), (x, 32, 0.5, 16), meta)]
+    size = types.SimpleNamespace(size=lambda: 2**31)
+    monkeypatch.setattr(torch.Tensor, "untyped_storage", lambda self: size)
+    launch.run(kernel, 7, like, x, 32, 0.5, 16, maxnreg=255, **meta)
+    assert len(compiled) == 2
     assert len(launched) == 1

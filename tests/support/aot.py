@@ -79,7 +79,7 @@ def _launches(case: Case, call: Callable[..., Any], target: str, tag: int) -> li
     """The launches of a call; `tag` replaces the random bits that it would draw."""
     from triton.runtime.jit import JITFunction
 
-    from vispruner_kernels._triton import launch
+    from vispruner_kernels._triton import launch, select
 
     caught: list[Variant] = []
 
@@ -91,6 +91,7 @@ def _launches(case: Case, call: Callable[..., Any], target: str, tag: int) -> li
 
     with ExitStack() as patches:
         for owner, name, value in (
+            (select, "FUSED", TARGETS[target].backend == "cuda"),
             (launch, "run", run),
             # Launches that do not use launch.run.
             (JITFunction, "run", run_past),
@@ -198,7 +199,7 @@ def compiled(target: str, number: int, *settings: Any) -> Result:
     begun = time.perf_counter()
     meta = variant.meta
     if TARGETS[target].backend == "hip":
-        # maxnreg is an option of NVIDIA's assembler.
+        # As launch.run does.
         meta = {name: value for name, value in meta.items() if name != "maxnreg"}
     try:
         with contextlib.redirect_stdout(io.StringIO()) as log:

@@ -26,6 +26,7 @@ TARGETS = {
     "sm_100": Target("cuda", 100, (10, 0), 227 * 1024),
     "sm_120": Target("cuda", 120, (12, 0), 99 * 1024),
     "gfx942": Target("hip", "gfx942", (9, 4), 64 * 1024, 64),
+    "gfx950": Target("hip", "gfx950", (9, 5), 160 * 1024, 64),
 }
 QUICK_TARGETS = ("sm_80", "sm_90")
 

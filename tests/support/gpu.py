@@ -61,7 +61,7 @@ def unavailable() -> str:
             warnings.simplefilter("always")
             found = torch.cuda.is_available()
         if torch.version.hip:
-            return "on AMD GPUs the reference runs, and these tests are for the kernels"
+            return "these tests are for NVIDIA GPUs"
         if not found:
             built = "" if torch.version.cuda else " (built without CUDA)"
             why = "".join(f": {str(w.message).splitlines()[0]}" for w in caught[:1])

@@ -14,6 +14,8 @@ from torch import Tensor
 
 # Whether Triton interprets kernels: they run on CPU tensors, one program after another.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
+# HIP devices are "cuda" devices to PyTorch.
+HIP = torch.version.hip is not None
 MIN_CAPABILITY = (7, 5)
 # The most programs of a launch; all grids have one axis.
 MAX_GRID = 2**31 - 1
@@ -66,6 +68,9 @@ def _describe(kernel: Any, args: Any) -> tuple[list[Any], list[Any]]:
         if isinstance(arg, Tensor):
             value = arg.data_ptr()
             classes += arg.dtype, value % 16 == 0
+            if HIP:
+                # Offsets of 32 bits serve smaller storages.
+                classes.append(arg.untyped_storage().size() < 2**31)
         elif not isinstance(arg, int):
             classes.append(type(arg))
         elif specialized:
@@ -91,6 +96,9 @@ def run(kernel: Any, grid: int, like: Tensor, *args: Any, **meta: Any) -> None:
         with _LOCK, np.errstate(all="ignore"):
             kernel[(grid,)](*args, **meta)
         return
+    if HIP:
+        # An option of NVIDIA's assembler.
+        meta.pop("maxnreg", None)
     device = like.device.index
     if device == torch.cuda.current_device():
         _run_on(device, kernel, grid, args, meta)

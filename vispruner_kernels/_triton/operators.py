@@ -14,14 +14,20 @@ from collections.abc import Callable
 from typing import Any
 
 MIN_VERSION = (3, 4)
+# The last two come with PyTorch for AMD GPUs; all are imported as `triton`.
+PACKAGES = ("triton", "triton-rocm", "pytorch-triton-rocm")
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
 def _reason() -> str:
     """Why the kernels cannot run; empty if they can."""
-    try:
-        version = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
+    for package in PACKAGES:
+        try:
+            version = importlib.metadata.version(package)
+            break
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    else:
         return "Triton is not installed; pip install 'triton>=3.4'"
     if tuple(int(part) for part in version.split(".")[:2]) < MIN_VERSION:
         return f"Triton is {version}; pip install 'triton>=3.4'"

@@ -1,4 +1,4 @@
-"""`select`, `prune` and `select_varlen`: one launch each."""
+"""`select`, `prune` and `select_varlen`: one launch each, on AMD GPUs three."""
 
 from __future__ import annotations
 
@@ -38,6 +38,11 @@ NUM_WARPS = 8
 SMALL = 128 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7) else 64
 # Rounds of the pairwise rule in which every orphaned token searches again (pairwise.py).
 EAGER = 64
+# Phases of the kernel: ALL in one launch, or one launch for each of the others.
+ALL, TILES, LISTS, PASSES = (tl.constexpr(phase) for phase in range(4))
+# On AMD GPUs tl.debug_barrier() does not wait for stores, so arriving at a counter does not publish
+# them (rules.py). There the end of a launch does.
+FUSED = not launch.HIP
 # Integers that may change without another compilation.
 INTEGERS = (
     "max_tokens",
@@ -82,6 +87,7 @@ def _select_kernel(
     sim_size,
     array_size,
     tag,
+    PHASE: tl.constexpr,
     PAIRWISE: tl.constexpr,
     VARLEN: tl.constexpr,
     GATHER: tl.constexpr,
@@ -95,7 +101,8 @@ def _select_kernel(
 
     Grid: (images * tiles); a tile is a pair of blocks of BLOCK_N tokens. The program that finishes
       a block's last tile builds its neighbour lists, the one that finishes an image's last block
-      runs the passes of the image.
+      runs the passes of the image. In launches of one PHASE: (images * tiles), (images * blocks)
+      and (images).
     Scratch: similarities [total, ld] int32, lists, a few words per token, counters (scratch.py).
     Moves: features 2 * (N / BLOCK_N + 1) times, all but the first from L2; similarities written
       once, read several times for the lists, and in part by the passes.
@@ -111,10 +118,16 @@ def _select_kernel(
     # multiple of 16, so the tiles write all of these columns.
     tl.static_assert(BLOCK_N % 16 == 0)
     max_blocks = tl.cdiv(max_tokens, BLOCK_N)
-    max_tiles = max_blocks * (max_blocks + 1) // 2
-    image = tl.program_id(0) // max_tiles
-    images = tl.num_programs(0) // max_tiles
-    tile = tl.program_id(0) % max_tiles
+    if PHASE == LISTS:
+        programs = max_blocks
+    elif PHASE == PASSES:
+        programs = 1
+    else:
+        programs = max_blocks * (max_blocks + 1) // 2
+    image = tl.program_id(0) // programs
+    images = tl.num_programs(0) // programs
+    # In the launch for the lists, the number of a block.
+    tile = tl.program_id(0) % programs
 
     if VARLEN:
         start, stop = image_range(cu_seqlens_ptr, stride_cu, image, total)
@@ -125,8 +138,9 @@ def _select_kernel(
             return
         slot, end = image_range(cu_keep_ptr, stride_ck, image, total_keep)
         keep = tl.minimum(end - slot, N)
-        if tile == 0:
-            zero_gaps(out_ptr, image, images, slot, slot + keep, end, total_keep)
+        if PHASE == ALL or PHASE == TILES:
+            if tile == 0:
+                zero_gaps(out_ptr, image, images, slot, slot + keep, end, total_keep)
         # In float64 like Python's int(keep * ratio): Triton passes a float argument as float32.
         ratio = ratio_bits.to(tl.int64).to(tl.float64, bitcast=True)
         important = (keep.to(tl.float64) * ratio).to(tl.int32)
@@ -173,55 +187,60 @@ def _select_kernel(
     block_b = (block_a + tile // blocks) % blocks
 
     # Phase 1: similarities of the tile, and on the diagonal the order by score.
-    offs_a = block_a * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_b = block_b * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_a, mask_b = offs_a < N, offs_b < N
-    if block_a == block_b:
-        rank = rank_by_score(scores_ptr, stride_sn, N, offs_a, mask_a, BLOCK_N)
-        if PAIRWISE:
-            state = tl.where(rank < important, CHOSEN, tl.where(keep > important, ALIVE, DEAD))
-            tl.store(rank_ptr + offs_a, rank, mask=mask_a)
-            tl.store(partner_ptr + offs_a, -1, mask=mask_a)
-            pair = tl.where(rank < important, INT64_MIN, tl.full([BLOCK_N], INT64_MAX, tl.int64))
-            tl.store(pair_ptr + offs_a, pair, mask=mask_a)
-        else:
-            state = tl.where(keep > important, (rank - important) & 1, DROPPED)
-            state = tl.where(rank < important, IMPORTANT, state)
-            tl.store(sorted_ptr + rank, offs_a, mask=mask_a)
-        tl.store(state_ptr + offs_a, state, mask=mask_a)
-    if removes:
-        sim = similarity(
-            features_ptr + offs_a.to(tl.int64) * stride_fn,
-            mask_a,
-            features_ptr + offs_b.to(tl.int64) * stride_fn,
-            mask_b,
-            C,
-            BLOCK_N,
-            BLOCK_C,
-        )
-        store_tile(sim_ptr, ld, sim, block_a, block_b, N, BLOCK_N)
+    if PHASE == ALL or PHASE == TILES:
+        offs_a = block_a * BLOCK_N + tl.arange(0, BLOCK_N)
+        offs_b = block_b * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask_a, mask_b = offs_a < N, offs_b < N
+        if block_a == block_b:
+            rank = rank_by_score(scores_ptr, stride_sn, N, offs_a, mask_a, BLOCK_N)
+            if PAIRWISE:
+                state = tl.where(rank < important, CHOSEN, tl.where(keep > important, ALIVE, DEAD))
+                tl.store(rank_ptr + offs_a, rank, mask=mask_a)
+                tl.store(partner_ptr + offs_a, -1, mask=mask_a)
+                pair = tl.where(rank < important, INT64_MIN, tl.full([BLOCK_N], INT64_MAX, tl.int64))
+                tl.store(pair_ptr + offs_a, pair, mask=mask_a)
+            else:
+                state = tl.where(keep > important, (rank - important) & 1, DROPPED)
+                state = tl.where(rank < important, IMPORTANT, state)
+                tl.store(sorted_ptr + rank, offs_a, mask=mask_a)
+            tl.store(state_ptr + offs_a, state, mask=mask_a)
+        if removes:
+            sim = similarity(
+                features_ptr + offs_a.to(tl.int64) * stride_fn,
+                mask_a,
+                features_ptr + offs_b.to(tl.int64) * stride_fn,
+                mask_b,
+                C,
+                BLOCK_N,
+                BLOCK_C,
+            )
+            store_tile(sim_ptr, ld, sim, block_a, block_b, N, BLOCK_N)
 
     # Phase 2: the program that finishes a block's last tile builds the block's neighbour lists.
-    image_word = read_counter(image_counter_ptr)
-    word_a = read_counter(block_counters_ptr + block_a)
-    word_b = read_counter(block_counters_ptr + block_b)
-    last = False
-    for side in range(0, 2):
-        block = tl.where(side == 0, block_a, block_b)
-        word = tl.where(side == 0, word_a, word_b)
-        if (side == 0) | (block_a != block_b):
-            if arrive(block_counters_ptr + block, word, tag, tl.where(removes, blocks, 1)):
-                close_counter(block_counters_ptr + block)
-                if removes:
-                    for row in range(0, BLOCK_N, ROWS):
-                        token = block * BLOCK_N + row + tl.arange(0, ROWS)
-                        list_neighbours(sim_ptr, ld, lists_ptr, N, token, NEIGHBOURS)
-                last = last | arrive(image_counter_ptr, image_word, tag, blocks)
+    last = PHASE == PASSES
+    if PHASE == ALL:
+        last = False
+        image_word = read_counter(image_counter_ptr)
+        word_a = read_counter(block_counters_ptr + block_a)
+        word_b = read_counter(block_counters_ptr + block_b)
+        for side in range(0, 2):
+            block = tl.where(side == 0, block_a, block_b)
+            word = tl.where(side == 0, word_a, word_b)
+            if (side == 0) | (block_a != block_b):
+                if arrive(block_counters_ptr + block, word, tag, tl.where(removes, blocks, 1)):
+                    close_counter(block_counters_ptr + block)
+                    if removes:
+                        _list_block(sim_ptr, ld, lists_ptr, N, block, BLOCK_N, NEIGHBOURS)
+                    last = last | arrive(image_counter_ptr, image_word, tag, blocks)
+    elif PHASE == LISTS:
+        if removes & (tile < blocks):
+            _list_block(sim_ptr, ld, lists_ptr, N, tile, BLOCK_N, NEIGHBOURS)
 
     # Phase 3: the program that finishes an image's last block removes duplicates and writes the
     # result.
     if last:
-        close_counter(image_counter_ptr)
+        if PHASE == ALL:
+            close_counter(image_counter_ptr)
         if removes:
             if PAIRWISE:
                 pairwise(
@@ -276,6 +295,15 @@ def _select_kernel(
             gather_rows(features_ptr, stride_fn, out_ptr, kept_ptr, keep, C, 8, 256)
 
 
+@triton.jit
+def _list_block(
+    sim_ptr, ld, lists_ptr, N, block, BLOCK_N: tl.constexpr, NEIGHBOURS: tl.constexpr
+):
+    for row in range(0, BLOCK_N, ROWS):
+        token = block * BLOCK_N + row + tl.arange(0, ROWS)
+        list_neighbours(sim_ptr, ld, lists_ptr, N, token, NEIGHBOURS)
+
+
 def _launch(
     features: Tensor,
     scores: Tensor,
@@ -299,10 +327,7 @@ def _launch(
     block = MANY_BLOCK_N if aligned and _suit_large_tiles(features, total) else BLOCK_N
     grid, sim_size, array_size, words = layout(images, total, max_tokens, block, NEIGHBOURS)
     cu_seqlens, cu_keep = offsets or (out, out)
-    launch.run(
-        _select_kernel,
-        grid,
-        features,
+    args = (
         features,
         scores,
         cu_seqlens,
@@ -329,19 +354,27 @@ def _launch(
         sim_size,
         array_size,
         launch.new_tag(),
-        PAIRWISE=matching == "pairwise",
-        VARLEN=offsets is not None,
-        GATHER=kept is not None,
-        BLOCK_N=block,
-        BLOCK_C=BLOCK_BYTES // features.element_size() if aligned else 32,
-        NEIGHBOURS=NEIGHBOURS,
-        SMALL=SMALL,
-        EAGER=EAGER,
-        num_warps=NUM_WARPS,
-        num_stages=3,
-        maxnreg=255,
-        enable_fp_fusion=False,
     )
+    meta = {
+        "PAIRWISE": matching == "pairwise",
+        "VARLEN": offsets is not None,
+        "GATHER": kept is not None,
+        "BLOCK_N": block,
+        "BLOCK_C": BLOCK_BYTES // features.element_size() if aligned else 32,
+        "NEIGHBOURS": NEIGHBOURS,
+        "SMALL": SMALL,
+        "EAGER": EAGER,
+        "num_warps": NUM_WARPS,
+        "num_stages": 3,
+        "maxnreg": 255,
+        "enable_fp_fusion": False,
+    }
+    if FUSED:
+        launch.run(_select_kernel, grid, features, *args, PHASE=ALL.value, **meta)
+        return
+    blocks = triton.cdiv(max_tokens, block)
+    for phase, programs in ((TILES, grid), (LISTS, images * blocks), (PASSES, images)):
+        launch.run(_select_kernel, programs, features, *args, PHASE=phase.value, **meta)
 
 
 def _suit_large_tiles(features: Tensor, total: int) -> bool:
