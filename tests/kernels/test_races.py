@@ -46,6 +46,7 @@ if operators.INTERPRETED:
         offsets,
         pairwise,
         received_scores,
+        rules,
         select,
     )
 
@@ -76,7 +77,8 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name, value in {"BLOCK_SHORT": SWEEP, "BLOCK_LIST": 8, "SHORT": 4, "CHUNK": 32}.items():
         monkeypatch.setattr(neighbours, name, tl.constexpr(value))
     # A program has 16 threads, and twice as many keys are sorted in blocks.
-    monkeypatch.setattr(bipartite, "SORTED", tl.constexpr(16))
+    for module in (rules, bipartite, pairwise):
+        monkeypatch.setattr(module, "SORTED", tl.constexpr(16))
     for name, value in {"CHUNK": 32, "BLOCK_H": 2, "BLOCK_S": 16}.items():
         monkeypatch.setattr(cls_row, name, value)
     for name, value in {"OFFSETS": 2, "ZEROS": SWEEP}.items():
@@ -170,8 +172,9 @@ def test_three_launches_have_no_hazards(op, way, monkeypatch):
     assert_matches(op, got, getattr(reference, op)(*args), args, {})
 
 
-def test_several_blocks_of_sorted_keys_have_no_hazards():
-    args = arguments("select", "bipartite", 1, images=1, tokens=90)
+@pytest.mark.parametrize("way", _checks.MATCHINGS)
+def test_several_blocks_of_sorted_keys_have_no_hazards(way):
+    args = arguments("select", way, 1, images=1, tokens=90)
     got, hazards = watched("select", args, 1)
     assert not hazards
     assert_same_bits(got, reference.select(*args))

@@ -36,7 +36,7 @@ if operators.INTERPRETED:
     import triton
     import triton.language as tl
 
-    from vispruner_kernels._triton import bipartite, launch, neighbours, pairwise, select
+    from vispruner_kernels._triton import bipartite, launch, neighbours, pairwise, rules, select
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +54,8 @@ def sizes(monkeypatch):
     def set_sizes(**values: int) -> None:
         for name, value in values.items():
             if name == "SORTED":
-                monkeypatch.setattr(bipartite, name, tl.constexpr(value))
+                for module in (rules, bipartite, pairwise):
+                    monkeypatch.setattr(module, name, tl.constexpr(value))
             else:
                 monkeypatch.setattr(select, name, value)
 
@@ -67,10 +68,7 @@ def small_sizes(seed: int) -> dict[str, int]:
         "SMALL": rng.choice([16, 128]),
         "EAGER": rng.choice([1, 3, 64]),
         "NEIGHBOURS": rng.choice([8, 16, 32]),
-        # Up to 8 or 256 keys are sorted at once, more in blocks of 16 or 512.
         "SORTED": rng.choice([16, 512]),
-        # Tiles of 64 for 30 tokens or more.
-        "MANY_TOKENS": rng.choice([30, 8192]),
     }
 
 
@@ -147,8 +145,37 @@ def test_important_tokens_of_packed_images_are_counted_in_float64(keep, importan
     assert_same_bits(operators.select_varlen(*args), expected)
 
 
+@pytest.mark.parametrize("matching", ["bipartite", "pairwise"])
+@pytest.mark.parametrize("op", ["prune", "select_varlen"])
+def test_larger_tiles_match_the_reference(op, matching, sizes, monkeypatch):
+    blocks = []
+    run = launch.run
+
+    def recorded(*args, **meta):
+        blocks.append(meta["BLOCK_N"])
+        run(*args, **meta)
+
+    monkeypatch.setattr(launch, "run", recorded)
+    generator = torch.Generator().manual_seed(0)
+    features = sample_features("clustered", 3, 70, 16, generator).half()
+    scores = sample_scores("ties", 3, 70, generator)
+    rule = (0.5, 8, matching)
+    if op == "prune":
+        args = (features, scores, 12, *rule)
+    else:
+        offsets = sample_offsets([70, 0, 110, 30]), sample_offsets([12, 0, 20, 30])
+        args = (features.flatten(0, 1), scores.flatten(), *offsets, 110, 62, *rule)
+    for tokens in (210, 211):
+        sizes(MANY_TOKENS=tokens)
+        got, expected = getattr(operators, op)(*args), getattr(reference, op)(*args)
+        pairs = zip(got, expected, strict=True) if op == "prune" else [(got, expected)]
+        for x, y in pairs:
+            assert_same_bits(x, y)
+    assert blocks == [64, 32]
+
+
 @pytest.mark.parametrize(
-    "seeds", [range(20), pytest.param(range(20, 150), marks=pytest.mark.kernels)]
+    "seeds", [range(10), pytest.param(range(10, 150), marks=pytest.mark.kernels)]
 )
 def test_three_launches_match_the_reference(seeds, sizes):
     """As on AMD GPUs: ties, several images, both rules, packed images of different lengths."""
@@ -292,16 +319,16 @@ def test_small_cases_reach_all_searches_and_rounds(monkeypatch, sizes):
     watch(neighbours, "_nearest_listed")
     watch(neighbours, "_nearest_in_row")
     watch(pairwise, "_bound_pairs")
-    watch(pairwise, "count_larger")
+    watch(rules, "_count_larger")
     for seed in range(4):
         for matching in ("bipartite", "pairwise"):
-            sizes(SMALL=16, EAGER=1, NEIGHBOURS=16)
+            sizes(SMALL=16, EAGER=1, NEIGHBOURS=16, SORTED=16)
             case = random_case(seed, matching=matching)
             generator = torch.Generator().manual_seed(seed)
             features = sample_features("clustered", 1, 90, 16, generator)
             args = (features, sample_scores("ties", 1, 90, generator), 12, *case[3:])
             assert_same_bits(operators.select(*args), reference.select(*args))
-    names = ["_nearest_listed", "_nearest_in_row", "_bound_pairs", "count_larger"]
+    names = ["_nearest_listed", "_nearest_in_row", "_bound_pairs", "_count_larger"]
     assert reached == {("_nearest_listed", True), *((name, False) for name in names)}
 
 

@@ -13,8 +13,12 @@ from vispruner_kernels._triton.neighbours import find_nearest
 from vispruner_kernels._triton.rules import (
     INT32_MIN,
     INT64_MIN,
+    SORTED,
     index_key,
     key_index,
+    ranked_block,
+    sort_blocks,
+    sorted_keys,
 )
 
 # States of a token. The state of a living residual token is the parity of its position: a are the
@@ -24,8 +28,6 @@ DROPPED = tl.constexpr(-2)
 IMPORTANT = tl.constexpr(-4)
 # Tokens per iteration of a loop over all tokens.
 SWEEP = tl.constexpr(256)
-# The most keys that are sorted at once. Blocks of 2048 would take the compiler 15 s.
-SORTED = tl.constexpr(512)
 
 
 @triton.jit
@@ -70,10 +72,13 @@ def bipartite(
         )
         # Phase 2: the next residual is sorted a without its first `drop`, then b in its order.
         if size_a <= SORTED // 2:
-            key, offs_a = _sorted_keys(keys_ptr, size_a, SORTED // 2)
+            key, offs_a = sorted_keys(keys_ptr, size_a, SORTED // 2)
             _place(residual_ptr, next_ptr, state_ptr, key, offs_a < size_a, offs_a - drop)
         else:
-            _place_blocks(residual_ptr, next_ptr, state_ptr, keys_ptr, size_a, drop)
+            sort_blocks(keys_ptr, size_a)
+            for first in range(0, size_a, SORTED):
+                key, mask_a, rank = ranked_block(keys_ptr, size_a, first)
+                _place(residual_ptr, next_ptr, state_ptr, key, mask_a, rank - drop)
         for first in range(0, n // 2, SWEEP):
             offs_b = first + tl.arange(0, SWEEP)
             mask_b = offs_b < n // 2
@@ -110,51 +115,11 @@ def bipartite(
 
 
 @triton.jit
-def _sorted_keys(keys_ptr, count, BLOCK: tl.constexpr):
-    """The first BLOCK of `count` keys, the largest first, and their new offsets."""
-    offs = tl.arange(0, BLOCK)
-    key = tl.load(keys_ptr + offs, mask=offs < count, other=INT64_MIN)
-    return tl.sort(key, descending=True), offs
-
-
-@triton.jit
 def _place(residual_ptr, next_ptr, state_ptr, key, mask, position):
     """Move the tokens of these keys to their positions; those of negative positions are dropped."""
     token = tl.load(residual_ptr + 2 * key_index(key), mask=mask, other=0)
     tl.store(next_ptr + position, token, mask=mask & (position >= 0))
     tl.store(state_ptr + token, _state(position), mask=mask)
-
-
-@triton.jit
-def _place_blocks(residual_ptr, next_ptr, state_ptr, keys_ptr, size_a, drop):
-    """Sort blocks of SORTED keys, then find the rank of each key in the other blocks."""
-    for first in range(0, size_a, SORTED):
-        key, offs = _sorted_keys(keys_ptr + first, size_a - first, SORTED)
-        tl.store(keys_ptr + first + offs, key, mask=offs < size_a - first)
-    tl.debug_barrier()
-    for first in range(0, size_a, SORTED):
-        offs = tl.arange(0, SORTED)
-        mask = offs < size_a - first
-        key = tl.load(keys_ptr + first + offs, mask=mask, other=INT64_MIN)
-        position = offs - drop
-        for other in range(0, size_a, SORTED):
-            if other != first:
-                count = tl.minimum(size_a - other, SORTED)
-                position += _count_larger_sorted(keys_ptr + other, count, key)
-        _place(residual_ptr, next_ptr, state_ptr, key, mask, position)
-
-
-@triton.jit
-def _count_larger_sorted(keys_ptr, n, key):
-    """Count those of n <= SORTED sorted keys that are larger than each `key`, by bisection."""
-    larger = tl.zeros([SORTED], tl.int32)
-    step = SORTED
-    while step > 0:
-        more = larger + step
-        other = tl.load(keys_ptr + more - 1, mask=more <= n, other=INT64_MIN)
-        larger = tl.where(other > key, more, larger)
-        step = step // 2
-    return larger
 
 
 @triton.jit

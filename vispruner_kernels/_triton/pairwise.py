@@ -13,11 +13,12 @@ from vispruner_kernels._triton.neighbours import append, find_nearest
 from vispruner_kernels._triton.rules import (
     INT64_MIN,
     LAST_INDEX,
-    RANKED,
-    count_larger,
+    SORTED,
     pair_key,
+    pair_tokens,
     pair_value,
-    ranked_offsets,
+    ranked_block,
+    sort_blocks,
 )
 
 # States of a token. DEAD: removed. ALIVE: residual, may be removed. CHOSEN: important, is kept.
@@ -128,13 +129,15 @@ def pairwise(
             kept = tl.load(state_ptr + offs_n, mask=mask_n, other=DEAD) != DEAD
             tl.store(pair_ptr + offs_n, INT64_MIN, mask=kept)
         tl.debug_barrier()
-        for first in range(0, N, RANKED):
-            offs_n = first + ranked_offsets()
-            mask_n = offs_n < N
-            removed = tl.load(state_ptr + offs_n, mask=mask_n, other=ALIVE) == DEAD
-            pair = tl.load(pair_ptr + offs_n, mask=removed, other=INT64_MIN)
-            order = count_larger(pair_ptr, N, pair)
-            tl.store(state_ptr + offs_n, ALIVE, mask=removed & (order >= drop))
+        sort_blocks(pair_ptr, N)
+        for first in range(0, N, SORTED):
+            pair, mask, order = ranked_block(pair_ptr, N, first)
+            undone = mask & (pair != INT64_MIN) & (order >= drop)
+            # The pair removed its token of lower score.
+            a, b = pair_tokens(pair)
+            rank_a = tl.load(rank_ptr + a, mask=undone, other=0)
+            rank_b = tl.load(rank_ptr + b, mask=undone, other=0)
+            tl.store(state_ptr + tl.where(rank_a > rank_b, a, b), ALIVE, mask=undone)
 
 
 @triton.jit

@@ -15,9 +15,8 @@ INT64_MAX = tl.constexpr(2**63 - 1)
 # Bits of a token index; N <= 16384.
 INDEX_BITS = tl.constexpr(14)
 LAST_INDEX = tl.constexpr(2**14 - 1)
-# Keys that are ranked at once, and the keys that a step compares them with.
-RANKED = tl.constexpr(256)
-COUNT = tl.constexpr(32)
+# The most keys that are sorted at once. Blocks of 2048 would take the compiler 15 s.
+SORTED = tl.constexpr(512)
 # Bits of a counter below its tag, enough for all programs that arrive at one.
 COUNT_BITS = tl.constexpr(20)
 COUNT_MASK = tl.constexpr(2**20 - 1)
@@ -75,26 +74,52 @@ def pair_value(key):
 
 
 @triton.jit
-def ranked_offsets():
-    """Offsets [RANKED / 32, 32], in the shape that makes ranking fast.
-
-    Triton gives each column to one lane. So a thread holds the RANKED / 32 keys of its column, and
-    the warps share the keys to compare these with. With one-dimensional offsets, loads would take
-    most of the time.
-    """
-    return tl.arange(0, RANKED // 32)[:, None] * 32 + tl.arange(0, 32)[None, :]
+def pair_tokens(key):
+    first, second = (key >> INDEX_BITS).to(tl.int32), key.to(tl.int32)
+    return (first & LAST_INDEX) ^ LAST_INDEX, (second & LAST_INDEX) ^ LAST_INDEX
 
 
 @triton.jit
-def count_larger(keys_ptr, n, key):
-    """Count the keys[0:n] that are larger than each `key` [RANKED / 32, 32]: its rank if keys are
-    unique."""
-    larger = tl.zeros([RANKED // 32, COUNT, 32], tl.int32)
-    for first in range(0, n, COUNT):
-        offs = first + tl.arange(0, COUNT)
-        other = tl.load(keys_ptr + offs, mask=offs < n, other=INT64_MIN)
-        larger += (other[None, :, None] > key[:, None, :]).to(tl.int32)
-    return tl.sum(larger, axis=1)
+def sorted_keys(keys_ptr, n, BLOCK: tl.constexpr):
+    """The first BLOCK of n keys, the largest first, and their new offsets."""
+    offs = tl.arange(0, BLOCK)
+    key = tl.load(keys_ptr + offs, mask=offs < n, other=INT64_MIN)
+    return tl.sort(key, descending=True), offs
+
+
+@triton.jit
+def sort_blocks(keys_ptr, n):
+    """Sort each block of SORTED keys; `ranked_block` then ranks the keys of all blocks."""
+    for first in range(0, n, SORTED):
+        key, offs = sorted_keys(keys_ptr + first, n - first, SORTED)
+        tl.store(keys_ptr + first + offs, key, mask=offs < n - first)
+    tl.debug_barrier()
+
+
+@triton.jit
+def ranked_block(keys_ptr, n, first):
+    """(key, mask, rank) of the sorted block that begins at `first`, the ranks among all n keys."""
+    offs = tl.arange(0, SORTED)
+    mask = offs < n - first
+    key = tl.load(keys_ptr + first + offs, mask=mask, other=INT64_MIN)
+    rank = offs
+    for other in range(0, n, SORTED):
+        if other != first:
+            rank += _count_larger(keys_ptr + other, tl.minimum(n - other, SORTED), key)
+    return key, mask, rank
+
+
+@triton.jit
+def _count_larger(keys_ptr, n, key):
+    """Count those of n <= SORTED sorted keys that are larger than each `key`, by bisection."""
+    larger = tl.zeros([SORTED], tl.int32)
+    step = SORTED
+    while step > 0:
+        more = larger + step
+        other = tl.load(keys_ptr + more - 1, mask=more <= n, other=INT64_MIN)
+        larger = tl.where(other > key, more, larger)
+        step = step // 2
+    return larger
 
 
 @triton.jit
