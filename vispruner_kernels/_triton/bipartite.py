@@ -75,10 +75,7 @@ def bipartite(
             key, offs_a = sorted_keys(keys_ptr, size_a, SORTED // 2)
             _place(residual_ptr, next_ptr, state_ptr, key, offs_a < size_a, offs_a - drop)
         else:
-            sort_blocks(keys_ptr, size_a)
-            for first in range(0, size_a, SORTED):
-                key, mask_a, rank = ranked_block(keys_ptr, size_a, first)
-                _place(residual_ptr, next_ptr, state_ptr, key, mask_a, rank - drop)
+            _place_blocks(residual_ptr, next_ptr, state_ptr, keys_ptr, size_a, drop)
         for first in range(0, n // 2, SWEEP):
             offs_b = first + tl.arange(0, SWEEP)
             mask_b = offs_b < n // 2
@@ -120,6 +117,14 @@ def _place(residual_ptr, next_ptr, state_ptr, key, mask, position):
     token = tl.load(residual_ptr + 2 * key_index(key), mask=mask, other=0)
     tl.store(next_ptr + position, token, mask=mask & (position >= 0))
     tl.store(state_ptr + token, _state(position), mask=mask)
+
+
+@triton.jit
+def _place_blocks(residual_ptr, next_ptr, state_ptr, keys_ptr, size_a, drop):
+    sort_blocks(keys_ptr, size_a)
+    for first in range(0, size_a, SORTED):
+        key, mask, rank = ranked_block(keys_ptr, size_a, first)
+        _place(residual_ptr, next_ptr, state_ptr, key, mask, rank - drop)
 
 
 @triton.jit
