@@ -81,7 +81,7 @@ test-triton: dev ## run the operators' tests with the Triton kernels, in Triton'
 	  tests/operators/test_select*.py tests/operators/test_prune.py tests/operators/test_cls_*.py \
 	  tests/operators/test_received*.py tests/operators/test_attention_scores.py
 
-test-aot: dev ## compile every Triton kernel for six GPUs; prints registers, shared memory and spills
+test-aot: dev ## compile every Triton kernel for seven GPUs; prints registers, shared memory and spills
 	$(PY) -m pytest -m kernels -n 0 $(PYTEST_ARGS) tests/kernels/test_aot.py
 
 # A pass is recorded, so PYTEST_ARGS may not select tests here. The compilers of test_aot.py use all

@@ -93,8 +93,9 @@ def select(
         on one thread or thread block: about (N - keep) / step with "bipartite", a few dozen with
         "pairwise", which is much faster for thousands of tokens (docs/performance.md).
         C++: one read of the features; scratch of 4*N*N + 2*N*C bytes per image in flight.
-        CUDA: one launch; each feature is read about N / 16 times, first from memory, then from L2;
-        scratch of 4*N*N + 288*N bytes per image of the batch, so 1 GiB at N=16384.
+        CUDA: one launch (HIP: three); each feature is read about N / 16 times, from 8192 tokens in
+        all images on N / 32 times, first from memory, then from L2; scratch of 4*N*N + 288*N bytes
+        per image of the batch, so 1 GiB at N=16384.
         Reference: scratch of about 20*N*N + 16*N*C bytes per image in flight.
 
     Source:
@@ -216,11 +217,11 @@ def select_varlen(
         See docs/contract.md, section 3.
 
     Cost:
-        The sum of `select` over the images. On a CUDA device one launch, sized for B images of
-        max_seqlen tokens: about B * max_seqlen**2 / 2048 programs and scratch of 4*total*max_seqlen
-        + 288*total + B * max_seqlen / 4 bytes. So pass the length of the longest image: a larger
-        ``max_seqlen`` costs time and memory, though programs beyond an image's length exit
-        immediately.
+        The sum of `select` over the images. On a CUDA device one launch (HIP: three), sized for B
+        images of max_seqlen tokens: at most about B * max_seqlen**2 / 2048 programs, and scratch of
+        4*total*max_seqlen + 288*total + B * max_seqlen / 4 bytes. So pass the length of the longest
+        image: a larger ``max_seqlen`` costs time and memory, though programs beyond an image's
+        length exit immediately.
 
     Source:
         As `select`; the packing is that of flash-attn's ``flash_attn_varlen_func``.

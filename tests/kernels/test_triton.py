@@ -381,7 +381,9 @@ def test_triton_serves_cuda_and_cpu():
 def test_on_amd_gpus_triton_serves_only_kernels_that_use_no_counter(monkeypatch):
     monkeypatch.setattr(_backends, "REQUESTED", "auto")
     monkeypatch.setattr(torch.version, "hip", "7.0")
-    owners = {op: _backends._owner(op, "cuda") for op, device in _backends.OWNERS if device == "cuda"}
+    owners = {
+        op: _backends._owner(op, "cuda") for op, device in _backends.OWNERS if device == "cuda"
+    }
     served = {op for op, owner in owners.items() if owner == "triton"}
     assert served == {"select", "prune", "select_varlen", "select_topk", "select_rows"}
     assert {owner for op, owner in owners.items() if op not in served} == {"reference"}

@@ -217,4 +217,5 @@ def test_table_of_operators_is_true():
         for device, owner in (("cpu", cpu), ("cuda", hip if torch.version.hip else cuda))
     }
     assert table == _backends.OWNERS
-    assert {hip for *_, hip in rows} == {"reference"}
+    assert {op for op, *_, hip in rows if hip == "Triton"} == set(_backends.HIP_TRITON)
+    assert {hip for *_, hip in rows} == {"Triton", "reference"}

@@ -197,7 +197,9 @@ def _select_kernel(
                 state = tl.where(rank < important, CHOSEN, tl.where(keep > important, ALIVE, DEAD))
                 tl.store(rank_ptr + offs_a, rank, mask=mask_a)
                 tl.store(partner_ptr + offs_a, -1, mask=mask_a)
-                pair = tl.where(rank < important, INT64_MIN, tl.full([BLOCK_N], INT64_MAX, tl.int64))
+                pair = tl.where(
+                    rank < important, INT64_MIN, tl.full([BLOCK_N], INT64_MAX, tl.int64)
+                )
                 tl.store(pair_ptr + offs_a, pair, mask=mask_a)
             else:
                 state = tl.where(keep > important, (rank - important) & 1, DROPPED)
@@ -296,9 +298,7 @@ def _select_kernel(
 
 
 @triton.jit
-def _list_block(
-    sim_ptr, ld, lists_ptr, N, block, BLOCK_N: tl.constexpr, NEIGHBOURS: tl.constexpr
-):
+def _list_block(sim_ptr, ld, lists_ptr, N, block, BLOCK_N: tl.constexpr, NEIGHBOURS: tl.constexpr):
     for row in range(0, BLOCK_N, ROWS):
         token = block * BLOCK_N + row + tl.arange(0, ROWS)
         list_neighbours(sim_ptr, ld, lists_ptr, N, token, NEIGHBOURS)
