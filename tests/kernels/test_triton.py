@@ -35,6 +35,8 @@ pytestmark = pytest.mark.skipif(
 if operators.INTERPRETED:
     import triton
     import triton.language as tl
+    from triton.runtime.errors import InterpreterError
+    from triton.runtime.interpreter import interpreter_builder
 
     from vispruner_kernels._triton import bipartite, launch, neighbours, pairwise, rules, select
 
@@ -203,8 +205,7 @@ def test_three_launches_use_no_counters(matching, sizes, monkeypatch):
         run(kernel, grid, *args, **meta)
 
     monkeypatch.setattr(launch, "run", recorded)
-    monkeypatch.setattr(tl, "atomic_add", None)
-    monkeypatch.setattr(tl, "atomic_cas", None)
+    monkeypatch.setattr(interpreter_builder, "create_atomic_rmw", None)
     sizes(FUSED=False, SMALL=16)
     generator = torch.Generator().manual_seed(0)
     features = sample_features("clustered", 3, 70, 8, generator)
@@ -212,6 +213,9 @@ def test_three_launches_use_no_counters(matching, sizes, monkeypatch):
     assert_same_bits(operators.select(*args), reference.select(*args))
     # Three blocks of 32 tokens are six tiles.
     assert launches == [(18, 1), (9, 2), (3, 3)]
+    sizes(FUSED=True)
+    with pytest.raises(InterpreterError, match="not callable"):
+        operators.select(*args)
 
 
 @pytest.mark.parametrize("fused", [True, False])
