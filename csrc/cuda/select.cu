@@ -81,6 +81,12 @@ struct Image {
   int64_t features;
   int64_t scores;
   int64_t out;
+  // Of this thread block: whether the image needs similarities, how many blocks of tokens it has,
+  // and the two of the tile.
+  bool removes;
+  int32_t blocks;
+  int32_t block_a;
+  int32_t block_b;
 };
 constexpr int32_t kImageBytes = (sizeof(Image) + 15) / 16 * 16;
 // Shared memory of a thread block: at least that of a tile.
@@ -153,6 +159,11 @@ __device__ Image packed_image(CudaBlock<kThreads>& block, const CudaSelect& call
   return result;
 }
 
+// How many tiles of an image do anything.
+__device__ inline int32_t tiles_with_work(const Image& image) {
+  return image.removes ? image.blocks * (image.blocks + 1) / 2 : image.blocks;
+}
+
 // Lists the neighbours of one block of tokens.
 template <int32_t kWarps, int32_t kTile>
 __device__ void list_block(const ImageScratch& scratch, int32_t n, int32_t token_block,
@@ -220,18 +231,19 @@ __global__ void __launch_bounds__(kVariants[kVariant].threads, blocks_of(kVarian
   const bool packed = call.cu_seqlens.data != nullptr;
   if (packed && tile > 0 && !may_have_tile<kTile>(call, number, tile)) return;
   {
-    const Image found =
-        packed ? packed_image(block, call, number, tile) : batched_image(call, number);
+    Image found = packed ? packed_image(block, call, number, tile) : batched_image(call, number);
+    // If scores alone decide, or all tokens are kept, only the tiles on the diagonal have work.
+    found.removes = found.keep > found.important && found.keep < found.n;
+    found.blocks = (found.n + kTile - 1) / kTile;
+    if (packed && found.keep == 0) return;
+    if (tile >= tiles_with_work(found)) return;
+    // Pairs of blocks by their distance around a circle: each pair once.
+    const int32_t distance = tile / found.blocks, around = tile - distance * found.blocks;
+    found.block_a = around;
+    found.block_b = around + distance - (around + distance < found.blocks ? 0 : found.blocks);
     if (threadIdx.x == 0) image = found;
   }
   __syncthreads();
-  const int32_t n = image.n, keep = image.keep;
-  if (packed && keep == 0) return;
-  const int32_t blocks = (n + kTile - 1) / kTile;
-  // If scores alone decide, or all tokens are kept, only the tiles on the diagonal have work.
-  const bool removes = keep > image.important && keep < n;
-  const int32_t working = removes ? blocks * (blocks + 1) / 2 : blocks;
-  if (tile >= working) return;
 
   // Computed where it is needed, because it would take many registers too.
   const auto scratch = [&] {
@@ -241,17 +253,13 @@ __global__ void __launch_bounds__(kVariants[kVariant].threads, blocks_of(kVarian
   const auto features = [&] {
     return call.features.data + image.features * element_size(call.features.dtype);
   };
-  // Pairs of blocks by their distance around a circle: each pair once.
-  const int32_t distance = tile / blocks, block_a = tile - distance * blocks;
-  const int32_t around = block_a + distance;
-  const int32_t block_b = around < blocks ? around : around - blocks;
   // By the last warps: those of a small tile have no other work at first. Each waits for memory.
   if (threadIdx.x == kThreads - kWarp) open(scratch().done_blocks, args.tag);
-  if (threadIdx.x == kThreads - 2 * kWarp && removes) {
-    open(scratch().done_tiles + block_a, args.tag);
+  if (threadIdx.x == kThreads - 2 * kWarp && image.removes) {
+    open(scratch().done_tiles + image.block_a, args.tag);
   }
-  if (threadIdx.x == kThreads - 3 * kWarp && removes && block_b != block_a) {
-    open(scratch().done_tiles + block_b, args.tag);
+  if (threadIdx.x == kThreads - 3 * kWarp && image.removes && image.block_b != image.block_a) {
+    open(scratch().done_tiles + image.block_b, args.tag);
   }
 
   // Phase 1: the similarities, and the ranks of some scores: the image has all of them when all of
@@ -262,35 +270,38 @@ __global__ void __launch_bounds__(kVariants[kVariant].threads, blocks_of(kVarian
     with_dtype(call.scores.dtype, [&](auto dtype) {
       constexpr DType kDType = decltype(dtype)::value;
       const char* const row = call.scores.data + image.scores * element_size(call.scores.dtype);
+      const int32_t n = image.n, stride = 2 * kRankers * tiles_with_work(image);
 #pragma unroll 1
-      for (int32_t t = 2 * (tile * kRankers + ranker); t < n; t += 2 * working * kRankers) {
+      for (int32_t t = 2 * (tile * kRankers + ranker); t < n; t += stride) {
         rank_scores<kDType>(row, call.scores.token_stride, n, make_int2(t, smaller(t + 1, n - 1)),
                             scratch().score_rank);
       }
     });
   }
-  if (removes) {
+  if (image.removes) {
     with_dtype(call.features.dtype, [&](auto dtype) {
       similarity_tile<kThreads, kTile, decltype(dtype)::value>(
-          features(), call.features.token_stride, call.channels, args.aligned, n, block_a, block_b,
-          memory, scratch().sim, static_cast<int32_t>(rounded(n, 16)));
+          features(), call.features.token_stride, call.channels, args.aligned, memory,
+          [&] { return Tile{image.n, image.block_a, image.block_b, scratch().sim}; });
     });
   }
 
   // Phase 2: the thread block that finishes the last tile of a block of tokens lists the neighbours
   // of these tokens.
-  bool last = !removes && arrive(scratch().done_blocks, blocks);
-  for (int32_t side = 0; side < (removes ? 1 + (block_a != block_b) : 0); ++side) {
-    const int32_t token_block = side == 0 ? block_a : block_b;
-    if (!arrive(scratch().done_tiles + token_block, blocks)) continue;
-    list_block<kWarps, kTile>(scratch(), n, token_block, memory);
-    last = arrive(scratch().done_blocks, blocks) || last;
+  bool last = !image.removes && arrive(scratch().done_blocks, image.blocks);
+#pragma unroll 1
+  for (int32_t side = 0; side < 2; ++side) {
+    const int32_t token_block = side == 0 ? image.block_a : image.block_b;
+    if (!image.removes || (side == 1 && image.block_a == image.block_b)) break;
+    if (!arrive(scratch().done_tiles + token_block, image.blocks)) continue;
+    list_block<kWarps, kTile>(scratch(), image.n, token_block, memory);
+    last = arrive(scratch().done_blocks, image.blocks) || last;
   }
   if (!last) return;
 
   // Phase 3: the thread block that finishes the last block of tokens of an image removes duplicates
   // and writes the answer.
-  if (removes) {
+  if (image.removes) {
     const ArenaOf<kVariant> arena = {memory, shared_memory() + args.shared_bytes, scratch().passes};
     remove_duplicates<kMatching, kVariant>(
         block, args, arena, computed(scratch().sim), scratch().lists, scratch().score_rank, image.n,

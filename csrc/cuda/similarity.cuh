@@ -119,13 +119,21 @@ struct Slice {
   }
 };
 
+// A tile of the similarities of n tokens, and where they go.
+struct Tile {
+  int32_t n;
+  int32_t block_a;
+  int32_t block_b;
+  int32_t* sim;
+};
+
 // Writes sim[i][j] and sim[j][i] for the tokens i of block a and j of block b: ordered keys,
-// kNoSimilarity on the diagonal and beyond column n; `ld` is n rounded up to 16. `memory`:
+// kNoSimilarity on the diagonal and beyond column n; a row has n keys rounded up to 16. `memory`:
 // kTileBytes of shared memory, which other threads may still read when this function returns.
-template <int32_t kThreads, int32_t kTile, DType kDType>
+// `tile`: returns the Tile; it is called twice, so that it takes no registers meanwhile.
+template <int32_t kThreads, int32_t kTile, DType kDType, class GetTile>
 __device__ void similarity_tile(const char* features, int64_t stride, int32_t channels,
-                                bool aligned, int32_t n, int32_t block_a, int32_t block_b,
-                                char* memory, int32_t* sim, int32_t ld) {
+                                bool aligned, char* memory, GetTile tile) {
   // The halves of a step, by block (0: a, 1: b) and half (0: high, 1: low).
   const auto half = [=](int32_t step, int32_t block, int32_t low) {
     return memory + (step % 2) * step_bytes(kTile) + (2 * block + low) * half_bytes(kTile);
@@ -144,6 +152,7 @@ __device__ void similarity_tile(const char* features, int64_t stride, int32_t ch
   const auto has_token = [=](int32_t e) {
     return kAllSlices >= (e + 1) * kThreads || mine(e) < 2 * kTile;
   };
+  const int32_t n = tile().n, block_a = tile().block_a, block_b = tile().block_b;
   Slice<kDType> slices[kEach];
   const char* rows[kEach];
   float scales[kEach];
@@ -189,8 +198,9 @@ __device__ void similarity_tile(const char* features, int64_t stride, int32_t ch
   // Phase 2: products of the halves. The tile has fragments of 16 x 8, which warps take in turns.
   constexpr int32_t kRows = kTile / 16, kFragments = kRows * kTile / 8, kWarps = kThreads / kWarp;
   constexpr int32_t kMine = (kFragments + kWarps - 1) / kWarps;
-  // Second ones of a small tile are for warps that have no token.
-  const auto fragment = [=](int32_t f) { return (warp_id() + 4 * f) % kWarps + f * kWarps; };
+  // The second ones of a small tile are for warps that have no token.
+  constexpr int32_t kShift = kAllSlices < kThreads ? 4 : 0;
+  const auto fragment = [=](int32_t f) { return (warp_id() + f * kShift) % kWarps + f * kWarps; };
   const auto has = [=](int32_t f) {
     return kFragments >= (f + 1) * kWarps || fragment(f) < kFragments;
   };
@@ -204,17 +214,22 @@ __device__ void similarity_tile(const char* features, int64_t stride, int32_t ch
   const int32_t from_a = (lane_id() % 8 + matrix % 2 * 8) * kPitch + matrix / 2 * 16;
   const int32_t from_b = matrix / 2 * half_bytes(kTile) + lane_id() % 8 * kPitch + matrix % 2 * 16;
   int32_t high[kMine][4] = {}, mixed[kMine][4] = {}, low[kMine][4] = {};
+  // The slice of the next step loads while this step is multiplied. For two slices there are no
+  // registers; there the other block of the multiprocessor has work meanwhile.
+  constexpr bool kLoadsAhead = kEach == 1;
   uint64_t squares[kEach] = {};
   const int32_t steps = (channels + kStep - 1) / kStep;
   const auto convert = [&](int32_t step) {
 #pragma unroll
     for (int32_t e = 0; e < kEach; ++e) {
       if (!has_token(e)) break;
+      if (!kLoadsAhead) slices[e].load(rows[e], step * kStep + channel, channels, aligned);
       const int32_t block = mine(e) / kTile, offset = mine(e) % kTile * kPitch + channel;
       squares[e] += slices[e].convert(scales[e], half(step, block, 0) + offset,
                                       half(step, block, 1) + offset);
-      // The next slice loads meanwhile.
-      slices[e].load(rows[e], (step + 1) * kStep + channel, channels, aligned);
+      if (kLoadsAhead) slices[e].load(rows[e], (step + 1) * kStep + channel, channels, aligned);
+      // One slice after the other.
+      if (kEach > 1) __syncwarp();
     }
   };
   const auto store_norms = [&] {
@@ -230,39 +245,41 @@ __device__ void similarity_tile(const char* features, int64_t stride, int32_t ch
       inverse_norm[mine(e)] = sum > 0 ? __fdiv_rn(1.0f, norm) : 0.0f;
     }
   };
+  // Loads for 32 channels, or for all of a step where there are registers, and then the products.
+  constexpr int32_t kAtOnce = kMine <= 2 ? kStep / 32 : 1;
   const auto multiply = [&](int32_t step) {
-    constexpr int32_t kParts = kStep / 32;
-    uint32_t a[kParts][2][4];
 #pragma unroll
-    for (int32_t f = 0; f < kMine; ++f) {
-      if (!has(f)) break;
-      uint32_t b[kParts][4];
+    for (int32_t first = 0; first < kStep; first += 32 * kAtOnce) {
+      uint32_t a[kAtOnce][2][4];
 #pragma unroll
-      for (int32_t k = 0; k < kParts; ++k) {
-        if (f == 0 || !kSameRows) {
-          load_matrices(a[k][0], half(step, 0, 0) + first_a(f) * kPitch + from_a + 32 * k);
-          load_matrices(a[k][1], half(step, 0, 1) + first_a(f) * kPitch + from_a + 32 * k);
+      for (int32_t f = 0; f < kMine; ++f) {
+        if (!has(f)) break;
+        uint32_t b[kAtOnce][4];
+#pragma unroll
+        for (int32_t k = 0; k < kAtOnce; ++k) {
+          const int32_t column = first + 32 * k;
+          if (f == 0 || !kSameRows) {
+            load_matrices(a[k][0], half(step, 0, 0) + first_a(f) * kPitch + from_a + column);
+            load_matrices(a[k][1], half(step, 0, 1) + first_a(f) * kPitch + from_a + column);
+          }
+          load_matrices(b[k], half(step, 1, 0) + first_b(f) * kPitch + from_b + column);
         }
-        load_matrices(b[k], half(step, 1, 0) + first_b(f) * kPitch + from_b + 32 * k);
-      }
 #pragma unroll
-      for (int32_t k = 0; k < kParts; ++k) {
-        mma_s8(high[f], a[k][0], b[k][0], b[k][1]);
-        // 2 * 65536 products of [-127, 127] and [0, 127] fit an int32.
-        mma_s8(mixed[f], a[k][0], b[k][2], b[k][3]);
-        mma_s8(mixed[f], a[k][1], b[k][0], b[k][1]);
-        mma_s8(low[f], a[k][1], b[k][2], b[k][3]);
+        for (int32_t k = 0; k < kAtOnce; ++k) {
+          mma_s8(high[f], a[k][0], b[k][0], b[k][1]);
+          // 2 * 65536 products of [-127, 127] and [0, 127] fit an int32.
+          mma_s8(mixed[f], a[k][0], b[k][2], b[k][3]);
+          mma_s8(mixed[f], a[k][1], b[k][0], b[k][1]);
+          mma_s8(low[f], a[k][1], b[k][2], b[k][3]);
+        }
       }
     }
   };
-#pragma unroll
-  for (int32_t e = 0; e < kEach; ++e) {
-    if (has_token(e)) slices[e].load(rows[e], channel, channels, aligned);
-  }
+  if (kLoadsAhead && has_token(0)) slices[0].load(rows[0], channel, channels, aligned);
   convert(0);
   // While one half of the warps converts the next step, the other half multiplies this one. A
   // scheduler has warps of both halves. Behind the last step come the norms.
-  const bool converts_first = warp_id() % 8 < 4;
+  const bool converts_first = kLoadsAhead && warp_id() % 8 < 4;
   const auto prepare = [&](int32_t step) {
     if (step < steps) {
       convert(step);
@@ -280,14 +297,16 @@ __device__ void similarity_tile(const char* features, int64_t stride, int32_t ch
   __syncthreads();
 
   // Phase 3: similarities and their keys.
+  const Tile place = tile();
+  const int32_t ld = (place.n + 15) / 16 * 16;
 #pragma unroll
   for (int32_t f = 0; f < kMine; ++f) {
     if (!has(f)) break;
     for (int32_t below = 0; below < 2; ++below) {
       const int32_t in_a = first_a(f) + lane_id() / 4 + 8 * below;
       const int32_t in_b = first_b(f) + lane_id() % 4 * 2;
-      const int32_t i = block_a * kTile + in_a;
-      const int32_t j = block_b * kTile + in_b;
+      const int32_t i = place.block_a * kTile + in_a;
+      const int32_t j = place.block_b * kTile + in_b;
       int32_t keys[2];
       for (int32_t e = 0; e < 2; ++e) {
         const int32_t s = 2 * below + e;
@@ -295,17 +314,17 @@ __device__ void similarity_tile(const char* features, int64_t stride, int32_t ch
             int64_t{high[f][s]} * (1 << 14) + int64_t{mixed[f][s]} * (1 << 7) + int64_t{low[f][s]};
         const float norms = __fmul_rn(inverse_norm[in_a], inverse_norm[kTile + in_b + e]);
         const float similarity = __fmul_rn(__ll2float_rn(gram), norms);
-        const bool pair = i < n && j + e < n && i != j + e;
+        const bool pair = i < place.n && j + e < place.n && i != j + e;
         keys[e] = pair ? ordered(similarity) : kNoSimilarity;
       }
       // Indices of 32 bits: there are at most 2^28 similarities.
-      if (i < n && j < ld) {
-        *reinterpret_cast<int2*>(sim + static_cast<uint32_t>(i * ld + j)) =
+      if (i < place.n && j < ld) {
+        *reinterpret_cast<int2*>(place.sim + static_cast<uint32_t>(i * ld + j)) =
             make_int2(keys[0], keys[1]);
       }
-      if (block_a == block_b || i >= ld) continue;
+      if (place.block_a == place.block_b || i >= ld) continue;
       for (int32_t e = 0; e < 2; ++e) {
-        if (j + e < n) sim[static_cast<uint32_t>((j + e) * ld + i)] = keys[e];
+        if (j + e < place.n) place.sim[static_cast<uint32_t>((j + e) * ld + i)] = keys[e];
       }
     }
   }
