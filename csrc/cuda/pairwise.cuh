@@ -109,7 +109,7 @@ struct Left {
   // A warp for each token.
   template <class Where, class Test, class Use>
   __device__ void check(int32_t n, Where where, Test test, Use use) {
-    constexpr int32_t kBatch = 16;
+    constexpr int32_t kBatch = 12;
 #pragma unroll 1
     for (int32_t i = warp_id(); i < n; i += kWarps) {
       if (!where(i)) continue;
