@@ -287,7 +287,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.attr("cuda_architectures") = VISPRUNER_KERNELS_CUDA_ARCHITECTURES;
   py::list variants;
   for (const Variant& v : kVariants) {
-    variants.append(py::dict(py::arg("tile") = v.tile, py::arg("fit") = static_cast<int>(v.fit),
+    variants.append(py::dict(py::arg("threads") = v.threads, py::arg("tile") = v.tile,
+                             py::arg("fit") = static_cast<int>(v.fit),
                              py::arg("at_once") = v.at_once, py::arg("compact") = v.compact));
   }
   m.attr("cuda_variants") = py::tuple(variants);

@@ -117,6 +117,7 @@ class CudaSelect(TypedDict):
     scratch: int
 
 class Variant(TypedDict):
+    threads: int
     tile: int
     fit: int
     at_once: int

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import variants
 from installed import needs_native
 
 from vispruner_kernels import _native
@@ -40,7 +41,8 @@ def test_no_load_uses_the_cache_that_is_not_coherent(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     text = ptx.read_text()
-    assert text.count(".entry") == 6
+    # For each rule.
+    assert text.count(".entry") == 2 * len(variants.native())
     assert "mma.sync.aligned.m16n8k32" in text
     assert "ld.global.nc" not in text
     # The contract has no fused multiply-add and no approximations.
@@ -139,7 +141,8 @@ OFFSETS = {"data": 0, "stride": 0}
 
 
 def cuda_call(images: int) -> dict[str, Any]:
-    numbers = dict.fromkeys(("total_keep", "indices", "kept", "scratch", "matching"), 0)
+    names = ("total_keep", "indices", "kept", "scratch", "matching", "variant")
+    numbers = dict.fromkeys(names, 0)
     return numbers | {
         "features": {"data": 0, "dtype": 1, "image_stride": 16384 * 8, "token_stride": 8},
         "scores": {"data": 0, "dtype": 1, "image_stride": 16384 * 8, "token_stride": 8},
@@ -238,6 +241,8 @@ def test_the_stub_has_the_fields_of_each_struct():
         calls["Offsets"] = lambda: core.cuda_select(call=offsets, device=0, stream=0)
     stub = fields_in_the_stub()
     assert stub["SelectRule"] == list(rule)
+    # Only results have it.
+    assert stub.pop("Variant") == list(variants.native()[0])
     assert stub.keys() - {"CudaSelect", "Offsets"} == calls.keys() - {"CudaSelect", "Offsets"}
     for name, call in calls.items():
         with pytest.raises(TypeError, match=f"^{name} {EXACTLY}: {' '.join(stub[name])}$"):
