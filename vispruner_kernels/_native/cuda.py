@@ -10,7 +10,7 @@ import functools
 import torch
 from torch import Tensor
 
-from vispruner_kernels import _native
+from vispruner_kernels import _native, _tuned
 from vispruner_kernels._native import _C, arguments
 
 
@@ -29,9 +29,11 @@ REASON = _reason()
 INSTALLED = not REASON
 
 
-# The number of a variant in `_C.cuda_variants`, counted from 1, for all calls; 0 leaves the choice to
-# the core. It changes no bit; tests and `benchmarks.tune` set it.
-VARIANT = 0
+# csrc/cuda/variants.h. All give the same bits.
+VARIANTS: tuple[_C.Variant, ...] = getattr(_C, "cuda_variants", ())
+# The number of a variant, counted from 1, for all calls. 0 leaves the choice to the core, and None
+# to tuned.json. Tests and `benchmarks.tune` set it.
+VARIANT: int | None = None
 _NO_OFFSETS: _C.Offsets = {"data": 0, "stride": 0}
 
 
@@ -42,6 +44,11 @@ def _offsets(x: Tensor) -> _C.Offsets:
 @functools.lru_cache(maxsize=1024)
 def _scratch_bytes(images: int, tokens: int, total: int, removes: bool) -> int:
     return _C.cuda_select_scratch(images=images, tokens=tokens, total=total, removes=removes)
+
+
+@functools.lru_cache(maxsize=1024)
+def _tuned_variant(device: int, images: int, tokens: int, matching: str) -> int:
+    return _tuned.number("native", VARIANTS, device, images, tokens, matching)
 
 
 def _device_and_stream(x: Tensor) -> tuple[int, int]:
@@ -69,6 +76,9 @@ def _select(
     size = _scratch_bytes(images, tokens, images * tokens, important < keep < tokens)
     scratch = torch.empty_strided((size,), (1,), dtype=torch.int8, device=device)
     device_index, stream = _device_and_stream(out)
+    variant = VARIANT
+    if variant is None:
+        variant = _tuned_variant(device_index, images, tokens, matching)
     _C.cuda_select(
         call={
             "features": arguments.tokens(features),
@@ -86,7 +96,7 @@ def _select(
             "step": min(step, tokens),
             "matching": arguments.MATCHINGS[matching],
             "eager_rounds": arguments.EAGER_ROUNDS,
-            "variant": VARIANT,
+            "variant": variant,
             "indices": out.data_ptr(),
             "kept": kept,
             "scratch": scratch.data_ptr(),
@@ -133,6 +143,9 @@ def select_varlen(
     size = _scratch_bytes(images, longest, total, True)
     scratch = torch.empty_strided((size,), (1,), dtype=torch.int8, device=features.device)
     device_index, stream = _device_and_stream(out)
+    variant = VARIANT
+    if variant is None:
+        variant = _tuned_variant(device_index, images, longest, matching)
     _C.cuda_select(
         call={
             "features": arguments.packed_tokens(features),
@@ -150,7 +163,7 @@ def select_varlen(
             "step": min(step, longest),
             "matching": arguments.MATCHINGS[matching],
             "eager_rounds": arguments.EAGER_ROUNDS,
-            "variant": VARIANT,
+            "variant": variant,
             "indices": out.data_ptr(),
             "kept": 0,
             "scratch": scratch.data_ptr(),

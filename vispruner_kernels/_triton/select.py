@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import struct
 
 import torch
@@ -9,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vispruner_kernels import _tuned
 from vispruner_kernels._checks import check_offsets
 from vispruner_kernels._triton import launch, topk
 from vispruner_kernels._triton.bipartite import DROPPED, IMPORTANT, SWEEP, bipartite
@@ -32,6 +34,11 @@ BLOCK_N, BLOCK_BYTES, NEIGHBOURS = 32, 128, 32
 # From so many tokens in all images on, larger tiles, which read features half as often
 # (docs/measured.md). Below, they would be too few to keep a GPU busy.
 MANY_TOKENS, MANY_BLOCK_N = 8192, 64
+# All give the same bits.
+VARIANTS = [{"block_n": n} for n in (BLOCK_N, MANY_BLOCK_N)]
+# The number of a variant, counted from 1, for all calls. 0 leaves the choice to
+# `_suit_large_tiles`, and None to tuned.json. Tests and `benchmarks.tune` set it.
+VARIANT: int | None = None
 NUM_WARPS = 8
 # The most tokens whose similarities fit the registers of a program; older compilers need more
 # registers.
@@ -324,7 +331,7 @@ def _launch(
     channels, strides = features.shape[-1], features.stride()
     # Loads that are not vectors need a register per address.
     aligned = (channels | strides[0] | strides[-2]) % 16 == 0 and features.data_ptr() % 16 == 0
-    block = MANY_BLOCK_N if aligned and _suit_large_tiles(features, total) else BLOCK_N
+    block = _block(features, images, max_tokens, matching) if aligned else BLOCK_N
     grid, sim_size, array_size, words = layout(images, total, max_tokens, block, NEIGHBOURS)
     cu_seqlens, cu_keep = offsets or (out, out)
     args = (
@@ -375,6 +382,22 @@ def _launch(
     blocks = triton.cdiv(max_tokens, block)
     for phase, programs in ((TILES, grid), (LISTS, images * blocks), (PASSES, images)):
         launch.run(_select_kernel, programs, features, *args, PHASE=phase.value, **meta)
+
+
+@functools.lru_cache(maxsize=1024)
+def _tuned_variant(device: int, images: int, tokens: int, matching: str) -> int:
+    return _tuned.number("triton", VARIANTS, device, images, tokens, matching)
+
+
+def _block(features: Tensor, images: int, max_tokens: int, matching: str) -> int:
+    """Tokens along one side of a tile, for aligned features, as tuned.json has measured them."""
+    variant = VARIANT
+    if variant is None:
+        variant = _tuned_variant(features.get_device(), images, max_tokens, matching)
+    if variant:
+        return VARIANTS[variant - 1]["block_n"]
+    total = features.numel() // features.shape[-1]
+    return MANY_BLOCK_N if _suit_large_tiles(features, total) else BLOCK_N
 
 
 def _suit_large_tiles(features: Tensor, total: int) -> bool:
