@@ -57,7 +57,7 @@ VLLM_PIP := .venv/vllm/bin/python -m pip --disable-pip-version-check
 WITH_CUDA := $(if $(shell command -v nvcc),1,auto)
 CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: help demo test test-again test-slow test-triton test-aot test-kernels test-kernels-changed test-oldest test-newest test-vllm test-gpu dev dev-vllm lock lint bench bench-gpu dist-test clean
+.PHONY: help demo test test-again test-slow test-triton test-aot test-kernels test-kernels-changed test-oldest test-newest test-vllm test-gpu dev dev-vllm lock lint bench bench-gpu tune-gpu dist-test clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-20s %s\n", $$1, $$2}' Makefile
@@ -125,7 +125,7 @@ test-newest: dev ## test the integration and the operators with the newest versi
 test-vllm: dev dev-vllm ## test the plugin in real engines and servers of vLLM, on the CPU
 	.venv/vllm/bin/python -m pytest $(PYTEST_ARGS) tests/integrations/test_vllm*.py
 
-# The next two targets also run without .venv: with PYTHON=..., which must have PyTorch, Triton and
+# The next three targets also run without .venv: with PYTHON=..., which must have PyTorch, Triton and
 # pytest, they install nothing.
 OWN := $(filter file,$(origin PYTHON))
 GPU_PY := $(if $(OWN),$(PY),$(PYTHON))
@@ -139,6 +139,9 @@ bench-gpu: $(if $(OWN),dev) ## run the benchmarks on this machine's GPU; writes 
 	bench attention $(BENCH_ARGS); bench scores $(BENCH_ARGS); bench llava $(LLAVA_ARGS); \
 	bench backends $(BENCH_ARGS); bench select $(BENCH_ARGS); \
 	[ -z "$$failed" ] || { echo "make: failed:$$failed" >&2; exit 1; }
+
+tune-gpu: $(if $(OWN),dev) ## time every variant of the GPU kernels; writes vispruner_kernels/tuned.json (PYTHON=...)
+	$(GPU_PY) -m benchmarks.tune --device cuda --write --json $(BENCH_ARGS)
 
 dev: .venv/stamp-native ## create or update .venv: dependencies, tools, the package (editable), the C++ core
 

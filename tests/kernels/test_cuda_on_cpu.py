@@ -16,6 +16,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -24,6 +25,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+import variants
 
 ROOT = Path(__file__).parents[2]
 SUPPORT = ROOT / "tests" / "support"
@@ -218,6 +220,26 @@ def test_contradictory_offsets_stay_in_bounds(library):
 def test_pairwise_with_hubs_gives_the_bits_of_the_core(library):
     """A hub is a token that is the nearest of most others. Groups of equal tokens are here too."""
     assert run(library, hubs=[0, 1, 64], tokens=210, seed=5, shared=SHARED["some"]) == 42
+
+
+@pytest.mark.kernels
+def test_tuning_checks_and_times_every_variant(library, tmp_path):
+    """A stand-in for a GPU takes as long as this CPU, so the times mean nothing."""
+    file = tmp_path / "tuned.json"
+    todo = {"tune": [str(file), [[2, 66, 8, 20], [1, 700, 8, 96]]], "seed": 6}
+    done = emulate(library, **todo, shared=SHARED["some"])
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = re.findall(r"^emulated .* native +\d+ +(.*?)  ", done.stdout, re.MULTILINE)
+    names = [", ".join(f"{k} {n}" for k, n in each.items()) for each in variants.native()]
+    # For each shape and matching the launcher's choice, then all variants.
+    assert found == ["own", *names] * 4
+    assert "does not fit" in done.stdout
+    rows = json.loads(file.read_text())
+    sizes = [(row["matching"], row["images"], row["tokens"]) for row in rows["native"]]
+    assert sizes == [
+        (name, *size) for name in ("bipartite", "pairwise") for size in ((1, 700), (2, 66))
+    ]
+    assert rows["triton"] == []
 
 
 @pytest.mark.kernels
