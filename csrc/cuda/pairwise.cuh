@@ -158,7 +158,7 @@ struct Left {
         if (j + e > i && rival >> 16 < own) found.behind = j + e;
       }
     }
-    // What lies behind the last token may be in a group.
+    // Memory behind the last token may hold the number of the group.
     found.behind = smaller(found.behind, n);
     return found;
   }

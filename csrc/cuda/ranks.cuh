@@ -167,7 +167,7 @@ struct Ranks {
     return rank;
   }
 
-  // What keys that found no room add to a rank.
+  // The share of a rank that comes from keys without room.
   __device__ int32_t rank_among_homeless(const Buckets& in, int32_t i) const {
     const int32_t key = keys[i], bucket = buckets[i], count = *in.homeless;
     int32_t rank = 0;
