@@ -231,7 +231,7 @@ def stay_in_bounds(seeds: range, total: int, memory: Memory) -> int:
         offsets = random_offsets(rng, count, total), random_offsets(rng, count, total)
         sizes = rng.choice([3, 70, 157, 16383]), rng.randint(1, total)
         rule = rng.choice([0.2, 0.5, 1.0]), 8, rng.choice(["bipartite", "pairwise"])
-        got = cuda.select_varlen(features, scores, *offsets, *sizes, *rule)
+        got = call(seed, "select_varlen", (features, scores, *offsets, *sizes, *rule))
         memory.run(False)
         assert ((got >= 0) & (got < total)).all(), (seed, got)
         memory.check()

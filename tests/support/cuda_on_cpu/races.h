@@ -173,10 +173,11 @@ __attribute__((used)) inline void __tsan_vptr_update(void**, void*) {}
 CUDA_ON_CPU_RAW __attribute__((used)) inline char __tsan_atomic8_load(const volatile char* p, int) {
   return __atomic_load_n(p, __ATOMIC_SEQ_CST);
 }
-CUDA_ON_CPU_RAW __attribute__((used)) inline int __tsan_atomic32_load(const volatile int* p, int) {
+CUDA_ON_CPU_RAW __attribute__((used)) inline long __tsan_atomic64_load(const volatile long* p,
+                                                                       int) {
   return __atomic_load_n(p, __ATOMIC_SEQ_CST);
 }
-CUDA_ON_CPU_RAW __attribute__((used)) inline void __tsan_atomic32_store(volatile int* p, int x,
+CUDA_ON_CPU_RAW __attribute__((used)) inline void __tsan_atomic64_store(volatile long* p, long x,
                                                                         int) {
   __atomic_store_n(p, x, __ATOMIC_SEQ_CST);
 }
