@@ -66,7 +66,8 @@ def resources(library: str) -> list[dict[str, str]]:
 def test_every_architecture_is_in_the_build_and_nothing_spills():
     names = _native._C.cuda_architectures.split()
     found = resources(_native._C.__file__)
-    assert len(found) == 6 * len(names) > 0
+    # For each rule.
+    assert len(found) == 2 * len(_native._C.cuda_variants) * len(names) > 0
     assert {kernel["arch"] for kernel in found} == {f"sm_{name}" for name in names}
     for kernel in found:
         print(kernel)
@@ -253,6 +254,7 @@ def test_the_stub_has_the_fields_of_each_struct():
 
 
 @needs_cuda_build
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU; test_cuda_grid.py emulates one")
 def test_refuses_a_grid_that_is_too_large():
     with pytest.raises(ValueError, match="2155872256 blocks, expected at most 2147483647"):
         launch(2**16)
