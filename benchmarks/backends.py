@@ -107,12 +107,7 @@ def case(shape: shapes.Shape, options: argparse.Namespace) -> harness.Rows:
     rows = []
     for matching in MATCHINGS:
         row: dict[str, Any] = {
-            "shape": shape.name,
-            "B": shape.batch,
-            "N": shape.tokens,
-            "C": shape.channels,
-            "keep": shape.keep,
-            "dtype": str(shape.dtype).removeprefix("torch."),
+            **shape.columns(),
             "matching": matching,
             "clock": clock,
         }

@@ -137,12 +137,7 @@ def case(shape: shapes.Shape, options: argparse.Namespace, compiled: bool = Fals
         ours = results[matching]
         seconds = ours.seconds(main)
         row: dict[str, Any] = {
-            "shape": shape.name,
-            "B": shape.batch,
-            "N": shape.tokens,
-            "C": shape.channels,
-            "keep": shape.keep,
-            "dtype": str(shape.dtype).removeprefix("torch."),
+            **shape.columns(),
             "matching": matching,
             **harness.times(ours, device, "ours "),
             "GMAC/s": harness.share(products(shape) / 1e9, seconds),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,6 +16,17 @@ class Shape(NamedTuple):
     channels: int
     keep: int
     dtype: torch.dtype = torch.float32
+
+    def columns(self) -> dict[str, Any]:
+        """The first columns of a row about this shape."""
+        return {
+            "shape": self.name,
+            "B": self.batch,
+            "N": self.tokens,
+            "C": self.channels,
+            "keep": self.keep,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
 
 
 class Sequence(NamedTuple):

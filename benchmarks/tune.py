@@ -141,12 +141,7 @@ def case(shape: shapes.Shape, options: argparse.Namespace) -> harness.Rows:
         variant = launcher(backend).VARIANTS[number - 1] if number else {}
         rows.append(
             {
-                "shape": shape.name,
-                "B": shape.batch,
-                "N": shape.tokens,
-                "C": shape.channels,
-                "keep": shape.keep,
-                "dtype": str(shape.dtype).removeprefix("torch."),
+                **shape.columns(),
                 "matching": matching,
                 "backend": backend,
                 "number": number,
