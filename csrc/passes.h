@@ -55,6 +55,8 @@ struct PairwiseArrays {
   uint16_t* partner;
   // [n + 1] See find_next and remove_alike. A search may use it as well.
   uint16_t* next;
+  // [n] See remove_alike. A search may use it as well.
+  uint16_t* spoilt;
   // [n] The key of a token and its partner. It stays when the token is removed. After
   // `eager_rounds` rounds it is an upper bound for an orphaned token that has not searched again.
   int64_t* pair;
@@ -69,7 +71,8 @@ constexpr uint16_t kNoPartner = 0xffff;
 template <class Block, class Left>
 VISPRUNER_HD int32_t remove_alike(Block& block, Left& left, int32_t n, PairwiseArrays arrays) {
   const uint16_t* const score_rank = arrays.score_rank;
-  uint16_t* const partner = arrays.partner;
+  const uint16_t* const partner = arrays.partner;
+  uint16_t* const spoilt = arrays.spoilt;
   int64_t* const pair = arrays.pair;
   // The first token of the group of each token, or kNoPartner. A partner is the first one of
   // several.
@@ -77,10 +80,10 @@ VISPRUNER_HD int32_t remove_alike(Block& block, Left& left, int32_t n, PairwiseA
   block.each(n, [=](int32_t i) {
     const bool has_group = left.has(i) && partner[i] != kNoPartner;
     group[i] = !has_group ? kNoPartner : partner[i] < i ? partner[i] : static_cast<uint16_t>(i);
+    spoilt[i] = 0;
   });
   // A token spoils its group if it is not as similar to all of it, or as similar to another token.
-  // It marks the partner of the first one: several calls make the same mark.
-  constexpr uint16_t kSpoilt = 0x8000;
+  // Several tokens may store the same mark.
   const auto similarity_of = [=](int32_t i) {
     return static_cast<int32_t>(pair[i] >> (2 * kIndexBits));
   };
@@ -91,10 +94,10 @@ VISPRUNER_HD int32_t remove_alike(Block& block, Left& left, int32_t n, PairwiseA
           return (similarity == own) == (group[j] == first);
         };
       },
-      [=](int32_t i) { partner[group[i]] = static_cast<uint16_t>(partner[group[i]] | kSpoilt); });
-  const int32_t removed = left.remove(n, [=](int32_t i) {
+      [=](int32_t i) { spoilt[group[i]] = 1; });
+  return left.remove(n, [=](int32_t i) {
     const int32_t first = group[i];
-    if (first == kNoPartner || (partner[first] & kSpoilt)) return false;
+    if (first == kNoPartner || spoilt[first]) return false;
     const Rivals rivals = left.rivals(n, i, group, score_rank);
     const bool loses = rivals.before >> 16 < score_rank[i];
     if (!loses && rivals.behind == n) return false;
@@ -102,10 +105,6 @@ VISPRUNER_HD int32_t remove_alike(Block& block, Left& left, int32_t n, PairwiseA
                        loses ? static_cast<int32_t>(rivals.before & 0xffff) : rivals.behind);
     return true;
   });
-  block.each(n, [=](int32_t i) {
-    if (group[i] != kNoPartner) partner[i] = static_cast<uint16_t>(partner[i] & ~kSpoilt);
-  });
-  return removed;
 }
 
 // The pairwise rule, in rounds: removes tokens until `drop` are removed. A round removes the less

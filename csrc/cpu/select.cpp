@@ -48,9 +48,10 @@ void remove_duplicates(const Simd& simd, const Rows& features, int64_t channels,
   std::fill(mask.begin(), mask.begin() + n, INT32_MAX);
   Left left{&simd, &block, sim.get(), ld, mask.data()};
   const std::vector<uint16_t> rank(score_rank.begin(), score_rank.end());
-  std::vector<uint16_t> partner(n), next(n + 1);
+  std::vector<uint16_t> partner(n), next(n + 1), spoilt(n);
   std::vector<int64_t> pair(n);
-  const PairwiseArrays arrays = {rank.data(), partner.data(), next.data(), pair.data()};
+  const PairwiseArrays arrays = {rank.data(), partner.data(), next.data(), spoilt.data(),
+                                 pair.data()};
   pairwise(block, left, n, n - keep, rule.eager_rounds, arrays,
            [&](int32_t i) { *out++ = tokens[i]; });
 }

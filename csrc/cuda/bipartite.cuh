@@ -5,6 +5,8 @@
 
 #include "cuda/neighbours.cuh"
 #include "cuda/ranks.cuh"
+#include "cuda/scratch.cuh"
+#include "cuda/variants.h"
 
 namespace vispruner {
 
@@ -22,42 +24,87 @@ struct Compact {
   uint16_t* tokens;
   // [capacity] Allows the rows that are in b.
   int32_t* mask;
+
+  // In shared memory: the compiler would not know where a pointer that is loaded points.
+  __device__ static Compact at(int32_t offset, int32_t capacity) {
+    int32_t* const sim = reinterpret_cast<int32_t*>(shared_memory() + offset);
+    int32_t* const mask = sim + capacity * capacity;
+    return {capacity, sim, reinterpret_cast<uint16_t*>(mask + capacity), mask};
+  }
 };
 
 // Up to this many tokens, a warp reads the rows itself for which its lists have no answer: they are
 // few, and a barrier would take longer.
 constexpr int32_t kInline = 1024;
 
+// Near lists are renewed when one of this many tokens has been removed.
+constexpr int32_t kRenew = 3;
+
+// Buckets follow the distribution of similarities each time after this many passes.
+constexpr int32_t kAdapt = 8;
+
 // The largest compact matrix has this many rows.
 constexpr int32_t kMostCompact = 192;
 static_assert(kMostCompact % 64 == 0, "two columns for each lane of a warp");
 
+// Sizes of buckets: for few tokens if all lists are in shared memory or blocks are small.
+template <int32_t kThreads, Fit kFit>
+using SizesOf = std::conditional_t < kFit == Fit::kAll || kThreads<512, TreeSizes, ScannedSizes>;
+
+// No token.
+constexpr int32_t kNone = 0xffff;
+
 // The arrays of the passes of one image of n tokens, of which at most `residual` are left.
+// Not used in every pass. This is in shared memory, because it would take registers.
+struct Rare {
+  // [n][ld] Ordered keys of the similarities of all n tokens; see ImageScratch.
+  const int32_t* sim;
+  int32_t ld;
+  int32_t n;
+  LongLists all;
+  // For near lists.
+  Arena<false> memory;
+  // [n + 1] The token of each row of `sim`, or kNone. Not if all lists are in shared memory.
+  uint16_t* numbers;
+  // Where a compact matrix begins in shared memory, and its capacity. It may overlap lists.
+  int32_t compact;
+  int32_t compact_capacity;
+  // As in remove_duplicates.
+  Bits kept;
+  const int32_t* score_rank;
+  int32_t important;
+  int32_t first_index;
+  int64_t* out;
+};
+
+template <class Sizes>
 struct BipartiteArrays {
   // [residual] The tokens that are left, and those of the next pass.
   uint16_t* tokens;
   uint16_t* next;
+  // [residual] The row of each token in the matrix of similarities, if tokens are numbered.
+  uint16_t* names;
   // The tokens of b. It has a bit for a token n, too, which is never set.
   Bits b;
   // How many tokens of a have lists without a token of b.
   int32_t* waits;
-  // Two times Buckets::kBytes.
-  char* buckets;
+  Rare* rare;
   // For (residual + 1) / 2 keys.
-  Ranks ranks;
+  Ranks<Sizes> ranks;
 };
 
 // The passes of one image by one thread block.
-// kAtOnce: entries of a list that are tested at once.
-template <int32_t kThreads, int32_t kAtOnce>
+// kAtOnce: entries of a list that are tested at once. kFit: what is in shared memory.
+template <int32_t kThreads, int32_t kAtOnce, Fit kFit>
 struct Bipartite {
+  static constexpr bool kShared = kFit == Fit::kAll;
+  // Tokens of a that a thread has at a time, at most. More would not fit in its registers.
+  static constexpr int32_t kMostEach = kShared ? 1 : kFit == Fit::kCodes ? 3 : 2;
+  static constexpr int32_t kLong = long_list_of(kThreads);
+  using Sizes = SizesOf<kThreads, kFit>;
   static constexpr int32_t kWarps = kThreads / kWarp;
   static_assert(kThreads >= kCells, "a thread for each cell");
 
-  // [n][ld] Ordered keys of the similarities; see ImageScratch.
-  const int32_t* sim;
-  int32_t ld;
-  int32_t n;
   // Tokens that are left; tokens to keep; tokens to remove in a pass.
   int32_t left;
   int32_t keep;
@@ -65,79 +112,186 @@ struct Bipartite {
   // As in BipartiteArrays; tokens and next are swapped in every pass.
   uint16_t* tokens;
   uint16_t* next;
+  uint16_t* names;
   Bits b;
   int32_t* waits;
-  // Whether all warps share the rows that have to be read.
-  bool shares;
+  const Rare* rare;
+  Ranks<Sizes> ranks;
   int32_t pass = 0;
 
+  // The row of a token in the matrix of similarities.
+  __device__ uint32_t name_of(int32_t token) const {
+    return static_cast<uint32_t>(kShared ? token : names[token]);
+  }
+
+  // Calls f(std::integral_constant<int32_t, e>{}): a thread has e tokens of a at a time.
+  template <class F>
+  __device__ void with_each(int32_t size_a, F f) {
+    if (kMostEach == 1 || size_a <= kThreads) {
+      f(std::integral_constant<int32_t, 1>{});
+    } else if (kMostEach > 2 && size_a <= 2 * kThreads) {
+      f(std::integral_constant<int32_t, 2>{});
+    } else {
+      f(std::integral_constant<int32_t, kMostEach>{});
+    }
+  }
+
   // Searches the lists of a, and ranks what it finds.
-  __device__ void search(const Ranks& ranks, const Buckets& buckets, NeighbourLists lists,
-                         int32_t size_a) {
+  template <int32_t kEach>
+  __device__ void search_near(const NearLists& lists, int32_t size_a) {
+#pragma unroll 1
+    for (int32_t first = warp_id() * kWarp; first < size_a; first += kEach * kThreads) {
+      int32_t i[kEach], token[kEach], k[kEach], keys[kEach];
+      bool found[kEach];
+#pragma unroll
+      for (int32_t e = 0; e < kEach; ++e) {
+        i[e] = first + e * kThreads + lane_id();
+        token[e] = tokens[2 * smaller(i[e], size_a - 1)];
+      }
+      lists.first_in<kAtOnce>(b, token, k);
+#pragma unroll
+      for (int32_t e = 0; e < kEach; ++e) {
+        keys[e] = k[e] < kNear ? lists.key(token[e], k[e]) : kNoSimilarity;
+      }
+#pragma unroll
+      for (int32_t e = 0; e < kEach; ++e) {
+        const bool inside = i[e] < size_a;
+        found[e] = inside && keys[e] != kNoSimilarity;
+        // The answer is in the row. `next` is written in phase 2 only.
+        if (inside && !found[e]) {
+          next[atomicAdd(waits, 1)] = static_cast<uint16_t>(i[e]);
+        }
+      }
+      ranks.insert(i, keys, found);
+    }
+  }
+  __device__ void search(const NearLists& lists, int32_t size_a) {
+    with_each(size_a, [&](auto each) { search_near<decltype(each)::value>(lists, size_a); });
+    __syncthreads();
+    const int32_t count = *waits;
+    if (count > 0) read_rows(count);
+  }
+  // Ranks the largest similarities of those tokens of a whose lists have no answer.
+  __device__ void read_rows(int32_t count) {
+#pragma unroll 1
+    for (int32_t w = warp_id(); w < count; w += kWarps) {
+      const int32_t i = next[w], token = tokens[2 * i];
+      const int32_t rows[1] = {token};
+      int32_t keys[1] = {far_max(token)};
+      if (keys[0] == kNoSimilarity) row_max(rows, keys);
+      if (lane_id() == 0) ranks.insert(i, keys[0]);
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) *waits = 0;
+  }
+  // The largest similarity of a token to a token of b in its long list, or kNoSimilarity.
+  __device__ int32_t far_max(int32_t token) const {
+    const int32_t from = names[token] * kLong + lane_id();
+    constexpr int32_t kEach = kLong / kWarp;
+    const uint16_t* const numbers = rare->numbers;
+    int32_t others[kEach], keys[kEach];
+#pragma unroll
+    for (int32_t e = 0; e < kEach; ++e) {
+      others[e] = rare->all.tokens[from + e * kWarp];
+      keys[e] = load_now(rare->all.keys + (from + e * kWarp));
+    }
+    int32_t largest = kNoSimilarity;
+#pragma unroll
+    for (int32_t e = 0; e < kEach; ++e) {
+      const int32_t number = numbers[others[e]];
+      const bool in_b = number != kNone && b.has(number != kNone ? number : 0);
+      largest = larger(largest, in_b ? keys[e] : kNoSimilarity);
+    }
+    return __reduce_max_sync(kAllLanes, largest);
+  }
+  __device__ void search(const NeighbourLists& lists, int32_t size_a) {
 #pragma unroll 1
     for (int32_t first = warp_id() * kWarp; first < size_a; first += kThreads) {
       const int32_t i = first + lane_id();
       const int32_t token = tokens[2 * smaller(i, size_a - 1)];
-      const int32_t k = lists.first_in<kAtOnce>(b, token, i < size_a);
+      const int32_t k = lists.first_in<kAtOnce>(b, token);
       int32_t key = k < kListed ? lists.key(token, k) : kNoSimilarity;
-      // If a list has no token of b, the answer is in the row.
-      const bool fails = k == kListed;
-      if (shares) {
-        // `next` is written in phase 2 only.
-        if (fails) next[atomicAdd(waits, 1)] = static_cast<uint16_t>(i);
-        if (fails || i >= size_a) continue;
-      } else {
-        for (uint32_t left = __ballot_sync(kAllLanes, fails); left; left &= left - 1) {
-          // The first two.
-          const int32_t lane = __ffs(left) - 1;
-          left &= left - 1;
-          const int32_t other = left ? __ffs(left) - 1 : lane;
-          const int2 largest =
-              row_max(__shfl_sync(kAllLanes, token, lane), __shfl_sync(kAllLanes, token, other));
-          key = lane_id() == lane ? largest.x : lane_id() == other ? largest.y : key;
-        }
+      // If a list has no token of b, the answer is in the row: a barrier would take longer than to
+      // read it.
+      for (uint32_t left = __ballot_sync(kAllLanes, k == kListed && i < size_a); left;
+           left &= left - 1) {
+        // The first two.
+        const int32_t lane = __ffs(left) - 1;
+        left &= left - 1;
+        const int32_t other = left ? __ffs(left) - 1 : lane;
+        const int32_t rows[2] = {__shfl_sync(kAllLanes, token, lane),
+                                 __shfl_sync(kAllLanes, token, other)};
+        int32_t keys[2];
+        row_max(rows, keys);
+        key = lane_id() == lane ? keys[0] : lane_id() == other ? keys[1] : key;
       }
-      if (i < size_a) ranks.insert(buckets, i, key);
+      if (i < size_a) ranks.insert(i, key);
     }
-    if (!shares) return;
     __syncthreads();
-    const int32_t count = *waits;
-#pragma unroll 1
-    for (int32_t w = 2 * warp_id(); w < count; w += 2 * kWarps) {
-      const int32_t i = next[w], other = next[smaller(w + 1, count - 1)];
-      const int2 largest = row_max(tokens[2 * i], tokens[2 * other]);
-      if (lane_id() == 0) ranks.insert(buckets, i, largest.x);
-      if (lane_id() == 0 && other != i) ranks.insert(buckets, other, largest.y);
-    }
   }
 
-  // Phase 2 of a pass: a by descending similarity without its first `drop` tokens, then b
+  // Phases 2 and 3 of a pass: a by descending similarity without its first `drop` tokens, then b
   // unchanged. use(token, position, whether the token was in b): position is negative if the token
   // is removed.
   template <class Use>
-  __device__ void reorder(const BipartiteArrays& arrays, int32_t size_a, int32_t drop, Use use) {
-    const Buckets buckets(arrays.buckets + (pass & 1) * Buckets::kBytes);
-    const Buckets others(arrays.buckets + (~pass & 1) * Buckets::kBytes);
-#pragma unroll 1
-    for (int32_t i = threadIdx.x; i < size_a; i += kThreads) {
-      const int32_t token = tokens[2 * i];
-      const int32_t position = arrays.ranks.rank(buckets, i, size_a) - drop;
-      if (position >= 0) next[position] = static_cast<uint16_t>(token);
-      use(token, position, false);
+  __device__ void reorder(int32_t size_a, int32_t drop, Use use) {
+    if constexpr (Sizes::kScans) {
+      if (warp_id() < Sizes::kWarps) ranks.sizes.scan();
+      constexpr int32_t kOthers = kThreads - Sizes::kWarps * kWarp;
+      move_b<kOthers == 0 ? kThreads : kOthers, kThreads>(size_a, drop, use);
+      __syncthreads();
     }
-    // Last what the warps do that have few tokens of a or none.
-    if (threadIdx.x < kThreads / 2) return;
-    if (warp_id() == kWarps - 1) arrays.ranks.adapt(buckets, size_a);
-    others.clear(threadIdx.x - kThreads / 2, kThreads / 2);
-    move_b(size_a, drop, use);
-  }
-  template <class Use>
-  __device__ void move_b(int32_t size_a, int32_t drop, Use use) {
+    with_each(size_a, [&](auto each) {
+      constexpr int32_t kEach = decltype(each)::value;
 #pragma unroll 1
-    for (int32_t i = kThreads - 1 - threadIdx.x; i < left >> 1; i += kThreads / 2) {
-      const int32_t token = tokens[2 * i + 1], position = size_a - drop + i;
-      next[position] = static_cast<uint16_t>(token);
-      use(token, position, true);
+      for (int32_t first = warp_id() * kWarp; first < size_a; first += kEach * kThreads) {
+        int32_t i[kEach], token[kEach], rank[kEach];
+#pragma unroll
+        for (int32_t e = 0; e < kEach; ++e) {
+          i[e] = smaller(first + e * kThreads + lane_id(), size_a - 1);
+          token[e] = tokens[2 * i[e]];
+        }
+        ranks.rank(i, size_a, rank);
+#pragma unroll
+        for (int32_t e = 0; e < kEach; ++e) {
+          if (first + e * kThreads + lane_id() >= size_a) continue;
+          const int32_t position = rank[e] - drop;
+          if (position >= 0) next[position] = static_cast<uint16_t>(token[e]);
+          use(token[e], position, false);
+        }
+      }
+    });
+    // By the last warps, which have fewer tokens of a or none.
+    const int32_t last = static_cast<int32_t>(threadIdx.x) - (kThreads - kCells);
+    if (last < 0) return;
+    if (pass % kAdapt == 0) ranks.adapt(last, size_a);
+    if constexpr (!Sizes::kScans) {
+      ranks.sizes.clear_other(last, kCells);
+      move_b<kCells, kCells>(size_a, drop, use);
+    }
+  }
+  // Moves the tokens of b, by the last kCalling threads. The last kMovers of them have the first
+  // tokens, because the others have other work before.
+  template <int32_t kMovers, int32_t kCalling, class Use>
+  __device__ void move_b(int32_t size_a, int32_t drop, Use use) {
+    static_assert(kCalling == kMovers || kCalling == 2 * kMovers);
+    constexpr int32_t kBatch = Sizes::kScans ? 4 : 1;
+    const int32_t size_b = left >> 1, thread = kThreads - 1 - threadIdx.x;
+#pragma unroll 1
+    for (int32_t first = thread < kMovers ? thread : thread + (kBatch - 1) * kMovers;
+         first < size_b; first += kBatch * kCalling) {
+      int32_t token[kBatch];
+#pragma unroll
+      for (int32_t e = 0; e < kBatch; ++e) {
+        token[e] = tokens[2 * smaller(first + e * kMovers, size_b - 1) + 1];
+      }
+#pragma unroll
+      for (int32_t e = 0; e < kBatch; ++e) {
+        const int32_t i = first + e * kMovers, position = size_a - drop + i;
+        if (i >= size_b) break;
+        next[position] = static_cast<uint16_t>(token[e]);
+        use(token[e], position, true);
+      }
     }
   }
   __device__ void end_pass(int32_t drop) {
@@ -145,89 +299,229 @@ struct Bipartite {
     tokens = next;
     next = swapped;
     left -= drop;
+    ranks.sizes.turn();
     ++pass;
   }
   __device__ int32_t drop_of(int32_t size_a) const {
     return smaller(smaller(step, left - keep), size_a);
   }
 
-  // The largest similarity of each of two tokens to a token of b, from their rows, by a warp.
-  __device__ int2 row_max(int32_t token, int32_t other) const {
+  // The largest similarity of each of kRows tokens to a token of b, from their rows, by a warp.
+  template <int32_t kRows>
+  __device__ void row_max(const int32_t (&token)[kRows], int32_t (&largest)[kRows]) const {
+    const int32_t* const sim = rare->sim;
     // Indices of 32 bits: there are at most 2^28 similarities.
-    const uint32_t row = static_cast<uint32_t>(token * ld);
-    const uint32_t other_row = static_cast<uint32_t>(other * ld);
+    uint32_t rows[kRows];
+#pragma unroll
+    for (int32_t r = 0; r < kRows; ++r) {
+      rows[r] = static_cast<uint32_t>(name_of(token[r]) * rare->ld);
+      largest[r] = kNoSimilarity;
+    }
     const int32_t size_b = left >> 1;
-    int2 largest = make_int2(kNoSimilarity, kNoSimilarity);
     // A batch of loads without a condition between them.
     constexpr int32_t kBatch = 6;
 #pragma unroll 1
     for (int32_t first = lane_id(); first < size_b + lane_id(); first += kBatch * kWarp) {
       uint32_t columns[kBatch];
-      int2 keys[kBatch];
+      int32_t keys[kBatch][kRows];
 #pragma unroll
       for (int32_t k = 0; k < kBatch; ++k) {
-        columns[k] = tokens[2 * smaller(first + k * kWarp, size_b - 1) + 1];
+        columns[k] = name_of(tokens[2 * smaller(first + k * kWarp, size_b - 1) + 1]);
       }
       keep_loads_before();
 #pragma unroll
       for (int32_t k = 0; k < kBatch; ++k) {
-        keys[k] =
-            make_int2(load_now(sim + (row + columns[k])), load_now(sim + (other_row + columns[k])));
+#pragma unroll
+        for (int32_t r = 0; r < kRows; ++r) keys[k][r] = load_now(sim + (rows[r] + columns[k]));
       }
 #pragma unroll
       for (int32_t k = 0; k < kBatch; ++k) {
-        largest = make_int2(larger(largest.x, keys[k].x), larger(largest.y, keys[k].y));
+#pragma unroll
+        for (int32_t r = 0; r < kRows; ++r) largest[r] = larger(largest[r], keys[k][r]);
       }
     }
-    return make_int2(__reduce_max_sync(kAllLanes, largest.x),
-                     __reduce_max_sync(kAllLanes, largest.y));
+#pragma unroll
+    for (int32_t r = 0; r < kRows; ++r) largest[r] = __reduce_max_sync(kAllLanes, largest[r]);
   }
 
-  // Passes that search lists, until at most `until` tokens are left.
-  __device__ void with_lists(const BipartiteArrays& arrays, NeighbourLists lists, int32_t until) {
+  // The near lists of all tokens, in shared memory as far as there is room. Each token is its own
+  // number.
+  __device__ NearLists first_lists() {
+    Arena<false> memory = rare->memory;
+    NearLists lists = rare->all.near;
+    uint16_t* const numbers = rare->numbers;
+    const int32_t n = rare->n;
+    const auto take = [&](auto* from, int32_t count) {
+      const int32_t bytes = count * static_cast<int32_t>(sizeof(*from));
+      if (bytes > memory.shared_end - memory.shared) return from;
+      auto* const to = memory.take<std::remove_pointer_t<decltype(from)>>(count);
+      copy<kThreads>(from, to, bytes);
+      return to;
+    };
+#pragma unroll
+    for (int32_t c = 0; c < 2; ++c) {
+      lists.codes[c] = take(lists.codes[c], 8 * n);
+      lists.keys[c] = take(lists.keys[c], 8 * n);
+    }
+#pragma unroll 1
+    for (int32_t t = threadIdx.x; t <= n; t += kThreads) {
+      numbers[t] = static_cast<uint16_t>(t);
+      if (t < n) names[t] = static_cast<uint16_t>(t);
+    }
+    return lists;
+  }
+
+  // Numbers the tokens that are left by their positions, and makes near lists of them.
+  __device__ NearLists renew() {
+    const LongLists all = rare->all;
+    Arena<false> memory = rare->memory;
+    uint16_t* const numbers = rare->numbers;
+    const int32_t n = rare->n;
+    NearLists lists;
+#pragma unroll
+    for (int32_t c = 0; c < 2; ++c) {
+      lists.codes[c] = memory.take<uint16_t>(8 * left);
+      lists.keys[c] = memory.take<int32_t>(8 * left);
+    }
+#pragma unroll 1
+    for (int32_t t = threadIdx.x; t <= n; t += kThreads) numbers[t] = kNone;
+    // Between two passes, `next` is free.
+#pragma unroll 1
+    for (int32_t p = threadIdx.x; p < left; p += kThreads) {
+      next[p] = names[tokens[p]];
+    }
+#pragma unroll 1
+    for (int32_t w = threadIdx.x; w <= left >> 5; w += kThreads) {
+      // Tokens at odd positions, and the number of empty entries.
+      const int32_t behind = left - 32 * w;
+      b.words[w] = behind >= 32 ? 0xaaaaaaaa : (0xaaaaaaaa & ((1u << behind) - 1)) | 1u << behind;
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int32_t p = threadIdx.x; p < left; p += kThreads)
+      numbers[next[p]] = static_cast<uint16_t>(p);
+    __syncthreads();
+    uint16_t* const swapped = names;
+    names = next;
+    next = swapped;
+    // Several lanes have a list, each of them eight entries one after the other. The first 64 are
+    // enough.
+    constexpr int32_t kLanes = smaller(64, kLong) / 8, kLists = kWarp / kLanes;
+    static_assert(kNear % kLanes == 0, "each lane makes as many empty entries");
+    const int32_t lane = lane_id() % kLanes;
+#pragma unroll 1
+    for (int32_t first = warp_id() * kLists; first < left; first += kWarps * kLists) {
+      const int32_t p = first + lane_id() / kLanes;
+      const int32_t from = names[smaller(p, left - 1)] * kLong + 8 * lane;
+      const uint4 pairs = *reinterpret_cast<const uint4*>(all.tokens + from);
+      const int4 low = *reinterpret_cast<const int4*>(all.keys + from);
+      const int4 high = *reinterpret_cast<const int4*>(all.keys + from + 4);
+      const uint32_t words[4] = {pairs.x, pairs.y, pairs.z, pairs.w};
+      const int32_t keys[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+      int32_t number[8];
+      int32_t mine = 0;
+#pragma unroll
+      for (int32_t e = 0; e < 8; ++e) {
+        number[e] = numbers[e % 2 ? words[e / 2] >> 16 : words[e / 2] & 0xffff];
+        mine += number[e] != kNone;
+      }
+      int32_t k = mine;
+#pragma unroll
+      for (int32_t distance = 1; distance < kLanes; distance *= 2) {
+        const int32_t before = __shfl_up_sync(kAllLanes, k, distance, kLanes);
+        k += lane >= distance ? before : 0;
+      }
+      const int32_t total = __shfl_sync(kAllLanes, k, kLanes - 1, kLanes);
+      k -= mine;
+      if (p >= left) continue;
+#pragma unroll
+      for (int32_t e = 0; e < 8; ++e) {
+        if (number[e] == kNone || k >= kNear) continue;
+        lists.write(p, k, number[e], keys[e]);
+        ++k;
+      }
+#pragma unroll
+      for (int32_t e = 0; e < kNear / kLanes; ++e) {
+        const int32_t empty = lane + e * kLanes;
+        if (empty >= total) lists.write(p, empty, left, kNoSimilarity);
+      }
+    }
+#pragma unroll 1
+    for (int32_t p = threadIdx.x; p < left; p += kThreads) tokens[p] = static_cast<uint16_t>(p);
+    __syncthreads();
+    return lists;
+  }
+
+  // Passes that search lists, until at most `until` tokens are left, or as few that lists shall be
+  // renewed.
+  template <class Lists>
+  __device__ void with_lists(const Lists& lists, int32_t until) {
 #pragma unroll 1
     while (left > until) {
       const int32_t size_a = (left + 1) >> 1, drop = drop_of(size_a);
-      const Buckets buckets(arrays.buckets + (pass & 1) * Buckets::kBytes);
       // Phase 1: the largest similarity of each token of a to a token of b.
-      search(arrays.ranks, buckets, lists, size_a);
-      __syncthreads();
-      // Phase 2
+      search(lists, size_a);
       const Bits b = this->b;
-      reorder(arrays, size_a, drop, [=](int32_t token, int32_t position, bool was_in_b) {
+      reorder(size_a, drop, [=](int32_t token, int32_t position, bool was_in_b) {
         if ((position > 0 && position % 2) != was_in_b) b.flip(token);
       });
-      if (threadIdx.x == 0) *waits = 0;
       __syncthreads();
       end_pass(drop);
     }
   }
 
   // Copies the similarities of the tokens that are left to compact.sim, and numbers these tokens.
-  // rows: [n], room for the row of each token.
-  __device__ void fill(const Compact& compact, uint16_t* rows) {
-    constexpr int32_t kNone = 0xffff;
+  __device__ void fill(const Compact& compact) {
+    const int32_t* const sim = rare->sim;
+    uint16_t* const numbers = ranks.members;
+    const int32_t n = rare->n, ld = rare->ld;
     const int32_t width = (left + 15) / 16 * 16;
-    for (int32_t t = threadIdx.x; t < n; t += kThreads) rows[t] = kNone;
+    if (kShared) {
+      for (int32_t t = threadIdx.x; t < n; t += kThreads) numbers[t] = kNone;
+    }
     __syncthreads();
     for (int32_t p = threadIdx.x; p < width; p += kThreads) {
       compact.mask[p] = p < left && p % 2 ? kAllowed : kExcluded;
       if (p >= left) continue;
-      compact.tokens[p] = tokens[p];
-      rows[tokens[p]] = static_cast<uint16_t>(p);
+      const uint32_t name = name_of(tokens[p]);
+      compact.tokens[p] = static_cast<uint16_t>(name);
+      if (kShared) numbers[name] = static_cast<uint16_t>(p);
     }
     __syncthreads();
+    if (!kShared) {
+      // Most columns of a row are of other tokens.
+      constexpr int32_t kColumns = kMostCompact / kWarp;
+      int32_t columns[kColumns];
+#pragma unroll
+      for (int32_t c = 0; c < kColumns; ++c) {
+        columns[c] = compact.tokens[smaller(c * kWarp + lane_id(), left - 1)];
+      }
+#pragma unroll 2
+      for (int32_t p = warp_id(); p < left; p += kWarps) {
+        const uint32_t row = static_cast<uint32_t>(compact.tokens[p] * ld);
+        int32_t values[kColumns];
+#pragma unroll
+        for (int32_t c = 0; c < kColumns; ++c)
+          values[c] = sim[row + static_cast<uint32_t>(columns[c])];
+#pragma unroll
+        for (int32_t c = 0; c < kColumns; ++c) {
+          if (c * kWarp + lane_id() < left)
+            compact.sim[p * width + c * kWarp + lane_id()] = values[c];
+        }
+      }
+      __syncthreads();
+    }
     constexpr int32_t kBatch = 20;
-    for (int32_t first = 0; first < n; first += kBatch * kWarp) {
+    for (int32_t first = 0; kShared && first < n; first += kBatch * kWarp) {
       int32_t columns[kBatch];
 #pragma unroll
       for (int32_t c = 0; c < kBatch; ++c) {
         const int32_t j = first + c * kWarp + lane_id();
-        columns[c] = j < n ? rows[j] : kNone;
+        columns[c] = j < n ? numbers[j] : kNone;
       }
 #pragma unroll 1
       for (int32_t p = warp_id(); p < left; p += kWarps) {
-        const int32_t* const row = sim + int64_t{tokens[p]} * ld + first + lane_id();
+        const int32_t* const row = sim + int64_t{compact.tokens[p]} * ld + first + lane_id();
         int32_t* const to = compact.sim + p * width;
         int32_t values[kBatch];
 #pragma unroll
@@ -242,18 +536,19 @@ struct Bipartite {
     }
     __syncthreads();
     for (int32_t p = threadIdx.x; p < left; p += kThreads) tokens[p] = static_cast<uint16_t>(p);
+    if (kShared) ranks.empty_rooms(threadIdx.x, kThreads);
+    __syncthreads();
   }
 
   // Passes over compact.sim, of at most 64 * kPairs columns. A warp reads a row, two columns a lane
   // at a time.
   template <int32_t kPairs>
-  __device__ void with_compact(const BipartiteArrays& arrays, const Compact& compact) {
+  __device__ void with_compact(const Compact& compact) {
     const int32_t width = (left + 15) / 16 * 16;
     int32_t* const mask = compact.mask;
 #pragma unroll 1
     while (left > keep) {
       const int32_t size_a = (left + 1) >> 1, drop = drop_of(size_a);
-      const Buckets buckets(arrays.buckets + (pass & 1) * Buckets::kBytes);
       // Phase 1: a warp has every 16th row; lane r points at its row r. The columns of a lane are
       // the same in all rows.
       const int32_t rows =
@@ -296,13 +591,12 @@ struct Bipartite {
         }
       }
       const int32_t i = lane_id() * kWarps + warp_id();
-      if (i < size_a) arrays.ranks.insert(buckets, i, mine);
+      if (i < size_a) ranks.insert(i, mine);
       __syncthreads();
-      // Phase 2
       const auto set_mask = [=](int32_t token, int32_t position, bool) {
         mask[token] = position > 0 && position % 2 ? kAllowed : kExcluded;
       };
-      reorder(arrays, size_a, drop, set_mask);
+      reorder(size_a, drop, set_mask);
       __syncthreads();
       end_pass(drop);
     }
@@ -311,65 +605,86 @@ struct Bipartite {
 
 // Removes duplicates until `keep` of the `left` tokens in arrays.tokens, sorted by score, are left.
 // Returns them. compact.sim may overlap the lists.
-template <int32_t kThreads, int32_t kAtOnce>
-__device__ uint16_t* bipartite(CudaBlock<kThreads>& block, const int32_t* sim, int32_t ld,
-                               int32_t n, int32_t left, int32_t keep, int32_t step,
-                               BipartiteArrays arrays, NeighbourLists lists, const Compact& compact,
-                               uint16_t* rows) {
-  Bipartite<kThreads, kAtOnce> passes{
-      sim,           ld,          n,        left,         keep,       step,
-      arrays.tokens, arrays.next, arrays.b, arrays.waits, n > kInline};
+template <int32_t kThreads, int32_t kAtOnce, Fit kFit>
+__device__ uint16_t* bipartite(CudaBlock<kThreads>& block, int32_t n, int32_t left, int32_t keep,
+                               int32_t step, BipartiteArrays<SizesOf<kThreads, kFit>> arrays,
+                               NeighbourLists lists) {
+  constexpr bool kShared = kFit == Fit::kAll;
+  Bipartite<kThreads, kAtOnce, kFit> passes{left,        keep,         step,     arrays.tokens,
+                                            arrays.next, arrays.names, arrays.b, arrays.waits,
+                                            arrays.rare, arrays.ranks};
   if (threadIdx.x == 0) *arrays.waits = 0;
   const int32_t words = n / 32 + 1, thread = threadIdx.x;
+  NearLists near;
+  if constexpr (!kShared) near = passes.first_lists();
 #pragma unroll 1
   for (int32_t w = thread; w < words; w += kThreads) {
-    arrays.b.words[w] = 0;
+    // The number of empty entries of near lists is n at first.
+    arrays.b.words[w] = !kShared && w == n >> 5 ? 1u << (n & 31) : 0;
   }
+  __syncthreads();
+  const auto key_at = [&](int32_t p, int32_t k) {
+    if constexpr (kShared) {
+      return lists.key(passes.tokens[p], k);
+    } else {
+      return near.key(passes.tokens[p], k);
+    }
+  };
   // No list has a larger similarity than its first one, and few have one below their middle.
   int32_t least = INT32_MAX, most = kNoSimilarity;
 #pragma unroll 1
   for (int32_t p = thread; p < left; p += kThreads) {
-    most = larger(most, lists.key(arrays.tokens[p], 0));
-    const int32_t middle = lists.key(arrays.tokens[p], kListed / 2 - 1);
+    most = larger(most, key_at(p, 0));
+    const int32_t middle = key_at(p, kNear - 1);
     if (middle != kNoSimilarity) least = smaller(least, middle);
   }
   const int2 range = block.range(least, most);
-  arrays.ranks.set_range(smaller(range.x, range.y), range.y);
-  const Buckets buckets(arrays.buckets), others(arrays.buckets + Buckets::kBytes);
-  buckets.clear(thread, kThreads);
-  others.clear(thread, kThreads);
-  arrays.ranks.empty_rooms(thread, kThreads);
+  passes.ranks.set_range(smaller(range.x, range.y), range.y);
+  passes.ranks.clear(thread, kThreads);
   __syncthreads();
   // The first buckets are for the similarities of nearest neighbours.
 #pragma unroll 1
   for (int32_t p = thread; p < left; p += kThreads) {
-    const uint32_t below = arrays.ranks.below_top(lists.key(arrays.tokens[p], 0));
-    increment(others.cell_sizes, static_cast<int32_t>(below >> arrays.ranks.width_log2));
+    passes.ranks.sizes.add(passes.ranks.bucket_of(key_at(p, 0)));
+    if (p % 2) arrays.b.add(passes.tokens[p]);
   }
   __syncthreads();
-  if (warp_id() == 0) arrays.ranks.adapt(others, left);
-  __syncthreads();
-#pragma unroll 1
-  for (int32_t p = thread; p < left; p += kThreads) {
-    if (p % 2) arrays.b.add(arrays.tokens[p]);
-  }
-  __syncthreads();
-  passes.with_lists(arrays, lists, larger(keep, compact.capacity));
-  if (passes.left > keep) {
-    passes.fill(compact, rows);
-    arrays.ranks.empty_rooms(thread, kThreads);
+  if constexpr (SizesOf<kThreads, kFit>::kScans) {
+    if (warp_id() < ScannedSizes::kWarps) passes.ranks.sizes.scan();
     __syncthreads();
+  }
+  if (thread < kCells) passes.ranks.adapt(thread, left);
+  passes.ranks.sizes.turn();
+  __syncthreads();
+  const int32_t until = larger(keep, arrays.rare->compact_capacity);
+  if constexpr (kShared) {
+    passes.with_lists(lists, until);
+  } else {
+    while (true) {
+      passes.with_lists(near, larger(until, passes.left - larger(1, passes.left / kRenew)));
+      if (passes.left <= until) break;
+      near = passes.renew();
+    }
+  }
+  if (passes.left > keep) {
+    const Compact compact = Compact::at(arrays.rare->compact, arrays.rare->compact_capacity);
+    passes.fill(compact);
     if (compact.capacity <= 128) {
-      passes.template with_compact<2>(arrays, compact);
+      passes.template with_compact<2>(compact);
     } else {
-      passes.template with_compact<kMostCompact / 64>(arrays, compact);
+      passes.template with_compact<kMostCompact / 64>(compact);
     }
 #pragma unroll 1
     for (int32_t p = thread; p < passes.left; p += kThreads) {
       passes.tokens[p] = compact.tokens[passes.tokens[p]];
     }
-    __syncthreads();
+  } else if constexpr (!kShared) {
+#pragma unroll 1
+    for (int32_t p = thread; p < passes.left; p += kThreads) {
+      passes.tokens[p] = passes.names[passes.tokens[p]];
+    }
   }
+  __syncthreads();
   return passes.tokens;
 }
 

@@ -14,8 +14,8 @@ constexpr uint32_t kAllLanes = 0xffffffffu;
 __device__ inline int32_t lane_id() { return static_cast<int32_t>(threadIdx.x) % kWarp; }
 __device__ inline int32_t warp_id() { return static_cast<int32_t>(threadIdx.x) / kWarp; }
 __device__ inline uint32_t lanes_before() { return (1u << lane_id()) - 1; }
-__device__ inline int32_t smaller(int32_t a, int32_t b) { return a < b ? a : b; }
-__device__ inline int32_t larger(int32_t a, int32_t b) { return a > b ? a : b; }
+__device__ constexpr int32_t smaller(int32_t a, int32_t b) { return a < b ? a : b; }
+__device__ constexpr int32_t larger(int32_t a, int32_t b) { return a > b ? a : b; }
 
 // The loads of a warp that come before it stay before it. The compiler would put each of them where
 // its result is used, and each would wait for memory.
@@ -25,6 +25,28 @@ __device__ inline void keep_loads_before() { __syncwarp(); }
 // keys of similarities are small enough.
 __device__ inline int32_t is_above(int32_t x, int32_t y) {
   return static_cast<int32_t>(static_cast<uint32_t>(y - x) >> 31);
+}
+
+// Copies an array of `bytes` bytes, a multiple of 16. A batch is loaded before it is stored,
+// because the compiler must assume that they alias.
+template <int32_t kThreads>
+__device__ void copy(const void* from, void* to, int32_t bytes) {
+  constexpr int32_t kBatch = 10;
+  const int32_t count = bytes / 16;
+#pragma unroll 1
+  for (int32_t first = threadIdx.x; first < count; first += kBatch * kThreads) {
+    uint4 vectors[kBatch];
+#pragma unroll
+    for (int32_t b = 0; b < kBatch; ++b) {
+      // Without a condition, which would make each load wait for the one before.
+      vectors[b] = static_cast<const uint4*>(from)[smaller(first + b * kThreads, count - 1)];
+    }
+#pragma unroll
+    for (int32_t b = 0; b < kBatch; ++b) {
+      const int32_t v = first + b * kThreads;
+      if (v < count) static_cast<uint4*>(to)[v] = vectors[b];
+    }
+  }
 }
 
 template <int32_t kThreads>

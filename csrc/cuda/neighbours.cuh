@@ -9,8 +9,11 @@ namespace vispruner {
 constexpr int32_t kListed = kWarp;
 // Bytes of a list.
 constexpr int32_t kListBytes = kListed * (sizeof(uint16_t) + sizeof(int32_t));
+// Neighbours in the longest list, and its bytes.
+constexpr int32_t kMostListed = 4 * kListed;
+constexpr int32_t kLongBytes = 4 * kListBytes;
 // Shared memory of a warp that makes a list.
-constexpr int32_t kStagingBytes = kListed * sizeof(Best);
+constexpr int32_t kStagingBytes = kMostListed * sizeof(Best);
 // Rows of up to 32 times this many similarities stay in registers while their list is made.
 constexpr int32_t kRowRegisters = 20;
 
@@ -46,9 +49,11 @@ struct NeighbourLists {
   __device__ static uint16_t code_of(int32_t token, int32_t k) {
     return static_cast<uint16_t>((token & ~31) << 2 | ((token + (k & 7) - 7) & 31));
   }
+  __device__ static int32_t token_of_code(int32_t code, int32_t k) {
+    return (code >> 7 << 5) | ((code - (k & 7) + 7) & 31);
+  }
   __device__ int32_t token_of(int32_t token, int32_t k) const {
-    const int32_t c = code(token, k);
-    return (c >> 7 << 5) | ((c - (k & 7) + 7) & 31);
+    return token_of_code(code(token, k), k);
   }
 
   // Eight entries, 8 c to 8 c + 7, and entry k. Lists are permuted, so that lanes that read
@@ -56,7 +61,9 @@ struct NeighbourLists {
   __device__ uint16_t* eight(int32_t token, int32_t c) const {
     return codes + token * kListed + ((c ^ (token >> 1 & 3)) << 3);
   }
-  __device__ uint16_t& code(int32_t token, int32_t k) const { return eight(token, k >> 3)[k & 7]; }
+  __device__ uint16_t& code(int32_t token, int32_t k) const {
+    return codes[token * kListed + (k ^ (token << 2 & 24))];
+  }
   __device__ int32_t& key(int32_t token, int32_t k) const {
     return keys[token * kListed + (k ^ (token & 31))];
   }
@@ -76,26 +83,101 @@ struct NeighbourLists {
            0xff;
   }
 
-  // The first entry whose token is in `set`, or kListed. By all lanes of a warp, each for its own
-  // token; lanes that are not `active` get 0. kAtOnce: entries that a lane tests at once, 8 or 16.
-  template <int32_t kAtOnce>
-  __device__ int32_t first_in(const Bits& set, int32_t token, bool active) const {
-    int32_t k = active ? kListed : 0;
-#pragma unroll 1
-    for (int32_t first = 0; first < kListed; first += kAtOnce) {
-      uint4 codes[kAtOnce / 8];
-#pragma unroll
-      for (int32_t e = 0; e < kAtOnce / 8; ++e) {
-        codes[e] = *reinterpret_cast<const uint4*>(eight(token, first / 8 + e));
-      }
-      uint32_t found = 0;
-#pragma unroll
-      for (int32_t e = 0; e < kAtOnce / 8; ++e) found = found << 8 | in_set(set, codes[e]);
-      if (k == kListed && found) k = first + __clz(found) - (32 - kAtOnce);
-      if (!__any_sync(kAllLanes, k == kListed)) break;
-    }
-    return k;
+  // The first entry whose token is in `set`, or kListed, for kEach tokens of each lane.
+  template <int32_t kAtOnce, int32_t kEach>
+  __device__ void first_in(const Bits& set, const int32_t (&tokens)[kEach],
+                           int32_t (&k)[kEach]) const {
+    first_of<kAtOnce, kListed>(set, tokens, k,
+                               [this](int32_t token, int32_t c) { return eight(token, c); });
   }
+  template <int32_t kAtOnce>
+  __device__ int32_t first_in(const Bits& set, int32_t token) const {
+    const int32_t tokens[1] = {token};
+    int32_t k[1];
+    first_in<kAtOnce>(set, tokens, k);
+    return k[0];
+  }
+
+  // The same for kEach tokens of each lane, by all lanes of a warp. kAtOnce: entries that a lane
+  // tests at once, 8 or 16. eight(token, c): eight of kEntries entries.
+  template <int32_t kAtOnce, int32_t kEntries, int32_t kEach, class Eight>
+  __device__ static void first_of(const Bits& set, const int32_t (&tokens)[kEach],
+                                  int32_t (&k)[kEach], Eight eight) {
+#pragma unroll
+    for (int32_t t = 0; t < kEach; ++t) k[t] = kEntries;
+#pragma unroll 1
+    for (int32_t first = 0; first < kEntries; first += kAtOnce) {
+      uint4 codes[kEach][kAtOnce / 8];
+#pragma unroll
+      for (int32_t t = 0; t < kEach; ++t) {
+        // Lanes that have found one read the same list, which takes no time.
+        const int32_t token = k[t] == kEntries ? tokens[t] : 0;
+#pragma unroll
+        for (int32_t e = 0; e < kAtOnce / 8; ++e) {
+          codes[t][e] = *reinterpret_cast<const uint4*>(eight(token, first / 8 + e));
+        }
+      }
+      bool missing = false;
+#pragma unroll
+      for (int32_t t = 0; t < kEach; ++t) {
+        uint32_t found = 0;
+#pragma unroll
+        for (int32_t e = 0; e < kAtOnce / 8; ++e) found = found << 8 | in_set(set, codes[t][e]);
+        if (k[t] == kEntries && found) k[t] = first + __clz(found) - (32 - kAtOnce);
+        missing = missing || k[t] == kEntries;
+      }
+      if (!__any_sync(kAllLanes, missing)) break;
+    }
+  }
+};
+
+// Neighbours in a near list.
+constexpr int32_t kNear = 16;
+constexpr int32_t kNearBytes = kNear * (sizeof(uint16_t) + sizeof(int32_t));
+
+// Short lists, from which tokens that were removed are removed from time to time. An empty entry
+// names a token for which every search is successful; its key is kNoSimilarity.
+struct NearLists {
+  // [count][8] Codes of the entries 0 to 7 and of the entries 8 to 15, and their keys. Keys are
+  // permuted, so that lanes that read the same entry of different lists read different banks.
+  uint16_t* codes[2];
+  int32_t* keys[2];
+
+  // In memory of kNearBytes for each token.
+  __device__ static NearLists at(char* memory, int32_t count) {
+    int32_t* const keys = reinterpret_cast<int32_t*>(memory);
+    uint16_t* const codes = reinterpret_cast<uint16_t*>(keys + kNear * count);
+    return {{codes, codes + 8 * count}, {keys, keys + 8 * count}};
+  }
+
+  // The place of an entry among those of all tokens.
+  __device__ static int32_t place_of_key(int32_t token, int32_t k) {
+    return 8 * token + ((k ^ token >> 2) & 7);
+  }
+  __device__ int32_t& key(int32_t token, int32_t k) const {
+    return (k < 8 ? keys[0] : keys[1])[place_of_key(token, k)];
+  }
+  __device__ void write(int32_t token, int32_t k, int32_t neighbour, int32_t key) const {
+    (k < 8 ? codes[0] : codes[1])[8 * token + (k & 7)] = NeighbourLists::code_of(neighbour, k);
+    this->key(token, k) = key;
+  }
+  // See NeighbourLists.
+  template <int32_t kAtOnce, int32_t kEach>
+  __device__ void first_in(const Bits& set, const int32_t (&tokens)[kEach],
+                           int32_t (&k)[kEach]) const {
+    NeighbourLists::first_of<kAtOnce, kNear>(set, tokens, k, [this](int32_t token, int32_t c) {
+      return (c == 0 ? codes[0] : codes[1]) + 8 * token;
+    });
+  }
+};
+
+// Longer lists of kLong neighbours, with tokens in place of codes. An empty entry names token n.
+struct LongLists {
+  // [n][kLong]
+  uint16_t* tokens;
+  int32_t* keys;
+  // The beginning of each list.
+  NearLists near;
 };
 
 // Below the keys of all similarities, -1 and a few units in the last place included. Differences
@@ -116,25 +198,37 @@ struct RowInRegisters {
 #pragma unroll
     for (int32_t r = 0; r < kRowRegisters; ++r) keys[r] = larger(keys[r], kAbsent);
   }
-  // f(r, key)
+  // f(r, r modulo 4, key): the second argument is a constant.
   template <class F>
   __device__ void each(F f) const {
 #pragma unroll
-    for (int32_t r = 0; r < kRowRegisters; ++r) f(r, keys[r]);
+    for (int32_t r = 0; r < kRowRegisters; ++r) f(r, r % 4, keys[r]);
   }
 };
 
-// The same, read from memory each time.
+// The same, read from memory each time: [n] of [ld], a multiple of 16.
 struct RowInMemory {
   const int32_t* row;
-  int32_t n;
+  int32_t ld;
 
   template <class F>
   __device__ void each(F f) const {
-#pragma unroll 4
-    for (int32_t r = 0; r < (n + kWarp - 1) / kWarp; ++r) {
-      const int32_t j = r * kWarp + lane_id();
-      f(r, j < n ? larger(row[j], kAbsent) : kAbsent);
+    // A batch of loads without a condition between them.
+    constexpr int32_t kBatch = 12;
+    static_assert(kBatch % 4 == 0);
+#pragma unroll 1
+    for (int32_t first = 0; first * kWarp < ld; first += kBatch) {
+      int32_t keys[kBatch];
+#pragma unroll
+      for (int32_t b = 0; b < kBatch; ++b) {
+        keys[b] = load_now(row + smaller((first + b) * kWarp + lane_id(), ld - 1));
+      }
+      keep_loads_before();
+#pragma unroll
+      for (int32_t b = 0; b < kBatch; ++b) {
+        const int32_t r = first + b;
+        f(r, b % 4, r * kWarp + lane_id() < ld ? larger(keys[b], kAbsent) : kAbsent);
+      }
     }
   }
 };
@@ -143,36 +237,61 @@ struct RowInMemory {
 template <class Row>
 __device__ int2 count_above(const Row& row, int32_t bound) {
   int32_t mine = 0;
-  row.each([&](int32_t, int32_t key) { mine += is_above(key, bound); });
+  row.each([&](int32_t, int32_t, int32_t key) { mine += is_above(key, bound); });
   return make_int2(__reduce_add_sync(kAllLanes, mine), mine);
 }
 
-// Lists the nearest neighbours of a token with these similarities. staging: kStagingBytes.
-template <class Row>
-__device__ void list_row(const Row& row, int32_t token, NeighbourLists lists, int32_t* staging) {
-  // Phase 1: a bound that 20 to 22 lanes exceed: about 30 to 34 tokens do. If these are more than a
-  // list holds, one that 17 to 19 lanes exceed: about 24 to 28 tokens. If only a few lanes have any
-  // token, all.
-  int32_t largest = kAbsent;
-  row.each([&](int32_t, int32_t key) { largest = larger(largest, key); });
-  const int32_t end = __reduce_max_sync(kAllLanes, largest);
+// Lists the nearest neighbours of a token with these similarities, at most kMost: kListed or
+// kMostListed. write(k, neighbour, key) for each entry; empty ones name token `empty`. staging:
+// kStagingBytes.
+template <int32_t kMost, class Row, class Write>
+__device__ void list_row(const Row& row, int32_t empty, int32_t* staging, Write write) {
+  // Phase 1: a bound that some of the largest similarities of each lane, or of each quarter of its
+  // similarities, exceed. If 20 to 22 of 32 do, about 30 to 34 tokens do; if 72 to 74 of 128, about
+  // 105 to 110. If these are more than a list holds, a bound that 17 to 19 or 60 to 62 exceed:
+  // about 24 to 28 or 81 to 84 tokens. If only a few lanes have any token, all.
+  constexpr int32_t kEach = kMost / kWarp;
+  static_assert(kEach == 1 || kEach == 4);
+  constexpr int32_t kFewest = kEach == 1 ? 20 : 72, kFewer = kEach == 1 ? 17 : 60;
+  int32_t largest[kEach];
+#pragma unroll
+  for (int32_t e = 0; e < kEach; ++e) largest[e] = kAbsent;
+  row.each([&](int32_t, int32_t quarter, int32_t key) {
+    largest[quarter % kEach] = larger(largest[quarter % kEach], key);
+  });
+  const auto count_largest = [&](int32_t bound) {
+    int32_t count = 0;
+#pragma unroll
+    for (int32_t e = 0; e < kEach; ++e) {
+      count += __popc(__ballot_sync(kAllLanes, largest[e] > bound));
+    }
+    return count;
+  };
+  int32_t end = largest[0];
+#pragma unroll
+  for (int32_t e = 1; e < kEach; ++e) end = larger(end, largest[e]);
+  end = __reduce_max_sync(kAllLanes, end);
   int32_t bound = kAbsent;
   int2 reached = make_int2(0, 0);
   const auto raise = [&](int32_t fewest) {
     int32_t high = end;
     while (high - bound > 1) {
-      const int32_t middle = bound + (high - bound) / 2;
-      const int32_t lanes = __popc(__ballot_sync(kAllLanes, largest > middle));
-      if (lanes >= fewest) bound = middle;
-      if (lanes < fewest) high = middle;
-      if (lanes >= fewest && lanes <= fewest + 2) break;
+      const int32_t middle = bound + (high - bound) / 2, count = count_largest(middle);
+      if (count >= fewest) bound = middle;
+      if (count < fewest) high = middle;
+      if (count >= fewest && count <= fewest + 2) break;
     }
     reached = count_above(row, bound);
   };
-  if (__popc(__ballot_sync(kAllLanes, largest > kAbsent)) > 19) {
-    bound = __reduce_min_sync(kAllLanes, largest == kAbsent ? end : largest) - 1;
-    raise(20);
-    if (reached.x > kListed) raise(17);
+  if (count_largest(kAbsent) >= kFewest) {
+    int32_t least = end;
+#pragma unroll
+    for (int32_t e = 0; e < kEach; ++e) {
+      least = largest[e] == kAbsent ? least : smaller(least, largest[e]);
+    }
+    bound = __reduce_min_sync(kAllLanes, least) - 1;
+    raise(kFewest);
+    if (reached.x > kMost) raise(kFewer);
   } else {
     reached = count_above(row, bound);
   }
@@ -180,14 +299,14 @@ __device__ void list_row(const Row& row, int32_t token, NeighbourLists lists, in
   // Phase 2: if more tokens exceed it than a list holds, bisect. More than a list exceed `low`; if
   // bound == low + 1, tokens with the key `bound` fill the list.
   bool fill = false;
-  if (reached.x > kListed) {
+  if (reached.x > kMost) {
     int32_t low = bound;
     bound = end;
     reached = make_int2(0, 0);
-    while (bound - low > 1 && reached.x < kListed / 2) {
+    while (bound - low > 1 && reached.x < kMost / 2) {
       const int32_t middle = low + (bound - low) / 2;
       const int2 found = count_above(row, middle);
-      if (found.x > kListed) {
+      if (found.x > kMost) {
         low = middle;
       } else {
         bound = middle;
@@ -205,8 +324,8 @@ __device__ void list_row(const Row& row, int32_t token, NeighbourLists lists, in
     slot += lane_id() >= distance ? before : 0;
   }
   slot -= reached.y;
-  int32_t* const staged_tokens = staging + kListed;
-  row.each([&](int32_t r, int32_t key) {
+  int32_t* const staged_tokens = staging + kMost;
+  row.each([&](int32_t r, int32_t, int32_t key) {
     if (key > bound) {
       staging[slot] = key;
       staged_tokens[slot] = r * kWarp + lane_id();
@@ -215,51 +334,95 @@ __device__ void list_row(const Row& row, int32_t token, NeighbourLists lists, in
   });
   int32_t taken = reached.x;
   if (fill) {
-    row.each([&](int32_t r, int32_t key) {
+    row.each([&](int32_t r, int32_t, int32_t key) {
       const uint32_t lanes = __ballot_sync(kAllLanes, key == bound);
       const int32_t k = taken + __popc(lanes & lanes_before());
-      if (key == bound && k < kListed) {
+      if (key == bound && k < kMost) {
         staging[k] = key;
         staged_tokens[k] = r * kWarp + lane_id();
       }
       taken += __popc(lanes);
     });
-    taken = smaller(taken, kListed);
+    taken = smaller(taken, kMost);
   }
-  if (lane_id() >= taken) {
-    staging[lane_id()] = kAbsent;
-    staged_tokens[lane_id()] = token;
+#pragma unroll
+  for (int32_t e = 0; e < kEach; ++e) {
+    const int32_t k = e * kWarp + lane_id();
+    if (k >= taken) {
+      staging[k] = kAbsent;
+      staged_tokens[k] = empty;
+    }
   }
   __syncwarp();
 
   // Phase 4: sort by counting.
-  const int32_t key = staging[lane_id()], neighbour = staged_tokens[lane_id()];
-  int32_t above = 0;
+  int32_t keys[kEach], neighbours[kEach], ranks[kEach];
 #pragma unroll
-  for (int32_t k = 0; k < kListed; k += 4) {
-    const int4 four = *reinterpret_cast<const int4*>(staging + k);
-    above += is_above(four.x, key) + is_above(four.y, key) + is_above(four.z, key) +
-             is_above(four.w, key);
+  for (int32_t e = 0; e < kEach; ++e) {
+    keys[e] = staging[e * kWarp + lane_id()];
+    neighbours[e] = staged_tokens[e * kWarp + lane_id()];
+    ranks[e] = 0;
   }
-  int32_t rank = lane_id() < taken ? above : lane_id();
-  // Without ties the ranks are 0 to 31.
-  if (__reduce_add_sync(kAllLanes, rank) != kListed * (kListed - 1) / 2) {
-    for (int32_t k = 0; k < taken; ++k) {
-      rank += lane_id() < taken && staging[k] == key && staged_tokens[k] < neighbour;
+#pragma unroll 8
+  for (int32_t k = 0; k < kMost; k += 4) {
+    const int4 four = *reinterpret_cast<const int4*>(staging + k);
+#pragma unroll
+    for (int32_t e = 0; e < kEach; ++e) {
+      ranks[e] += is_above(four.x, keys[e]) + is_above(four.y, keys[e]) +
+                  is_above(four.z, keys[e]) + is_above(four.w, keys[e]);
     }
   }
-  lists.code(token, rank) = NeighbourLists::code_of(neighbour, rank);
-  lists.key(token, rank) = lane_id() < taken ? key : kNoSimilarity;
+  int32_t sum = 0;
+#pragma unroll
+  for (int32_t e = 0; e < kEach; ++e) {
+    const int32_t k = e * kWarp + lane_id();
+    if (k >= taken) ranks[e] = k;
+    sum += ranks[e];
+  }
+  // Without ties the ranks are 0 to kMost - 1.
+  if (__reduce_add_sync(kAllLanes, sum) != kMost * (kMost - 1) / 2) {
+#pragma unroll 1
+    for (int32_t k = 0; k < taken; ++k) {
+#pragma unroll
+      for (int32_t e = 0; e < kEach; ++e) {
+        ranks[e] += e * kWarp + lane_id() < taken && staging[k] == keys[e] &&
+                    staged_tokens[k] < neighbours[e];
+      }
+    }
+  }
+#pragma unroll
+  for (int32_t e = 0; e < kEach; ++e) {
+    const bool used = e * kWarp + lane_id() < taken;
+    write(ranks[e], neighbours[e], used ? keys[e] : kNoSimilarity);
+  }
   __syncwarp();
 }
 
-// The same for a row in memory.
+// The list of a token whose row of n similarities, of ld, is in memory.
 __device__ inline void list_neighbours(const int32_t* row, int32_t n, int32_t token,
                                        NeighbourLists lists, int32_t* staging) {
+  const auto write = [=](int32_t k, int32_t neighbour, int32_t key) {
+    lists.code(token, k) = NeighbourLists::code_of(neighbour, k);
+    lists.key(token, k) = key;
+  };
   if (n <= kRowRegisters * kWarp) {
-    list_row(RowInRegisters(row, n), token, lists, staging);
+    list_row<kListed>(RowInRegisters(row, n), token, staging, write);
   } else {
-    list_row(RowInMemory{row, n}, token, lists, staging);
+    list_row<kListed>(RowInMemory{row, (n + 15) / 16 * 16}, token, staging, write);
+  }
+}
+template <int32_t kLong>
+__device__ void list_neighbours(const int32_t* row, int32_t n, int32_t token, LongLists lists,
+                                int32_t* staging) {
+  const auto write = [=](int32_t k, int32_t neighbour, int32_t key) {
+    lists.tokens[token * kLong + k] = static_cast<uint16_t>(neighbour);
+    lists.keys[token * kLong + k] = key;
+    if (k < kNear) lists.near.write(token, k, neighbour, key);
+  };
+  if (n <= kRowRegisters * kWarp) {
+    list_row<kLong>(RowInRegisters(row, n), n, staging, write);
+  } else {
+    list_row<kLong>(RowInMemory{row, (n + 15) / 16 * 16}, n, staging, write);
   }
 }
 

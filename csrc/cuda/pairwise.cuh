@@ -74,7 +74,7 @@ struct Left {
     for (int32_t first = warp_id() * kWarp; first < searches; first += kThreads) {
       const int32_t s = first + lane_id();
       const int32_t i = searching[smaller(s, searches - 1)];
-      const int32_t k = lists.first_in<kAtOnce>(tokens, i, s < searches);
+      const int32_t k = lists.first_in<kAtOnce>(tokens, i);
       if (s >= searches) continue;
       const int32_t key = k < kListed ? lists.key(i, k) : kNoSimilarity;
       if (key == kNoSimilarity) {

@@ -1,54 +1,17 @@
-// Ranks of similarities in two phases, in time O(n): keys fall into buckets, and a key is compared
-// with the keys of its bucket only. The buckets follow the distribution of the keys of the ranking
-// before, because the similarities of a pass are distributed like those of the pass before. If they
-// are not, or if many keys are equal, ranks are right but slow.
+// Ranks of similarities, in time O(n): keys fall into buckets, and a key is compared with the keys
+// of its bucket only. The buckets follow the distribution of the keys of the ranking before,
+// because the similarities of a pass are distributed like those of the pass before. If they are
+// not, or if many keys are equal, ranks are right but slow.
 #pragma once
 
 #include "cuda/block.cuh"
 
 namespace vispruner {
 
-// The range of keys is cut into cells of the same width, and each cell into as many buckets of the
-// same width as it had keys.
+// The range of keys is cut into cells, and each cell into as many buckets of the same width as it
+// had keys. Cells are narrow near the largest key: each octave of the distance from it has 16.
 constexpr int32_t kCells = 256;
-// Sizes of buckets are counted in a tree: 16 nodes of 16 nodes of 4 buckets.
-constexpr int32_t kGroups = 16;
-constexpr int32_t kNodes = 256;
-constexpr int32_t kBuckets = 1024;
-
-// log2 of the keys that a bucket has room for, and the bytes of all, if there are n tokens.
-VISPRUNER_HD constexpr int32_t room_log2_of(int64_t n) { return n <= 4096 ? 3 : n <= 8192 ? 4 : 5; }
-VISPRUNER_HD constexpr int64_t room_bytes(int64_t n) {
-  return int64_t{kBuckets * sizeof(uint16_t)} << room_log2_of(n);
-}
-
-// The sizes of the buckets of one ranking.
-struct Buckets {
-  // [kGroups], [kNodes], [kBuckets]
-  uint16_t* group_sizes;
-  uint16_t* node_sizes;
-  uint16_t* sizes;
-  // [kCells]
-  uint16_t* cell_sizes;
-  // How many keys found no room in their bucket.
-  int32_t* homeless;
-
-  static constexpr int32_t kSizes = kGroups + kNodes + kBuckets + kCells + 8;
-  static constexpr int32_t kBytes = 2 * kSizes;
-  __device__ explicit Buckets(char* memory)
-      : group_sizes(reinterpret_cast<uint16_t*>(memory)),
-        node_sizes(group_sizes + kGroups),
-        sizes(node_sizes + kNodes),
-        cell_sizes(sizes + kBuckets),
-        homeless(reinterpret_cast<int32_t*>(cell_sizes + kCells)) {}
-
-  // Empties all buckets, by `threads` threads.
-  __device__ void clear(int32_t thread, int32_t threads) const {
-    uint4* const vectors = reinterpret_cast<uint4*>(group_sizes);
-#pragma unroll 1
-    for (int32_t v = thread; v < kSizes / 8; v += threads) vectors[v] = make_uint4(0, 0, 0, 0);
-  }
-};
+constexpr int32_t kOctaveLog2 = 4;
 
 // Adds 1 to array[i], which shares a word with its neighbour; returns the old value.
 __device__ inline int32_t increment(uint16_t* array, int32_t i) {
@@ -57,51 +20,227 @@ __device__ inline int32_t increment(uint16_t* array, int32_t i) {
   return static_cast<int32_t>(old >> shift & 0xffff);
 }
 
-// The sum of the first `count` of 16 values; sums are below 2^16.
-__device__ inline int32_t sum_before(const uint16_t* array, int32_t count) {
-  const uint4* const vectors = reinterpret_cast<const uint4*>(array);
-  const uint4 low = vectors[0], high = vectors[1];
-  const uint32_t pairs[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-  const int32_t odd = count & 1 ? array[count - 1] : 0;
-  uint32_t sum = 0;
+// How many keys are in the buckets before one, and in it.
+struct Place {
+  int32_t before;
+  int32_t size;
+};
+
+// Sizes of buckets, for few keys: counted in a tree of 16 groups of 16 nodes of 4 buckets. There
+// are two trees, for rankings in turns.
+struct TreeSizes {
+  static constexpr int32_t kGroups = 16;
+  static constexpr int32_t kNodes = 256;
+  static constexpr int32_t kBuckets = 1024;
+  static constexpr int32_t kSizes = kGroups + kNodes + kBuckets + 8;
+  static constexpr int32_t kBytes = 2 * kSizes * static_cast<int32_t>(sizeof(uint16_t));
+  // Whether ranks need a phase for sums.
+  static constexpr bool kScans = false;
+
+  // [kGroups], [kNodes], [kBuckets], and how many keys found no room; and the other tree.
+  uint16_t* tree;
+  uint16_t* other;
+
+  __device__ static TreeSizes at(char* memory) {
+    uint16_t* const tree = reinterpret_cast<uint16_t*>(memory);
+    return {tree, tree + kSizes};
+  }
+  __device__ uint16_t* nodes() const { return tree + kGroups; }
+  __device__ uint16_t* buckets() const { return nodes() + kNodes; }
+
+  // Before the first ranking, by a block.
+  __device__ void clear(int32_t thread, int32_t threads) const {
+    clear_other(thread, threads);
+    TreeSizes{other, tree}.clear_other(thread, threads);
+  }
+  // Phase 2: for the next ranking, by `threads` threads.
+  __device__ void clear_other(int32_t thread, int32_t threads) const {
+    uint4* const vectors = reinterpret_cast<uint4*>(other);
+#pragma unroll 1
+    for (int32_t v = thread; v < kSizes / 8; v += threads) vectors[v] = make_uint4(0, 0, 0, 0);
+  }
+  // After a ranking.
+  __device__ void turn() {
+    uint16_t* const swapped = tree;
+    tree = other;
+    other = swapped;
+  }
+
+  // Phase 1: a key comes into a bucket; returns how many came before.
+  __device__ int32_t add(int32_t bucket) const {
+    increment(tree, bucket >> 6);
+    increment(nodes(), bucket >> 2);
+    return increment(buckets(), bucket);
+  }
+  __device__ int32_t* homeless() const { return reinterpret_cast<int32_t*>(buckets() + kBuckets); }
+  // Phase 2.
+  __device__ int32_t homeless_in_all() const { return *homeless(); }
+  __device__ int32_t sums() const { return 0; }
+  __device__ Place place(int32_t, int32_t bucket) const {
+    const uint2 four = *reinterpret_cast<const uint2*>(buckets() + (bucket & ~3));
+    const int32_t group = bucket >> 6, node = bucket >> 2;
+    const uint32_t pair = bucket & 2 ? four.y : four.x;
+    const int32_t before = static_cast<int32_t>(
+        (bucket & 1 ? pair & 0xffff : 0) + (bucket & 2 ? (four.x & 0xffff) + (four.x >> 16) : 0));
+    return {before + sum_before(tree, group) + sum_before(nodes() + (node & ~15), node & 15),
+            static_cast<int32_t>(bucket & 1 ? pair >> 16 : pair & 0xffff)};
+  }
+
+ private:
+  // The sum of the first `count` of 16 values; sums are below 2^16.
+  __device__ static int32_t sum_before(const uint16_t* array, int32_t count) {
+    const uint4* const vectors = reinterpret_cast<const uint4*>(array);
+    const uint4 low = vectors[0], high = vectors[1];
+    const uint32_t pairs[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+    const int32_t odd = count & 1 ? array[count - 1] : 0;
+    uint32_t sum = 0;
 #pragma unroll
-  for (int32_t p = 0; p < 8; ++p) sum += p < count >> 1 ? pairs[p] : 0;
-  return static_cast<int32_t>((sum & 0xffff) + (sum >> 16)) + odd;
+    for (int32_t p = 0; p < 8; ++p) sum += p < count >> 1 ? pairs[p] : 0;
+    return static_cast<int32_t>((sum & 0xffff) + (sum >> 16)) + odd;
+  }
+};
+
+// The same for many keys: a key increments one size only, and the sums are made in a phase of their
+// own.
+struct ScannedSizes {
+  static constexpr int32_t kGroups = 16;
+  static constexpr int32_t kBuckets = 2048;
+  static constexpr int32_t kEach = 8;
+  static constexpr int32_t kWarps = kBuckets / kEach / kWarp;
+  static constexpr int32_t kBytes = kBuckets * 6 + 4 * kGroups + 16;
+  static constexpr bool kScans = true;
+
+  // [kBuckets] Zeros between two rankings.
+  uint16_t* sizes;
+  // [kBuckets] How many keys are in the buckets of its group before this one, and from bit 16 on
+  // how many are in this one.
+  uint32_t* starts;
+  // [kGroups] How many keys are in a group; then how many found no room, so far and in all.
+  int32_t* totals;
+
+  __device__ static ScannedSizes at(char* memory) {
+    uint16_t* const sizes = reinterpret_cast<uint16_t*>(memory);
+    uint32_t* const starts = reinterpret_cast<uint32_t*>(sizes + kBuckets);
+    return {sizes, starts, reinterpret_cast<int32_t*>(starts + kBuckets)};
+  }
+
+  __device__ void clear(int32_t thread, int32_t threads) const {
+    uint4* const vectors = reinterpret_cast<uint4*>(sizes);
+#pragma unroll 1
+    for (int32_t v = thread; v < kBuckets / 8; v += threads) vectors[v] = make_uint4(0, 0, 0, 0);
+    if (thread == 0) *homeless() = 0;
+  }
+  __device__ void turn() {}
+
+  __device__ int32_t add(int32_t bucket) const { return increment(sizes, bucket); }
+  __device__ int32_t* homeless() const { return totals + kGroups; }
+
+  // Phase 2, by the first kWarps warps. A lane has kEach buckets.
+  __device__ void scan() const {
+    uint4* const from = reinterpret_cast<uint4*>(sizes) + threadIdx.x;
+    const uint4 pairs = *from;
+    if (threadIdx.x == kWarps * kWarp - 1) {
+      totals[kGroups + 1] = *homeless();
+      *homeless() = 0;
+    }
+    *from = make_uint4(0, 0, 0, 0);
+    const uint32_t both = pairs.x + pairs.y + pairs.z + pairs.w;
+    const uint32_t mine = (both & 0xffff) + (both >> 16);
+    constexpr int32_t kLanes = kBuckets / kGroups / kEach;
+    uint32_t sum = mine;
+#pragma unroll
+    for (int32_t distance = 1; distance < kLanes; distance *= 2) {
+      const uint32_t before = __shfl_up_sync(kAllLanes, sum, distance, kLanes);
+      sum += lane_id() % kLanes >= distance ? before : 0;
+    }
+    if (lane_id() % kLanes == kLanes - 1) {
+      totals[threadIdx.x / kLanes] = static_cast<int32_t>(sum);
+    }
+    sum -= mine;
+    const uint32_t words[4] = {pairs.x, pairs.y, pairs.z, pairs.w};
+    uint32_t result[kEach];
+#pragma unroll
+    for (int32_t k = 0; k < kEach; ++k) {
+      const uint32_t size = k % 2 ? words[k / 2] >> 16 : words[k / 2] & 0xffff;
+      result[k] = size << 16 | sum;
+      sum += size;
+    }
+    uint4* const to = reinterpret_cast<uint4*>(starts) + 2 * threadIdx.x;
+    to[0] = make_uint4(result[0], result[1], result[2], result[3]);
+    to[1] = make_uint4(result[4], result[5], result[6], result[7]);
+  }
+
+  // Phase 3. By all lanes of a warp: lane g gets how many keys are in the groups before g.
+  __device__ int32_t sums() const {
+    const int32_t total = lane_id() < kGroups ? totals[lane_id()] : 0;
+    int32_t sum = total;
+#pragma unroll
+    for (int32_t distance = 1; distance < kGroups; distance *= 2) {
+      const int32_t before = __shfl_up_sync(kAllLanes, sum, distance);
+      sum += lane_id() >= distance ? before : 0;
+    }
+    return sum - total;
+  }
+  __device__ Place place(int32_t sums, int32_t bucket) const {
+    const uint32_t start = starts[bucket];
+    return {static_cast<int32_t>(start & 0xffff) +
+                __shfl_sync(kAllLanes, sums, bucket / (kBuckets / kGroups)),
+            static_cast<int32_t>(start >> 16)};
+  }
+  __device__ int32_t homeless_in_all() const { return totals[kGroups + 1]; }
+};
+
+// log2 of the keys that a bucket has room for, and the bytes of all, if there are n tokens.
+template <class Sizes>
+VISPRUNER_HD constexpr int32_t room_log2_of(int64_t n) {
+  return n <= int64_t{3} * Sizes::kBuckets / 2 ? 2 : n <= 4096 ? 3 : 4;
+}
+template <class Sizes>
+VISPRUNER_HD constexpr int64_t room_bytes(int64_t n) {
+  return int64_t{Sizes::kBuckets * sizeof(uint16_t)} << room_log2_of<Sizes>(n);
 }
 
+template <class Sizes>
 struct Ranks {
+  static constexpr int32_t kBuckets = Sizes::kBuckets;
+
+  Sizes sizes;
   // [kCells] The first bucket of a cell, and from bit 16 on how many it has.
   uint32_t* cells;
   // [kBuckets][room] Keys in the buckets. Zeros before the first ranking.
   uint16_t* members;
-  // [most_homeless] The first keys that found no room.
-  uint16_t* homeless;
+  // [most_homeless] The first keys that found no room, and from bit 16 on their buckets.
+  uint32_t* homeless;
   int32_t most_homeless;
-  // log2 of the room of a bucket, at least 3.
+  // log2 of the room of a bucket, at least 2.
   int32_t room_log2;
   // [n] The keys and their buckets.
   int32_t* keys;
   uint16_t* buckets;
-  // The largest key that may come, and log2 of the width of a cell. Keys beyond the last cell are
-  // in it.
+  // A key above the largest one that may come, by the width of the first cells, and the bits of
+  // this width as a float.
   int32_t top;
-  int32_t width_log2;
+  uint32_t first_cell;
 
-  // Before the first ranking: cells for keys from `least` to `most`, and for as many below.
+  // Before the first ranking: cells for keys from `least` to `most`, and for some below.
   __device__ void set_range(int32_t least, int32_t most) {
-    top = most;
     const uint32_t range = static_cast<uint32_t>(most) - static_cast<uint32_t>(least);
-    width_log2 = smaller(24, larger(1, 32 - __clz(range >> 7)));
+    // Two octaves more than the range has.
+    const int32_t width_log2 = larger(0, 34 - (kCells >> kOctaveLog2) - __clz(range | 1));
+    top = most + (1 << width_log2);
+    first_cell = static_cast<uint32_t>(127 + width_log2) << 23;
   }
-
-  // Where a key is below the top, at most the end of the last cell.
-  __device__ uint32_t below_top(int32_t key) const {
-    const uint32_t most = (static_cast<uint32_t>(kCells) << width_log2) - 1;
-    const uint32_t below = static_cast<uint32_t>(top) - static_cast<uint32_t>(key);
-    return below < most ? below : most;
+  // Before the first ranking, by a block: buckets of the same width, all of them empty.
+  __device__ void clear(int32_t thread, int32_t threads) const {
+    sizes.clear(thread, threads);
+#pragma unroll 1
+    for (int32_t c = thread; c < kCells; c += threads) {
+      constexpr uint32_t kEach = kBuckets / kCells;
+      cells[c] = kEach << 16 | static_cast<uint32_t>(c) * kEach;
+    }
+    empty_rooms(thread, threads);
   }
-
-  // Sets all rooms to zeros, by `threads` threads.
+  // Sets all rooms to zeros.
   __device__ void empty_rooms(int32_t thread, int32_t threads) const {
     uint4* const vectors = reinterpret_cast<uint4*>(members);
 #pragma unroll 1
@@ -110,71 +249,127 @@ struct Ranks {
     }
   }
 
-  // Phase 1: key i.
-  __device__ void insert(const Buckets& in, int32_t i, int32_t key) const {
-    const uint32_t below = below_top(key);
-    const int32_t cell = static_cast<int32_t>(below >> width_log2);
-    const uint32_t found = cells[cell];
-    const int32_t bucket =
-        static_cast<int32_t>((found & 0xffff) + __umulhi(below << (32 - width_log2), found >> 16));
-    increment(in.cell_sizes, cell);
-    increment(in.group_sizes, bucket >> 6);
-    increment(in.node_sizes, bucket >> 2);
-    const int32_t member = increment(in.sizes, bucket);
-    keys[i] = key;
-    buckets[i] = static_cast<uint16_t>(bucket);
-    if (member >> room_log2 == 0) {
-      members[(bucket << room_log2) + member] = static_cast<uint16_t>(i);
-    } else {
-      const int32_t slot = atomicAdd(in.homeless, 1);
-      if (slot < most_homeless) homeless[slot] = static_cast<uint16_t>(i);
-    }
+  __device__ int32_t bucket_of(int32_t key) const {
+    // The bits of a float are a logarithm, and grow with it.
+    const uint32_t below = static_cast<uint32_t>(top) - static_cast<uint32_t>(key);
+    const uint32_t place =
+        static_cast<uint32_t>(__float_as_int(static_cast<float>(below))) - first_cell;
+    constexpr int32_t kFraction = 23 - kOctaveLog2;
+    constexpr uint32_t kEnd = static_cast<uint32_t>(kCells) << kFraction;
+    const uint32_t inside = place < kEnd ? place : kEnd - 1, found = cells[inside >> kFraction];
+    return static_cast<int32_t>((found & 0xffff) +
+                                __umulhi(inside << (32 - kFraction), found >> 16));
   }
 
-  // Phase 2: the rank of key i of n. It counts larger keys, and equal ones before i.
-  __device__ int32_t rank(const Buckets& in, int32_t i, int32_t n) const {
-    const int32_t key = keys[i], bucket = buckets[i];
-    const uint16_t* const room = members + (bucket << room_log2);
-    uint2 pairs = *reinterpret_cast<const uint2*>(room);
-    const uint2 four = *reinterpret_cast<const uint2*>(in.sizes + (bucket & ~3));
-    const int32_t group = bucket >> 6, node = bucket >> 2;
-    const uint32_t pair = bucket & 2 ? four.y : four.x;
-    const int32_t size = static_cast<int32_t>(bucket & 1 ? pair >> 16 : pair & 0xffff);
-    int32_t rank = static_cast<int32_t>((bucket & 1 ? pair & 0xffff : 0) +
-                                        (bucket & 2 ? (four.x & 0xffff) + (four.x >> 16) : 0));
-    rank += sum_before(in.group_sizes, group) + sum_before(in.node_sizes + (node & ~15), node & 15);
-    const int32_t housed = smaller(size, 1 << room_log2);
+  // Phase 1: keys i[0 .. kEach - 1], as far as they are `active`.
+  template <int32_t kEach>
+  __device__ void insert(const int32_t (&i)[kEach], const int32_t (&key)[kEach],
+                         const bool (&active)[kEach]) const {
+    int32_t bucket[kEach], member[kEach];
+#pragma unroll
+    for (int32_t e = 0; e < kEach; ++e) bucket[e] = bucket_of(key[e]);
+#pragma unroll
+    for (int32_t e = 0; e < kEach; ++e) {
+      member[e] = 0;
+      if (active[e]) member[e] = sizes.add(bucket[e]);
+    }
+#pragma unroll
+    for (int32_t e = 0; e < kEach; ++e) {
+      if (!active[e]) continue;
+      keys[i[e]] = key[e];
+      buckets[i[e]] = static_cast<uint16_t>(bucket[e]);
+      if (member[e] >> room_log2 == 0) {
+        members[(bucket[e] << room_log2) + member[e]] = static_cast<uint16_t>(i[e]);
+      } else {
+        const int32_t slot = atomicAdd(sizes.homeless(), 1);
+        if (slot < most_homeless) homeless[slot] = static_cast<uint32_t>(bucket[e] << 16 | i[e]);
+      }
+    }
+  }
+  __device__ void insert(int32_t i, int32_t key) const {
+    const int32_t is[1] = {i}, keys[1] = {key};
+    const bool active[1] = {true};
+    insert(is, keys, active);
+  }
+
+  // Phase 2, with ScannedSizes phase 3, by all lanes of a warp: the ranks of keys i[0 .. kEach - 1]
+  // of n. A rank counts larger keys, and equal ones before it.
+  template <int32_t kEach>
+  __device__ void rank(const int32_t (&i)[kEach], int32_t n, int32_t (&rank)[kEach]) const {
+    const int32_t room = 1 << room_log2;
+    int32_t key[kEach], bucket[kEach], size[kEach];
+    uint2 pairs[kEach];
+#pragma unroll
+    for (int32_t e = 0; e < kEach; ++e) {
+      key[e] = keys[i[e]];
+      bucket[e] = buckets[i[e]];
+    }
+#pragma unroll
+    for (int32_t e = 0; e < kEach; ++e) {
+      pairs[e] = *reinterpret_cast<const uint2*>(members + (bucket[e] << room_log2));
+    }
+    const int32_t sums = sizes.sums();
+    int32_t most = 0;
+#pragma unroll
+    for (int32_t e = 0; e < kEach; ++e) {
+      const Place place = sizes.place(sums, bucket[e]);
+      rank[e] = place.before;
+      size[e] = place.size;
+      most = larger(most, size[e]);
+    }
+    most = smaller(most, room);
+    // Four members of each bucket at a time.
 #pragma unroll 1
     for (int32_t first = 0;;) {
-      // A slot that is not used holds a key of another pass, or key 0.
-      const uint32_t others[4] = {pairs.x & 0xffff, pairs.x >> 16, pairs.y & 0xffff, pairs.y >> 16};
-      int32_t above[4];
 #pragma unroll
-      for (int32_t m = 0; m < 4; ++m) {
-        const int32_t j = static_cast<int32_t>(others[m]);
-        above[m] = is_above(keys[j], key + ((j - i) >> 31));
+      for (int32_t e = 0; e < kEach; ++e) {
+        const uint32_t others[4] = {pairs[e].x & 0xffff, pairs[e].x >> 16, pairs[e].y & 0xffff,
+                                    pairs[e].y >> 16};
+        int32_t above[4];
+#pragma unroll
+        for (int32_t m = 0; m < 4; ++m) {
+          // A slot that is not used counts as the key itself.
+          const int32_t j = first + m < size[e] ? static_cast<int32_t>(others[m]) : i[e];
+          above[m] = is_above(keys[j], key[e] + ((j - i[e]) >> 31));
+        }
+        rank[e] += above[0] + above[1] + above[2] + above[3];
       }
-      rank += above[0] + (first + 1 < housed ? above[1] : 0);
-      rank += (first + 2 < housed ? above[2] : 0) + (first + 3 < housed ? above[3] : 0);
       first += 4;
-      if (first >= housed) break;
-      pairs = *reinterpret_cast<const uint2*>(room + first);
+      if (first >= most) break;
+#pragma unroll
+      for (int32_t e = 0; e < kEach; ++e) {
+        pairs[e] = *reinterpret_cast<const uint2*>(members + (bucket[e] << room_log2) + first);
+      }
     }
-    if (size > housed) {
-      rank =
-          *in.homeless <= most_homeless ? rank + rank_among_homeless(in, i) : rank_among_all(i, n);
+#pragma unroll
+    for (int32_t e = 0; e < kEach; ++e) {
+      if (size[e] > room) {
+        rank[e] = sizes.homeless_in_all() <= most_homeless ? rank[e] + rank_among_homeless(i[e])
+                                                           : rank_among_all(i[e], n);
+      }
     }
-    return rank;
   }
 
   // The share of a rank that comes from keys without room.
-  __device__ int32_t rank_among_homeless(const Buckets& in, int32_t i) const {
-    const int32_t key = keys[i], bucket = buckets[i], count = *in.homeless;
+  __device__ int32_t rank_among_homeless(int32_t i) const {
+    const int32_t key = keys[i], count = sizes.homeless_in_all();
+    const uint32_t own = static_cast<uint32_t>(buckets[i]) << 16;
     int32_t rank = 0;
-#pragma unroll 4
-    for (int32_t h = 0; h < count; ++h) {
-      const int32_t j = homeless[h];
-      rank += buckets[j] == bucket ? is_above(keys[j], key + ((j - i) >> 31)) : 0;
+#pragma unroll 1
+    for (int32_t h = 0; h < count; h += 4) {
+      const uint4 found = *reinterpret_cast<const uint4*>(homeless + h);
+      // Those of this bucket are below 2^16.
+      const uint32_t four[4] = {found.x ^ own, found.y ^ own, found.z ^ own, found.w ^ own};
+      if ((four[0] >> 16 != 0) & (four[1] >> 16 != 0) & (four[2] >> 16 != 0) &
+          (four[3] >> 16 != 0)) {
+        continue;
+      }
+#pragma unroll
+      for (int32_t m = 0; m < 4; ++m) {
+        if (four[m] >> 16 || h + m >= count) continue;
+        const int32_t j = static_cast<int32_t>(four[m]);
+        rank += is_above(keys[j], key + ((j - i) >> 31));
+      }
     }
     return rank;
   }
@@ -197,38 +392,21 @@ struct Ranks {
     return rank;
   }
 
-  // Phase 2, by one warp: the buckets of the next ranking, from the sizes of the cells of this one,
-  // which had n keys.
-  __device__ void adapt(const Buckets& in, int32_t n) const {
-    constexpr int32_t kEach = kCells / kWarp;
-    static_assert(kEach == 8, "the sizes of a lane are one vector");
-    const uint4 pairs = reinterpret_cast<const uint4*>(in.cell_sizes)[lane_id()];
-    const uint32_t words[4] = {pairs.x, pairs.y, pairs.z, pairs.w};
+  // In the phase of `rank`, by warps, a thread for each cell: the buckets of the next ranking from
+  // the sizes in this one, of n keys.
+  __device__ void adapt(int32_t cell, int32_t n) const {
     // Every cell has a bucket; the others are shared out.
     const uint32_t each =
         (static_cast<uint32_t>(kBuckets - kCells) << 16) / static_cast<uint32_t>(n);
-    uint32_t counts[kEach];
-    uint32_t sum = 0;
-#pragma unroll
-    for (int32_t k = 0; k < kEach; ++k) {
-      counts[k] = 1 + ((words[k / 2] >> (k % 2 * 16) & 0xffff) * each >> 16);
-      sum += counts[k];
-    }
-    uint32_t first = sum;
-    for (int32_t distance = 1; distance < kWarp; distance *= 2) {
-      const uint32_t before = __shfl_up_sync(kAllLanes, first, distance);
-      first += lane_id() >= distance ? before : 0;
-    }
-    first -= sum;
-    uint32_t result[kEach];
-#pragma unroll
-    for (int32_t k = 0; k < kEach; ++k) {
-      result[k] = counts[k] << 16 | first;
-      first += counts[k];
-    }
-    uint4* const to = reinterpret_cast<uint4*>(cells) + 2 * lane_id();
-    to[0] = make_uint4(result[0], result[1], result[2], result[3]);
-    to[1] = make_uint4(result[4], result[5], result[6], result[7]);
+    const int32_t sums = sizes.sums();
+    const uint32_t found = cells[cell];
+    const int32_t first = static_cast<int32_t>(found & 0xffff);
+    const int32_t last = first + static_cast<int32_t>(found >> 16) - 1;
+    const Place from = sizes.place(sums, first), to = sizes.place(sums, last);
+    const uint32_t c = static_cast<uint32_t>(cell);
+    const uint32_t begin = c + (static_cast<uint32_t>(from.before) * each >> 16);
+    const uint32_t end = c + 1 + (static_cast<uint32_t>(to.before + to.size) * each >> 16);
+    cells[cell] = (end - begin) << 16 | begin;
   }
 };
 

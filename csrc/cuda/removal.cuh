@@ -23,55 +23,18 @@ struct SelectArgs {
   uint64_t tag;
 };
 
-// Allocates the arrays of the passes: in shared memory as long as they fit, then in scratch.
-// kShared: all fit, so the compiler knows that every array is in shared memory.
-template <bool kShared>
-struct Arena {
-  char* shared;
-  char* shared_end;
-  char* global;
-
-  template <class T>
-  __device__ T* take(int64_t count) {
-    const int64_t bytes = rounded(count * sizeof(T), 16);
-    const bool fits = kShared || bytes <= shared_end - shared;
-    T* const array = reinterpret_cast<T*>(fits ? shared : global);
-    shared += fits ? bytes : 0;
-    global += fits ? 0 : bytes;
-    return array;
-  }
-};
-
 template <int32_t kVariant>
 using BlockOf = CudaBlock<kVariants[kVariant].threads>;
+// Whether lists are long. Short ones can be used as they are, if there is room.
+template <Matching kMatching, int32_t kVariant>
+constexpr bool kLongLists =
+    kMatching == Matching::kBipartite && kVariants[kVariant].fit != Fit::kAll;
 template <int32_t kVariant>
 using ArenaOf = Arena<kVariants[kVariant].fit != Fit::kLess>;
 
 // Bytes of a compact matrix for this many tokens, and for the most.
 VISPRUNER_HD int64_t compact_bytes(int64_t n) { return n * (4 * n + 6); }
 constexpr int32_t kCompactBytes = kMostCompact * (4 * kMostCompact + 6) + 64;
-
-// Copies an array of `bytes` bytes, a multiple of 16. A batch is loaded before it is stored,
-// because the compiler must assume that they alias.
-template <int32_t kThreads>
-__device__ void copy(const void* from, void* to, int32_t bytes) {
-  constexpr int32_t kBatch = 10;
-  const int32_t count = bytes / 16;
-#pragma unroll 1
-  for (int32_t first = threadIdx.x; first < count; first += kBatch * kThreads) {
-    uint4 vectors[kBatch];
-#pragma unroll
-    for (int32_t b = 0; b < kBatch; ++b) {
-      // Without a condition, which would make each load wait for the one before.
-      vectors[b] = static_cast<const uint4*>(from)[smaller(first + b * kThreads, count - 1)];
-    }
-#pragma unroll
-    for (int32_t b = 0; b < kBatch; ++b) {
-      const int32_t v = first + b * kThreads;
-      if (v < count) static_cast<uint4*>(to)[v] = vectors[b];
-    }
-  }
-}
 
 template <int32_t kVariant>
 __device__ NeighbourLists take_lists(ArenaOf<kVariant>& arena, NeighbourLists lists, int32_t n) {
@@ -90,16 +53,12 @@ __device__ NeighbourLists take_lists(ArenaOf<kVariant>& arena, NeighbourLists li
   return lists;
 }
 
-// The compact matrix, in all shared memory that is left.
+// How many tokens a compact matrix can have, at most `most`, in all shared memory that is left.
 template <bool kShared>
-__device__ Compact take_compact(Arena<kShared> arena, int32_t most) {
-  Compact compact = {(most + 15) / 16 * 16, nullptr, nullptr, nullptr};
-  const int64_t free = arena.shared_end - arena.shared;
-  while (compact.capacity > 0 && compact_bytes(compact.capacity) > free) compact.capacity -= 16;
-  compact.sim = reinterpret_cast<int32_t*>(arena.shared);
-  compact.mask = compact.sim + compact.capacity * compact.capacity;
-  compact.tokens = reinterpret_cast<uint16_t*>(compact.mask + compact.capacity);
-  return compact;
+__device__ int32_t compact_capacity(const Arena<kShared>& arena, int32_t most) {
+  int32_t capacity = (most + 15) / 16 * 16;
+  while (capacity > 0 && compact_bytes(capacity) > arena.shared_end - arena.shared) capacity -= 16;
+  return capacity;
 }
 
 // Keeps the `important` best tokens by score, and those of the rest that the rule leaves when only
@@ -108,14 +67,15 @@ __device__ Compact take_compact(Arena<kShared> arena, int32_t most) {
 template <Matching kMatching, int32_t kVariant>
 __device__ void remove_duplicates(BlockOf<kVariant>& block, const SelectArgs& args,
                                   ArenaOf<kVariant> arena, const int32_t* sim, NeighbourLists lists,
-                                  const int32_t* score_rank, int32_t n, int32_t keep,
-                                  int32_t important, int64_t* out, int32_t first_index) {
+                                  LongLists long_lists, char* renewed, const int32_t* score_rank,
+                                  int32_t n, int32_t keep, int32_t important, int64_t* out,
+                                  int32_t first_index) {
   constexpr int32_t kThreads = kVariants[kVariant].threads;
   constexpr int32_t kAtOnce = kVariants[kVariant].at_once;
   const int32_t ld = static_cast<int32_t>(rounded(n, 16));
   const int32_t words = n / 32 + 1;
   // The set of the kept tokens.
-  const Bits kept = {arena.template take<uint32_t>(words)};
+  Bits kept = {arena.template take<uint32_t>(words)};
   block.each(words, [=](int32_t w) { kept.words[w] = 0; });
   if constexpr (kMatching == Matching::kPairwise) {
     const Bits tokens = {arena.template take<uint32_t>(words)};
@@ -124,7 +84,8 @@ __device__ void remove_duplicates(BlockOf<kVariant>& block, const SelectArgs& ar
     arrays.score_rank = ranks;
     arrays.partner = arena.template take<uint16_t>(n);
     arrays.next = arena.template take<uint16_t>(n + 1);
-    uint16_t* const waiting = arena.template take<uint16_t>(n);
+    // A search has this array for itself.
+    arrays.spoilt = arena.template take<uint16_t>(n);
     int2* const counters = arena.template take<int2>(2);
     arrays.pair = arena.template take<int64_t>(n);
     // A warp sets one word.
@@ -142,28 +103,32 @@ __device__ void remove_duplicates(BlockOf<kVariant>& block, const SelectArgs& ar
     }
     if (threadIdx.x < 2) counters[threadIdx.x] = make_int2(0, 0);
     const NeighbourLists copies = take_lists<kVariant>(arena, lists, n);
-    Left<kThreads, kAtOnce> left = {&block, tokens,      sim,     ld,
-                                    copies, arrays.next, waiting, counters};
+    Left<kThreads, kAtOnce> left = {&block, tokens,      sim,           ld,
+                                    copies, arrays.next, arrays.spoilt, counters};
     __syncthreads();
     pairwise(block, left, n, n - keep, args.call.eager_rounds, arrays,
              [=](int32_t i) { kept.add(i); });
   } else {
     const int32_t left = n - important, half = (left + 1) / 2;
-    BipartiteArrays arrays;
+    constexpr Fit kFit = kVariants[kVariant].fit;
+    constexpr bool kShared = kFit == Fit::kAll;
+    using Sizes = SizesOf<kThreads, kFit>;
+    BipartiteArrays<Sizes> arrays;
     arrays.b.words = arena.template take<uint32_t>(words);
-    arrays.buckets = arena.template take<char>(2 * Buckets::kBytes);
+    arrays.ranks.sizes = Sizes::at(arena.template take<char>(Sizes::kBytes));
     arrays.ranks.cells = arena.template take<uint32_t>(kCells);
     arrays.waits = arena.template take<int32_t>(1);
+    arrays.rare = arena.template take<Rare>(1);
     arrays.tokens = arena.template take<uint16_t>(left);
     arrays.next = arena.template take<uint16_t>(left);
-    arrays.ranks.room_log2 = room_log2_of(n);
-    arrays.ranks.members = arena.template take<uint16_t>(kBuckets << arrays.ranks.room_log2);
+    arrays.ranks.room_log2 = room_log2_of<Sizes>(n);
+    arrays.ranks.members = arena.template take<uint16_t>(Sizes::kBuckets << arrays.ranks.room_log2);
+    uint16_t* const numbers = kShared ? nullptr : arena.template take<uint16_t>(n + 1);
+    arrays.names = kShared ? nullptr : arena.template take<uint16_t>(n);
     arrays.ranks.keys = arena.template take<int32_t>(half);
     arrays.ranks.buckets = arena.template take<uint16_t>(half);
-    arrays.ranks.most_homeless = half / 8;
-    arrays.ranks.homeless = arena.template take<uint16_t>(half / 8);
-    // No ranking is under way when the compact matrix is filled.
-    uint16_t* const rows = arrays.ranks.members;
+    arrays.ranks.most_homeless = half / 16 * 4;
+    arrays.ranks.homeless = arena.template take<uint32_t>(arrays.ranks.most_homeless);
     constexpr int32_t kBatch = 2;
 #pragma unroll 1
     for (int32_t first = threadIdx.x; first < n; first += kBatch * kThreads) {
@@ -180,16 +145,40 @@ __device__ void remove_duplicates(BlockOf<kVariant>& block, const SelectArgs& ar
         }
       }
     }
-    // The compact matrix is where the lists were.
-    const Compact compact = take_compact(arena, smaller(left, kVariants[kVariant].compact));
-    const NeighbourLists copies = take_lists<kVariant>(arena, lists, n);
+    if (threadIdx.x == 0) {
+      *arrays.rare = {sim,
+                      ld,
+                      n,
+                      long_lists,
+                      {arena.shared, arena.shared_end, renewed},
+                      numbers,
+                      static_cast<int32_t>(arena.shared - shared_memory()),
+                      compact_capacity(arena, smaller(left, kVariants[kVariant].compact)),
+                      kept,
+                      score_rank,
+                      important,
+                      first_index,
+                      out};
+    }
+    NeighbourLists copies = lists;
+    if constexpr (kShared) {
+      copies = take_lists<kVariant>(arena, lists, n);
+    }
     __syncthreads();
-    const uint16_t* const residual = bipartite<kThreads, kAtOnce>(
-        block, sim, ld, n, left, keep - important, args.call.step, arrays, copies, compact, rows);
+    const uint16_t* const residual = bipartite<kThreads, kAtOnce, kFit>(
+        block, n, left, keep - important, args.call.step, arrays, copies);
+    const int32_t rest = keep - important;
+    const Rare& rare = *arrays.rare;
+    n = rare.n;
+    kept = rare.kept;
+    score_rank = rare.score_rank;
+    important = rare.important;
+    first_index = rare.first_index;
+    out = rare.out;
     block.each(n, [=](int32_t t) {
       if (score_rank[t] < important) kept.add(t);
     });
-    block.each(keep - important, [=](int32_t p) { kept.add(residual[p]); });
+    block.each(rest, [=](int32_t p) { kept.add(residual[p]); });
   }
   block.each_in_order(
       n, [=](int32_t t) { return kept.has(t); },

@@ -5,26 +5,52 @@
 #include "cuda/neighbours.cuh"
 #include "cuda/ranks.cuh"
 #include "cuda/similarity.cuh"
+#include "cuda/variants.h"
 
 namespace vispruner {
 
 VISPRUNER_HD int64_t rounded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // Bytes of the arrays of the passes of an image of n tokens, besides similarities and lists, each
-// rounded up to 16. `fixed_bytes`: those that do not grow with every token.
+// rounded up to 16. `fixed_bytes`: those that do not grow with every token. fit: what is in shared
+// memory.
+template <class Sizes>
 VISPRUNER_HD constexpr int64_t fixed_bytes(int64_t n) {
-  return 2 * Buckets::kBytes + kCells * sizeof(uint32_t) + room_bytes(n) + 256;
+  return Sizes::kBytes + kCells * sizeof(uint32_t) + room_bytes<Sizes>(n) + 384;
 }
-VISPRUNER_HD constexpr int64_t pass_bytes(Matching matching, int64_t n) {
-  return matching == Matching::kBipartite ? 7 * n + n / 2 + fixed_bytes(n) : 16 * n + n / 4 + 256;
+VISPRUNER_HD constexpr int64_t pass_bytes(Matching matching, int64_t n, Fit fit) {
+  if (matching == Matching::kPairwise) return 16 * n + n / 4 + 256;
+  return fit == Fit::kAll ? 8 * n + fixed_bytes<TreeSizes>(n)
+                          : 12 * n + fixed_bytes<ScannedSizes>(n);
 }
 // The same in scratch, for both rules: for each token, and for each image if the longest one has n
-// tokens. Up to 2048 tokens they fit in the shared memory of a tile.
-constexpr int64_t kInTile = 2048;
-static_assert(pass_bytes(Matching::kBipartite, kInTile) <= kTileBytes);
-static_assert(pass_bytes(Matching::kPairwise, kInTile) <= kTileBytes);
+// tokens. Up to 768 tokens they fit in the shared memory of a tile.
+constexpr int64_t kInTile = 768;
+static_assert(pass_bytes(Matching::kBipartite, kInTile, Fit::kLess) <= kTileBytes);
+static_assert(pass_bytes(Matching::kPairwise, kInTile, Fit::kLess) <= kTileBytes);
 VISPRUNER_HD constexpr int64_t token_bytes(int64_t n) { return n > kInTile ? 17 : 0; }
-VISPRUNER_HD constexpr int64_t image_bytes(int64_t n) { return n > kInTile ? fixed_bytes(n) : 0; }
+VISPRUNER_HD constexpr int64_t image_bytes(int64_t n) {
+  return n > kInTile ? fixed_bytes<ScannedSizes>(n) : 0;
+}
+
+// Allocates the arrays of the passes: in shared memory as long as they fit, then in scratch.
+// kShared: all fit, so the compiler knows that every array is in shared memory.
+template <bool kShared>
+struct Arena {
+  char* shared;
+  char* shared_end;
+  char* global;
+
+  template <class T>
+  __device__ T* take(int64_t count) {
+    const int64_t bytes = rounded(count * sizeof(T), 16);
+    const bool fits = kShared || bytes <= shared_end - shared;
+    T* const array = reinterpret_cast<T*>(fits ? shared : global);
+    shared += fits ? bytes : 0;
+    global += fits ? 0 : bytes;
+    return array;
+  }
+};
 
 // A counter is a 64-bit word of the call's own scratch: the call's random tag, and below it
 // kCountBits bits that count arrivals. They can count more blocks than ever arrive at one counter.
@@ -40,11 +66,15 @@ struct ImageScratch {
   // [n, ld] Ordered keys of the similarities, symmetric; kNoSimilarity on the diagonal and beyond
   // column n. ld is n rounded up to 16.
   int32_t* sim;
+  // The lists of the image: either these or long ones.
   NeighbourLists lists;
+  LongLists long_lists;
   // [n] The position of each token in the order by score.
   int32_t* score_rank;
   // For Arena.
   char* passes;
+  // Room for lists of tokens that are left.
+  char* renewed;
   // Counts the blocks of tokens that are done.
   uint64_t* done_blocks;
   // [most_blocks] Counts the tiles that are done, for each block of tokens.
@@ -56,6 +86,7 @@ struct Scratch {
   int64_t list_codes;
   int64_t list_keys;
   int64_t score_rank;
+  int64_t renewed;
   int64_t passes;
   int64_t counters;
   int64_t bytes;
@@ -63,23 +94,26 @@ struct Scratch {
   // `tokens`: of the longest image; `total`: of all images.
   VISPRUNER_HD Scratch(int64_t images, int64_t tokens, int64_t total, bool removes) {
     list_codes = removes ? total * rounded(tokens, 16) * sizeof(int32_t) : 0;
-    list_keys = list_codes + (removes ? total * kListed * sizeof(uint16_t) : 0);
-    score_rank = list_keys + (removes ? total * kListed * sizeof(int32_t) : 0);
-    passes = rounded(score_rank + total * sizeof(int32_t), 256);
+    list_keys = list_codes + (removes ? total * kMostListed * sizeof(uint16_t) : 0);
+    score_rank = list_keys + (removes ? total * kMostListed * sizeof(int32_t) : 0);
+    renewed = rounded(score_rank + total * sizeof(int32_t), 256);
+    passes = renewed + (removes ? total * kNearBytes : 0);
     counters = rounded(
         passes + (removes ? total * token_bytes(tokens) + images * image_bytes(tokens) : 0), 256);
     bytes = counters + images * (1 + most_blocks(tokens)) * sizeof(uint64_t);
   }
 
   __device__ ImageScratch of_image(char* scratch, int64_t images, int32_t tokens, int64_t image,
-                                   int64_t start) const {
+                                   int64_t start, int32_t n) const {
     uint64_t* const words = reinterpret_cast<uint64_t*>(scratch + counters);
     const int64_t first_pass =
         reinterpret_cast<int64_t>(scratch + passes + start * token_bytes(tokens));
     ImageScratch result;
     result.sim = reinterpret_cast<int32_t*>(scratch) + start * rounded(tokens, 16);
-    result.lists.codes = reinterpret_cast<uint16_t*>(scratch + list_codes) + start * kListed;
-    result.lists.keys = reinterpret_cast<int32_t*>(scratch + list_keys) + start * kListed;
+    result.lists.codes = reinterpret_cast<uint16_t*>(scratch + list_codes) + start * kMostListed;
+    result.lists.keys = reinterpret_cast<int32_t*>(scratch + list_keys) + start * kMostListed;
+    result.renewed = scratch + renewed + start * kNearBytes;
+    result.long_lists = {result.lists.codes, result.lists.keys, NearLists::at(result.renewed, n)};
     result.score_rank = reinterpret_cast<int32_t*>(scratch + score_rank) + start;
     result.passes = reinterpret_cast<char*>(rounded(first_pass + image * image_bytes(tokens), 16));
     result.done_blocks = words + image;

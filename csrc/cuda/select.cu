@@ -165,7 +165,7 @@ __device__ inline int32_t tiles_with_work(const Image& image) {
 }
 
 // Lists the neighbours of one block of tokens.
-template <int32_t kWarps, int32_t kTile>
+template <int32_t kWarps, int32_t kTile, bool kLong>
 __device__ void list_block(const ImageScratch& scratch, int32_t n, int32_t token_block,
                            char* memory) {
   const int32_t ld = static_cast<int32_t>(rounded(n, 16));
@@ -173,7 +173,12 @@ __device__ void list_block(const ImageScratch& scratch, int32_t n, int32_t token
   for (int32_t k = warp_id(); k < kTile; k += kWarps) {
     const int32_t token = token_block * kTile + k;
     if (token >= n) break;
-    list_neighbours(scratch.sim + int64_t{token} * ld, n, token, scratch.lists, staging);
+    const int32_t* const row = scratch.sim + int64_t{token} * ld;
+    if constexpr (kLong) {
+      list_neighbours<long_list_of(kWarps * kWarp)>(row, n, token, scratch.long_lists, staging);
+    } else {
+      list_neighbours(row, n, token, scratch.lists, staging);
+    }
   }
 }
 
@@ -248,7 +253,7 @@ __global__ void __launch_bounds__(kVariants[kVariant].threads, blocks_of(kVarian
   // Computed where it is needed, because it would take many registers too.
   const auto scratch = [&] {
     return Scratch(call.images, call.tokens, call.total, args.removes)
-        .of_image(call.scratch, call.images, call.tokens, image.number, image.start);
+        .of_image(call.scratch, call.images, call.tokens, image.number, image.start, image.n);
   };
   const auto features = [&] {
     return call.features.data + image.features * element_size(call.features.dtype);
@@ -264,15 +269,16 @@ __global__ void __launch_bounds__(kVariants[kVariant].threads, blocks_of(kVarian
 
   // Phase 1: the similarities, and the ranks of some scores: the image has all of them when all of
   // its tiles have arrived.
-  constexpr int32_t kIdle = idle_warps(kThreads, kTile), kRankers = kIdle > 0 ? kIdle : kWarps;
-  const int32_t ranker = warp_id() - (kWarps - kRankers);
+  constexpr int32_t kIdle = idle_warps(kThreads, kTile);
+  const int32_t rankers = kIdle > 0 && image.removes ? kIdle : kWarps;
+  const int32_t ranker = warp_id() - (kWarps - rankers);
   if (ranker >= 0) {
     with_dtype(call.scores.dtype, [&](auto dtype) {
       constexpr DType kDType = decltype(dtype)::value;
       const char* const row = call.scores.data + image.scores * element_size(call.scores.dtype);
-      const int32_t n = image.n, stride = 2 * kRankers * tiles_with_work(image);
+      const int32_t n = image.n, stride = 2 * rankers * tiles_with_work(image);
 #pragma unroll 1
-      for (int32_t t = 2 * (tile * kRankers + ranker); t < n; t += stride) {
+      for (int32_t t = 2 * (tile * rankers + ranker); t < n; t += stride) {
         rank_scores<kDType>(row, call.scores.token_stride, n, make_int2(t, smaller(t + 1, n - 1)),
                             scratch().score_rank);
       }
@@ -294,8 +300,9 @@ __global__ void __launch_bounds__(kVariants[kVariant].threads, blocks_of(kVarian
     const int32_t token_block = side == 0 ? image.block_a : image.block_b;
     if (!image.removes || (side == 1 && image.block_a == image.block_b)) break;
     if (!arrive(scratch().done_tiles + token_block, image.blocks)) continue;
-    list_block<kWarps, kTile>(scratch(), image.n, token_block, memory);
-    last = arrive(scratch().done_blocks, image.blocks) || last;
+    list_block<kWarps, kTile, kLongLists<kMatching, kVariant>>(scratch(), image.n, token_block,
+                                                               memory);
+    last = arrive(scratch().done_blocks, image.blocks);
   }
   if (!last) return;
 
@@ -304,8 +311,9 @@ __global__ void __launch_bounds__(kVariants[kVariant].threads, blocks_of(kVarian
   if (image.removes) {
     const ArenaOf<kVariant> arena = {memory, shared_memory() + args.shared_bytes, scratch().passes};
     remove_duplicates<kMatching, kVariant>(
-        block, args, arena, computed(scratch().sim), scratch().lists, scratch().score_rank, image.n,
-        image.keep, image.important, call.indices + image.out, image.first_index);
+        block, args, arena, computed(scratch().sim), scratch().lists, scratch().long_lists,
+        scratch().renewed, scratch().score_rank, image.n, image.keep, image.important,
+        call.indices + image.out, image.first_index);
   } else {
     const int32_t* const score_rank = scratch().score_rank;
     int64_t* const out = call.indices + image.out;
@@ -408,26 +416,34 @@ int64_t most_shared(const Variant& variant, const Limits& limits) {
   return ((limits.shared + kReserved) / blocks_of(variant) - kReserved) / 16 * 16;
 }
 
+// The shared memory of the lists of a token that is useful, or without which a variant is not.
+int64_t list_bytes(Matching matching, Fit fit, bool must) {
+  if (fit == Fit::kAll) return kListBytes;
+  if (matching == Matching::kPairwise) return kListed * sizeof(uint16_t);
+  return must ? kNear / 2 * sizeof(uint16_t) : kNearBytes;
+}
+
 // The shared memory that it can use for the passes of the longest image, or must have if it is to
 // run at all.
 int64_t useful_shared(const CudaSelect& call, const Variant& variant, bool must) {
   if (variant.fit == Fit::kLess) return must ? kSharedBytes : INT32_MAX;
-  const int64_t lists = call.tokens * (variant.fit == Fit::kAll ? kListBytes : 2 * kListed);
+  const bool bipartite = call.matching == Matching::kBipartite;
+  const int64_t lists = call.tokens * list_bytes(call.matching, variant.fit, must);
   // The compact matrix is where the lists were.
-  const bool has_compact = !must && call.matching == Matching::kBipartite;
-  const int64_t compact = has_compact ? compact_bytes(variant.compact) + 64 : 0;
+  const int64_t compact = bipartite && !must ? compact_bytes(variant.compact) + 64 : 0;
   const int64_t bytes =
-      kFixedBytes + pass_bytes(call.matching, call.tokens) + std::max(lists, compact);
+      kFixedBytes + pass_bytes(call.matching, call.tokens, variant.fit) + std::max(lists, compact);
   return std::max<int64_t>(kSharedBytes, rounded(bytes, 16));
 }
 
 // Whether it is likely to be the fastest variant for this call.
 bool suits(const CudaSelect& call, const Variant& variant, const Limits& limits) {
   // Found by simulation and arithmetic (docs/cuda.md).
-  constexpr int64_t kManyTiles = 4;
+  constexpr int64_t kManyTiles = 4, kShort = 1280;
   const int64_t tiles = call.images * tiles_of(call.tokens, variant.tile);
   if (variant.tile < kLargeTile && tiles > limits.multiprocessors) return false;
-  return blocks_of(variant) == 1 || tiles >= kManyTiles * limits.multiprocessors;
+  return blocks_of(variant) == 1 ||
+         (tiles >= kManyTiles * limits.multiprocessors && call.tokens <= kShort);
 }
 
 int32_t first_variant(const CudaSelect& call, const Limits& limits) {

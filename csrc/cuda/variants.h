@@ -2,7 +2,7 @@
 // on the GPU and on the shape. `python -m benchmarks.tune` measures them all.
 #pragma once
 
-#include <cstdint>
+#include "contract.h"
 
 namespace vispruner {
 
@@ -33,6 +33,9 @@ constexpr Variant kVariants[] = {
 };
 // Blocks of a multiprocessor: a thread has 128 of its 65536 registers.
 constexpr int32_t blocks_of(const Variant& variant) { return 512 / variant.threads; }
+// Neighbours in a long list. Blocks of 256 threads have shorter images, because they have half of
+// the shared memory.
+VISPRUNER_HD constexpr int32_t long_list_of(int32_t threads) { return threads < 512 ? 32 : 128; }
 constexpr int32_t kVariantCount = sizeof(kVariants) / sizeof(Variant);
 
 }  // namespace vispruner

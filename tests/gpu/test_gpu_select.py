@@ -287,6 +287,18 @@ def test_calls_give_the_same_bits_every_time(number, others, matching):
     assert torch.stack(wrong).count_nonzero() == 0
 
 
+@needs_cuda
+@pytest.mark.skipif(not gpu.NATIVE, reason="for the CUDA kernels only")
+@matchings
+@pytest.mark.parametrize("case", MODELS, ids=lambda case: "x".join(map(str, case[:3])))
+def test_every_variant_has_the_bits_of_the_cpu(case, matching):
+    *sizes, dtype = case
+    case, wanted = model(*sizes, dtype, matching)
+    answers = list(gpu.run_variants(uploaded(("select", case))))
+    got = gpu.download([answer for _, answer in answers])
+    assert_answers(got, [wanted] * len(got), [number for number, _ in answers])
+
+
 @pytest.fixture
 def constants(monkeypatch):
     """A function that sets constants of the kernel for one test."""

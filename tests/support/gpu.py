@@ -146,6 +146,22 @@ def run_native(call: Call) -> Answer:
     return answer if isinstance(answer, tuple) else (answer,)
 
 
+def run_variants(call: Call) -> Iterator[tuple[int, Answer]]:
+    """The number and the answer of each variant of the CUDA kernels that fits; 0: the choice of the
+    core."""
+    before = native.VARIANT
+    try:
+        for number in range(1 + len(native.VARIANTS)):
+            native.VARIANT = number
+            try:
+                yield number, run_native(call)
+            except ValueError as error:
+                if "do not fit" not in str(error):
+                    raise
+    finally:
+        native.VARIANT = before
+
+
 def expected(call: Call) -> Answer:
     """The answer of the CPU: from the C++ core if it is built, else from the reference."""
     op, args = call

@@ -13,7 +13,7 @@ import gpu
 import torch
 from torch import Tensor
 
-from vispruner_kernels.testing import assert_close, assert_same_bits
+from vispruner_kernels.testing import assert_close, assert_same_bits, hub_cases
 
 # More tokens than a selection holds in registers (`SMALL` in _triton/select.py). In attention they
 # are three blocks of 64 tokens, the last one partly filled.
@@ -45,6 +45,14 @@ def check(call: gpu.Call, run: Callable[[gpu.Call], gpu.Answer] = gpu.run) -> No
             assert_close(x, y, 1e-2 if x.dtype == torch.float16 else 2e-5)
 
 
+def check_variants(call: gpu.Call) -> None:
+    """Assert that every variant of the CUDA kernels gives the CPU's answer."""
+    wanted = gpu.expected(call)
+    for _, answer in gpu.run_variants(gpu.uploaded(call)):
+        for x, y in zip(answer, wanted, strict=True):
+            assert_same_bits(x.cpu(), y)
+
+
 def check_in_bounds(call: gpu.Call, run: Callable[[gpu.Call], gpu.Answer] = gpu.run) -> None:
     """Assert that indices are in [0, tokens) and that scores are finite."""
     (got,) = (x.cpu() for x in run(gpu.uploaded(call)))
@@ -67,9 +75,10 @@ def main() -> int:
     for call in wrong:
         check_in_bounds(call)
     native = not gpu.SIMULATED and not gpu.native.REASON
-    for call in right * native:
+    equal = [("select", tuple(case)) for case in hub_cases(TOKENS)]
+    for call in (right + equal) * native:
         if call[0] in gpu.NATIVE_OPS:
-            check(call, gpu.run_native)
+            check_variants(call)
     for call in wrong * native:
         if call[0] in gpu.NATIVE_OPS:
             check_in_bounds(call, gpu.run_native)
