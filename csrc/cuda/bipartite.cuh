@@ -66,6 +66,10 @@ struct Rare {
   Arena<false> memory;
   // [n + 1] The token of each row of `sim`, or kNone. Not if all lists are in shared memory.
   uint16_t* numbers;
+  // How many tokens shall be left.
+  int32_t keep;
+  // How many tokens of a have near lists without a token of b.
+  int32_t waits;
   // Where a compact matrix begins in shared memory, and its capacity. It may overlap lists.
   int32_t compact;
   int32_t compact_capacity;
@@ -86,8 +90,6 @@ struct BipartiteArrays {
   uint16_t* names;
   // The tokens of b. It has a bit for a token n, too, which is never set.
   Bits b;
-  // How many tokens of a have lists without a token of b.
-  int32_t* waits;
   Rare* rare;
   // For (residual + 1) / 2 keys.
   Ranks<Sizes> ranks;
@@ -105,17 +107,15 @@ struct Bipartite {
   static constexpr int32_t kWarps = kThreads / kWarp;
   static_assert(kThreads >= kCells, "a thread for each cell");
 
-  // Tokens that are left; tokens to keep; tokens to remove in a pass.
+  // Tokens that are left; tokens to remove in a pass.
   int32_t left;
-  int32_t keep;
   int32_t step;
   // As in BipartiteArrays; tokens and next are swapped in every pass.
   uint16_t* tokens;
   uint16_t* next;
   uint16_t* names;
   Bits b;
-  int32_t* waits;
-  const Rare* rare;
+  Rare* rare;
   Ranks<Sizes> ranks;
   int32_t pass = 0;
 
@@ -159,7 +159,7 @@ struct Bipartite {
         found[e] = inside && keys[e] != kNoSimilarity;
         // The answer is in the row. `next` is written in phase 2 only.
         if (inside && !found[e]) {
-          next[atomicAdd(waits, 1)] = static_cast<uint16_t>(i[e]);
+          next[atomicAdd(&rare->waits, 1)] = static_cast<uint16_t>(i[e]);
         }
       }
       ranks.insert(i, keys, found);
@@ -168,7 +168,7 @@ struct Bipartite {
   __device__ void search(const NearLists& lists, int32_t size_a) {
     with_each(size_a, [&](auto each) { search_near<decltype(each)::value>(lists, size_a); });
     __syncthreads();
-    const int32_t count = *waits;
+    const int32_t count = rare->waits;
     if (count > 0) read_rows(count);
   }
   // Ranks the largest similarities of those tokens of a whose lists have no answer.
@@ -182,7 +182,7 @@ struct Bipartite {
       if (lane_id() == 0) ranks.insert(i, keys[0]);
     }
     __syncthreads();
-    if (threadIdx.x == 0) *waits = 0;
+    if (threadIdx.x == 0) rare->waits = 0;
   }
   // The largest similarity of a token to a token of b in its long list, or kNoSimilarity.
   __device__ int32_t far_max(int32_t token) const {
@@ -303,7 +303,7 @@ struct Bipartite {
     ++pass;
   }
   __device__ int32_t drop_of(int32_t size_a) const {
-    return smaller(smaller(step, left - keep), size_a);
+    return smaller(smaller(step, left - rare->keep), size_a);
   }
 
   // The largest similarity of each of kRows tokens to a token of b, from their rows, by a warp.
@@ -547,7 +547,7 @@ struct Bipartite {
     const int32_t width = (left + 15) / 16 * 16;
     int32_t* const mask = compact.mask;
 #pragma unroll 1
-    while (left > keep) {
+    while (left > rare->keep) {
       const int32_t size_a = (left + 1) >> 1, drop = drop_of(size_a);
       // Phase 1: a warp has every 16th row; lane r points at its row r. The columns of a lane are
       // the same in all rows.
@@ -606,14 +606,12 @@ struct Bipartite {
 // Removes duplicates until `keep` of the `left` tokens in arrays.tokens, sorted by score, are left.
 // Returns them. compact.sim may overlap the lists.
 template <int32_t kThreads, int32_t kAtOnce, Fit kFit>
-__device__ uint16_t* bipartite(CudaBlock<kThreads>& block, int32_t n, int32_t left, int32_t keep,
-                               int32_t step, BipartiteArrays<SizesOf<kThreads, kFit>> arrays,
+__device__ uint16_t* bipartite(CudaBlock<kThreads>& block, int32_t n, int32_t left, int32_t step,
+                               BipartiteArrays<SizesOf<kThreads, kFit>> arrays,
                                NeighbourLists lists) {
   constexpr bool kShared = kFit == Fit::kAll;
-  Bipartite<kThreads, kAtOnce, kFit> passes{left,        keep,         step,     arrays.tokens,
-                                            arrays.next, arrays.names, arrays.b, arrays.waits,
-                                            arrays.rare, arrays.ranks};
-  if (threadIdx.x == 0) *arrays.waits = 0;
+  Bipartite<kThreads, kAtOnce, kFit> passes{left,         step,     arrays.tokens, arrays.next,
+                                            arrays.names, arrays.b, arrays.rare,   arrays.ranks};
   const int32_t words = n / 32 + 1, thread = threadIdx.x;
   NearLists near;
   if constexpr (!kShared) near = passes.first_lists();
@@ -656,7 +654,7 @@ __device__ uint16_t* bipartite(CudaBlock<kThreads>& block, int32_t n, int32_t le
   if (thread < kCells) passes.ranks.adapt(thread, left);
   passes.ranks.sizes.turn();
   __syncthreads();
-  const int32_t until = larger(keep, arrays.rare->compact_capacity);
+  const int32_t until = larger(arrays.rare->keep, arrays.rare->compact_capacity);
   if constexpr (kShared) {
     passes.with_lists(lists, until);
   } else {
@@ -666,7 +664,7 @@ __device__ uint16_t* bipartite(CudaBlock<kThreads>& block, int32_t n, int32_t le
       near = passes.renew();
     }
   }
-  if (passes.left > keep) {
+  if (passes.left > arrays.rare->keep) {
     const Compact compact = Compact::at(arrays.rare->compact, arrays.rare->compact_capacity);
     passes.fill(compact);
     if (compact.capacity <= 128) {

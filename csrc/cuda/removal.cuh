@@ -117,7 +117,6 @@ __device__ void remove_duplicates(BlockOf<kVariant>& block, const SelectArgs& ar
     arrays.b.words = arena.template take<uint32_t>(words);
     arrays.ranks.sizes = Sizes::at(arena.template take<char>(Sizes::kBytes));
     arrays.ranks.cells = arena.template take<uint32_t>(kCells);
-    arrays.waits = arena.template take<int32_t>(1);
     arrays.rare = arena.template take<Rare>(1);
     arrays.tokens = arena.template take<uint16_t>(left);
     arrays.next = arena.template take<uint16_t>(left);
@@ -152,6 +151,8 @@ __device__ void remove_duplicates(BlockOf<kVariant>& block, const SelectArgs& ar
                       long_lists,
                       {arena.shared, arena.shared_end, renewed},
                       numbers,
+                      keep - important,
+                      0,
                       static_cast<int32_t>(arena.shared - shared_memory()),
                       compact_capacity(arena, smaller(left, kVariants[kVariant].compact)),
                       kept,
@@ -165,9 +166,8 @@ __device__ void remove_duplicates(BlockOf<kVariant>& block, const SelectArgs& ar
       copies = take_lists<kVariant>(arena, lists, n);
     }
     __syncthreads();
-    const uint16_t* const residual = bipartite<kThreads, kAtOnce, kFit>(
-        block, n, left, keep - important, args.call.step, arrays, copies);
-    const int32_t rest = keep - important;
+    const uint16_t* const residual =
+        bipartite<kThreads, kAtOnce, kFit>(block, n, left, args.call.step, arrays, copies);
     const Rare& rare = *arrays.rare;
     n = rare.n;
     kept = rare.kept;
@@ -178,7 +178,7 @@ __device__ void remove_duplicates(BlockOf<kVariant>& block, const SelectArgs& ar
     block.each(n, [=](int32_t t) {
       if (score_rank[t] < important) kept.add(t);
     });
-    block.each(rest, [=](int32_t p) { kept.add(residual[p]); });
+    block.each(rare.keep, [=](int32_t p) { kept.add(residual[p]); });
   }
   block.each_in_order(
       n, [=](int32_t t) { return kept.has(t); },
