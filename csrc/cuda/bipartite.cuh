@@ -33,10 +33,6 @@ struct Compact {
   }
 };
 
-// Up to this many tokens, a warp reads the rows itself for which its lists have no answer: they are
-// few, and a barrier would take longer.
-constexpr int32_t kInline = 1024;
-
 // Near lists are renewed when one of this many tokens has been removed.
 constexpr int32_t kRenew = 3;
 
@@ -49,13 +45,14 @@ static_assert(kMostCompact % 64 == 0, "two columns for each lane of a warp");
 
 // Sizes of buckets: for few tokens if all lists are in shared memory or blocks are small.
 template <int32_t kThreads, Fit kFit>
-using SizesOf = std::conditional_t < kFit == Fit::kAll || kThreads<512, TreeSizes, ScannedSizes>;
+constexpr bool kFewTokens = kFit == Fit::kAll || kThreads < 512;
+template <int32_t kThreads, Fit kFit>
+using SizesOf = std::conditional_t<kFewTokens<kThreads, kFit>, TreeSizes, ScannedSizes>;
 
 // No token.
 constexpr int32_t kNone = 0xffff;
 
-// The arrays of the passes of one image of n tokens, of which at most `residual` are left.
-// Not used in every pass. This is in shared memory, because it would take registers.
+// Values that not every pass uses. They are in shared memory, because they would take registers.
 struct Rare {
   // [n][ld] Ordered keys of the similarities of all n tokens; see ImageScratch.
   const int32_t* sim;
@@ -81,14 +78,16 @@ struct Rare {
   int64_t* out;
 };
 
+// The arrays of the passes of one image of n tokens, of which at most `residual` are left. Its
+// tokens are numbered, unless all lists are in shared memory.
 template <class Sizes>
 struct BipartiteArrays {
   // [residual] The tokens that are left, and those of the next pass.
   uint16_t* tokens;
   uint16_t* next;
-  // [residual] The row of each token in the matrix of similarities, if tokens are numbered.
+  // [n] The row of each number in the matrix of similarities.
   uint16_t* names;
-  // The tokens of b. It has a bit for a token n, too, which is never set.
+  // The tokens of b. If tokens are numbered, the number of empty entries is in it, too.
   Bits b;
   Rare* rare;
   // For (residual + 1) / 2 keys.
