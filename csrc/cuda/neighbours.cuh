@@ -49,11 +49,9 @@ struct NeighbourLists {
   __device__ static uint16_t code_of(int32_t token, int32_t k) {
     return static_cast<uint16_t>((token & ~31) << 2 | ((token + (k & 7) - 7) & 31));
   }
-  __device__ static int32_t token_of_code(int32_t code, int32_t k) {
-    return (code >> 7 << 5) | ((code - (k & 7) + 7) & 31);
-  }
   __device__ int32_t token_of(int32_t token, int32_t k) const {
-    return token_of_code(code(token, k), k);
+    const int32_t c = code(token, k);
+    return (c >> 7 << 5) | ((c - (k & 7) + 7) & 31);
   }
 
   // Eight entries, 8 c to 8 c + 7, and entry k. Lists are permuted, so that lanes that read
@@ -171,9 +169,10 @@ struct NearLists {
   }
 };
 
-// Longer lists of kLong neighbours, with tokens in place of codes. An empty entry names token n.
+// Longer lists, with tokens in place of codes; long_list_of in variants.h is their length. An empty
+// entry names token n.
 struct LongLists {
-  // [n][kLong]
+  // [n][long_list_of(threads of the block)]
   uint16_t* tokens;
   int32_t* keys;
   // The beginning of each list.
