@@ -72,7 +72,8 @@ template <class Block, class Left>
 VISPRUNER_HD int32_t remove_alike(Block& block, Left& left, int32_t n, PairwiseArrays arrays) {
   const uint16_t* const score_rank = arrays.score_rank;
   const uint16_t* const partner = arrays.partner;
-  uint16_t* const spoilt = arrays.spoilt;
+  // Volatile, because several tokens may store the same mark.
+  volatile uint16_t* const spoilt = arrays.spoilt;
   int64_t* const pair = arrays.pair;
   // The first token of the group of each token, or kNoPartner. A partner is the first one of
   // several.
@@ -83,7 +84,6 @@ VISPRUNER_HD int32_t remove_alike(Block& block, Left& left, int32_t n, PairwiseA
     spoilt[i] = 0;
   });
   // A token spoils its group if it is not as similar to all of it, or as similar to another token.
-  // Several tokens may store the same mark.
   const auto similarity_of = [=](int32_t i) {
     return static_cast<int32_t>(pair[i] >> (2 * kIndexBits));
   };

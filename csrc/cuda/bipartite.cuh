@@ -40,7 +40,7 @@ constexpr int32_t kRenew = 3;
 constexpr int32_t kAdapt = 8;
 
 // The largest compact matrix has this many rows.
-constexpr int32_t kMostCompact = 192;
+constexpr int32_t kMostCompact = 128;
 static_assert(kMostCompact % 64 == 0, "two columns for each lane of a warp");
 
 // Sizes of buckets: for few tokens if all lists are in shared memory or blocks are small.
@@ -61,7 +61,8 @@ struct Rare {
   LongLists all;
   // For near lists.
   Arena<false> memory;
-  // [n + 1] The token of each row of `sim`, or kNone. Not if all lists are in shared memory.
+  // [n + 1] The number of the token of each row of `sim`, or kNone. Not if all lists are in shared
+  // memory.
   uint16_t* numbers;
   // How many tokens shall be left.
   int32_t keep;
@@ -87,15 +88,17 @@ struct BipartiteArrays {
   uint16_t* next;
   // [n] The row of each number in the matrix of similarities.
   uint16_t* names;
-  // The tokens of b. If tokens are numbered, the number of empty entries is in it, too.
+  // The tokens of b: this if all lists are in shared memory,
   Bits b;
+  // else this, by numbers of tokens. The number of empty entries is in it, too.
+  Sides sides;
   Rare* rare;
   // For (residual + 1) / 2 keys.
   Ranks<Sizes> ranks;
 };
 
-// The passes of one image by one thread block.
-// kAtOnce: entries of a list that are tested at once. kFit: what is in shared memory.
+// The passes of one image by one thread block. kFit: what is in shared memory. kAtOnce: entries of
+// a list that are tested at once, if all lists are there.
 template <int32_t kThreads, int32_t kAtOnce, Fit kFit>
 struct Bipartite {
   static constexpr bool kShared = kFit == Fit::kAll;
@@ -114,6 +117,7 @@ struct Bipartite {
   uint16_t* next;
   uint16_t* names;
   Bits b;
+  Sides sides;
   Rare* rare;
   Ranks<Sizes> ranks;
   int32_t pass = 0;
@@ -142,12 +146,33 @@ struct Bipartite {
     for (int32_t first = warp_id() * kWarp; first < size_a; first += kEach * kThreads) {
       int32_t i[kEach], token[kEach], k[kEach], keys[kEach];
       bool found[kEach];
+      uint2 nearest[kEach];
 #pragma unroll
       for (int32_t e = 0; e < kEach; ++e) {
         i[e] = first + e * kThreads + lane_id();
         token[e] = tokens[2 * smaller(i[e], size_a - 1)];
       }
-      lists.first_in<kAtOnce>(b, token, k);
+#pragma unroll
+      for (int32_t e = 0; e < kEach; ++e) nearest[e] = lists.nearest(token[e]);
+      uint32_t missing = 0;
+#pragma unroll
+      for (int32_t e = 0; e < kEach; ++e) {
+        k[e] = NearLists::first_in(sides, nearest[e]);
+        missing |= k[e] == kNearest && i[e] < size_a ? 1u << e : 0;
+      }
+      // Few lists need more than their first entries: those of a lane one after the other.
+#pragma unroll 1
+      while (missing) {
+        int32_t list = token[0];
+#pragma unroll
+        for (int32_t e = 1; e < kEach; ++e) list = missing & ((1u << e) - 1) ? list : token[e];
+        const int32_t other = lists.first_of_others(sides, list);
+        const uint32_t rest = missing & (missing - 1);
+#pragma unroll
+        for (int32_t e = 0; e < kEach; ++e) k[e] = (missing ^ rest) >> e & 1 ? other : k[e];
+        missing = rest;
+      }
+      __syncwarp();
 #pragma unroll
       for (int32_t e = 0; e < kEach; ++e) {
         keys[e] = k[e] < kNear ? lists.key(token[e], k[e]) : kNoSimilarity;
@@ -194,11 +219,12 @@ struct Bipartite {
       others[e] = rare->all.tokens[from + e * kWarp];
       keys[e] = load_now(rare->all.keys + (from + e * kWarp));
     }
+    keep_loads_before();
     int32_t largest = kNoSimilarity;
 #pragma unroll
     for (int32_t e = 0; e < kEach; ++e) {
       const int32_t number = numbers[others[e]];
-      const bool in_b = number != kNone && b.has(number != kNone ? number : 0);
+      const bool in_b = number != kNone && sides.in_b(number != kNone ? number : 0);
       largest = larger(largest, in_b ? keys[e] : kNoSimilarity);
     }
     return __reduce_max_sync(kAllLanes, largest);
@@ -351,16 +377,16 @@ struct Bipartite {
     uint16_t* const numbers = rare->numbers;
     const int32_t n = rare->n;
     const auto take = [&](auto* from, int32_t count) {
-      const int32_t bytes = count * static_cast<int32_t>(sizeof(*from));
+      const int32_t bytes = (count * static_cast<int32_t>(sizeof(*from)) + 15) / 16 * 16;
       if (bytes > memory.shared_end - memory.shared) return from;
       auto* const to = memory.take<std::remove_pointer_t<decltype(from)>>(count);
       copy<kThreads>(from, to, bytes);
       return to;
     };
 #pragma unroll
-    for (int32_t c = 0; c < 2; ++c) {
-      lists.codes[c] = take(lists.codes[c], 8 * n);
-      lists.keys[c] = take(lists.keys[c], 8 * n);
+    for (int32_t part = 0; part < 2; ++part) {
+      lists.tokens[part] = take(lists.tokens[part], NearLists::length(part) * n);
+      lists.keys[part] = take(lists.keys[part], NearLists::length(part) * n);
     }
 #pragma unroll 1
     for (int32_t t = threadIdx.x; t <= n; t += kThreads) {
@@ -373,15 +399,9 @@ struct Bipartite {
   // Numbers the tokens that are left by their positions, and makes near lists of them.
   __device__ NearLists renew() {
     const LongLists all = rare->all;
-    Arena<false> memory = rare->memory;
     uint16_t* const numbers = rare->numbers;
     const int32_t n = rare->n;
-    NearLists lists;
-#pragma unroll
-    for (int32_t c = 0; c < 2; ++c) {
-      lists.codes[c] = memory.take<uint16_t>(8 * left);
-      lists.keys[c] = memory.take<int32_t>(8 * left);
-    }
+    const NearLists lists = near_lists(rare->memory, left);
 #pragma unroll 1
     for (int32_t t = threadIdx.x; t <= n; t += kThreads) numbers[t] = kNone;
     // Between two passes, `next` is free.
@@ -389,33 +409,36 @@ struct Bipartite {
     for (int32_t p = threadIdx.x; p < left; p += kThreads) {
       next[p] = names[tokens[p]];
     }
+    // Tokens at odd positions, and the number of empty entries.
 #pragma unroll 1
-    for (int32_t w = threadIdx.x; w <= left >> 5; w += kThreads) {
-      // Tokens at odd positions, and the number of empty entries.
-      const int32_t behind = left - 32 * w;
-      b.words[w] = behind >= 32 ? 0xaaaaaaaa : (0xaaaaaaaa & ((1u << behind) - 1)) | 1u << behind;
+    for (int32_t p = threadIdx.x; p <= left; p += kThreads) sides.set(p, p % 2 || p == left);
+    __syncthreads();
+#pragma unroll 1
+    for (int32_t p = threadIdx.x; p < left; p += kThreads) {
+      numbers[next[p]] = static_cast<uint16_t>(p);
+      names[p] = next[p];
     }
     __syncthreads();
-#pragma unroll 1
-    for (int32_t p = threadIdx.x; p < left; p += kThreads)
-      numbers[next[p]] = static_cast<uint16_t>(p);
-    __syncthreads();
-    uint16_t* const swapped = names;
-    names = next;
-    next = swapped;
     // Several lanes have a list, each of them eight entries one after the other. The first 64 are
     // enough.
     constexpr int32_t kLanes = smaller(64, kLong) / 8, kLists = kWarp / kLanes;
-    static_assert(kNear % kLanes == 0, "each lane makes as many empty entries");
-    const int32_t lane = lane_id() % kLanes;
+    const int32_t lane = lane_id() % kLanes, list = lane_id() / kLanes;
+    // A warp collects the entries of its lists in the memory of the buckets.
+    static_assert(kWarps * kLists * kNearBytes <= 8 * Sizes::kBuckets, "they have room");
+    int32_t* const staged_keys =
+        reinterpret_cast<int32_t*>(ranks.members) + warp_id() * kLists * kNearBytes / 4;
+    uint16_t* const staged_tokens = reinterpret_cast<uint16_t*>(staged_keys + kLists * kNear);
+    const auto source = [&](int32_t p) { return names[smaller(p, left - 1)] * kLong + 8 * lane; };
+    int32_t from = source(warp_id() * kLists + list);
+    uint4 pairs = *reinterpret_cast<const uint4*>(all.tokens + from);
 #pragma unroll 1
     for (int32_t first = warp_id() * kLists; first < left; first += kWarps * kLists) {
-      const int32_t p = first + lane_id() / kLanes;
-      const int32_t from = names[smaller(p, left - 1)] * kLong + 8 * lane;
-      const uint4 pairs = *reinterpret_cast<const uint4*>(all.tokens + from);
+      const uint32_t words[4] = {pairs.x, pairs.y, pairs.z, pairs.w};
       const int4 low = *reinterpret_cast<const int4*>(all.keys + from);
       const int4 high = *reinterpret_cast<const int4*>(all.keys + from + 4);
-      const uint32_t words[4] = {pairs.x, pairs.y, pairs.z, pairs.w};
+      from = source(first + kWarps * kLists + list);
+      pairs = *reinterpret_cast<const uint4*>(all.tokens + from);
+      keep_loads_before();
       const int32_t keys[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
       int32_t number[8];
       int32_t mine = 0;
@@ -430,20 +453,27 @@ struct Bipartite {
         const int32_t before = __shfl_up_sync(kAllLanes, k, distance, kLanes);
         k += lane >= distance ? before : 0;
       }
-      const int32_t total = __shfl_sync(kAllLanes, k, kLanes - 1, kLanes);
-      k -= mine;
-      if (p >= left) continue;
+      const int32_t end = k;
+      k += list * kNear - mine;
 #pragma unroll
       for (int32_t e = 0; e < 8; ++e) {
-        if (number[e] == kNone || k >= kNear) continue;
-        lists.write(p, k, number[e], keys[e]);
-        ++k;
+        const bool used = number[e] != kNone && k < (list + 1) * kNear;
+        if (used) staged_keys[k] = keys[e];
+        if (used) staged_tokens[k] = static_cast<uint16_t>(number[e]);
+        k += used;
       }
+      __syncwarp();
 #pragma unroll
-      for (int32_t e = 0; e < kNear / kLanes; ++e) {
-        const int32_t empty = lane + e * kLanes;
-        if (empty >= total) lists.write(p, empty, left, kNoSimilarity);
+      for (int32_t x = lane_id(); x < kLists * kNear; x += kWarp) {
+        const int32_t p = first + x / kNear, entry = x % kNear;
+        const int32_t total = __shfl_sync(kAllLanes, end, (x / kNear + 1) * kLanes - 1);
+        const bool used = entry < total;
+        if (p < left) {
+          lists.write(p, entry, used ? staged_tokens[x] : left,
+                      used ? staged_keys[x] : kNoSimilarity);
+        }
       }
+      __syncwarp();
     }
 #pragma unroll 1
     for (int32_t p = threadIdx.x; p < left; p += kThreads) tokens[p] = static_cast<uint16_t>(p);
@@ -461,8 +491,14 @@ struct Bipartite {
       // Phase 1: the largest similarity of each token of a to a token of b.
       search(lists, size_a);
       const Bits b = this->b;
+      const Sides sides = this->sides;
       reorder(size_a, drop, [=](int32_t token, int32_t position, bool was_in_b) {
-        if ((position > 0 && position % 2) != was_in_b) b.flip(token);
+        const bool in_b = position > 0 && position % 2;
+        if (!kShared) {
+          sides.set(token, in_b);
+        } else if (in_b != was_in_b) {
+          b.flip(token);
+        }
       });
       __syncthreads();
       end_pass(drop);
@@ -535,21 +571,19 @@ struct Bipartite {
     }
     __syncthreads();
     for (int32_t p = threadIdx.x; p < left; p += kThreads) tokens[p] = static_cast<uint16_t>(p);
-    if (kShared) ranks.empty_rooms(threadIdx.x, kThreads);
     __syncthreads();
   }
 
-  // Passes over compact.sim, of at most 64 * kPairs columns. A warp reads a row, two columns a lane
-  // at a time.
-  template <int32_t kPairs>
+  // Passes over compact.sim. A warp reads a row, two columns a lane at a time.
   __device__ void with_compact(const Compact& compact) {
+    constexpr int32_t kPairs = kMostCompact / 64;
     const int32_t width = (left + 15) / 16 * 16;
     int32_t* const mask = compact.mask;
 #pragma unroll 1
     while (left > rare->keep) {
       const int32_t size_a = (left + 1) >> 1, drop = drop_of(size_a);
-      // Phase 1: a warp has every 16th row; lane r points at its row r. The columns of a lane are
-      // the same in all rows.
+      // Phase 1: a warp has every row at a distance of kWarps; lane r points at its row r. The
+      // columns of a lane are the same in all rows.
       const int32_t rows =
           static_cast<int32_t>(static_cast<uint32_t>(size_a + kWarps - 1 - warp_id()) / kWarps);
       const int32_t offset =
@@ -609,15 +643,19 @@ __device__ uint16_t* bipartite(CudaBlock<kThreads>& block, int32_t n, int32_t le
                                BipartiteArrays<SizesOf<kThreads, kFit>> arrays,
                                NeighbourLists lists) {
   constexpr bool kShared = kFit == Fit::kAll;
-  Bipartite<kThreads, kAtOnce, kFit> passes{left,         step,     arrays.tokens, arrays.next,
-                                            arrays.names, arrays.b, arrays.rare,   arrays.ranks};
+  Bipartite<kThreads, kAtOnce, kFit> passes{left,         step,         arrays.tokens,
+                                            arrays.next,  arrays.names, arrays.b,
+                                            arrays.sides, arrays.rare,  arrays.ranks};
   const int32_t words = n / 32 + 1, thread = threadIdx.x;
   NearLists near;
-  if constexpr (!kShared) near = passes.first_lists();
+  if constexpr (kShared) {
 #pragma unroll 1
-  for (int32_t w = thread; w < words; w += kThreads) {
+    for (int32_t w = thread; w < words; w += kThreads) arrays.b.words[w] = 0;
+  } else {
+    near = passes.first_lists();
     // The number of empty entries of near lists is n at first.
-    arrays.b.words[w] = !kShared && w == n >> 5 ? 1u << (n & 31) : 0;
+#pragma unroll 1
+    for (int32_t t = thread; t <= n; t += kThreads) arrays.sides.set(t, t == n);
   }
   __syncthreads();
   const auto key_at = [&](int32_t p, int32_t k) {
@@ -643,7 +681,12 @@ __device__ uint16_t* bipartite(CudaBlock<kThreads>& block, int32_t n, int32_t le
 #pragma unroll 1
   for (int32_t p = thread; p < left; p += kThreads) {
     passes.ranks.sizes.add(passes.ranks.bucket_of(key_at(p, 0)));
-    if (p % 2) arrays.b.add(passes.tokens[p]);
+    if (p % 2 == 0) continue;
+    if (kShared) {
+      arrays.b.add(passes.tokens[p]);
+    } else {
+      arrays.sides.set(passes.tokens[p], true);
+    }
   }
   __syncthreads();
   if constexpr (SizesOf<kThreads, kFit>::kScans) {
@@ -651,8 +694,8 @@ __device__ uint16_t* bipartite(CudaBlock<kThreads>& block, int32_t n, int32_t le
     __syncthreads();
   }
   if (thread < kCells) passes.ranks.adapt(thread, left);
-  passes.ranks.sizes.turn();
   __syncthreads();
+  passes.ranks.sizes.turn();
   const int32_t until = larger(arrays.rare->keep, arrays.rare->compact_capacity);
   if constexpr (kShared) {
     passes.with_lists(lists, until);
@@ -666,11 +709,7 @@ __device__ uint16_t* bipartite(CudaBlock<kThreads>& block, int32_t n, int32_t le
   if (passes.left > arrays.rare->keep) {
     const Compact compact = Compact::at(arrays.rare->compact, arrays.rare->compact_capacity);
     passes.fill(compact);
-    if (compact.capacity <= 128) {
-      passes.template with_compact<2>(compact);
-    } else {
-      passes.template with_compact<kMostCompact / 64>(compact);
-    }
+    passes.with_compact(compact);
 #pragma unroll 1
     for (int32_t p = thread; p < passes.left; p += kThreads) {
       passes.tokens[p] = compact.tokens[passes.tokens[p]];

@@ -9,9 +9,8 @@ namespace vispruner {
 constexpr int32_t kListed = kWarp;
 // Bytes of a list.
 constexpr int32_t kListBytes = kListed * (sizeof(uint16_t) + sizeof(int32_t));
-// Neighbours in the longest list, and its bytes.
+// Neighbours in the longest list.
 constexpr int32_t kMostListed = 4 * kListed;
-constexpr int32_t kLongBytes = 4 * kListBytes;
 // Shared memory of a warp that makes a list.
 constexpr int32_t kStagingBytes = kMostListed * sizeof(Best);
 // Rows of up to 32 times this many similarities stay in registers while their list is made.
@@ -81,91 +80,91 @@ struct NeighbourLists {
            0xff;
   }
 
-  // The first entry whose token is in `set`, or kListed, for kEach tokens of each lane.
-  template <int32_t kAtOnce, int32_t kEach>
-  __device__ void first_in(const Bits& set, const int32_t (&tokens)[kEach],
-                           int32_t (&k)[kEach]) const {
-    first_of<kAtOnce, kListed>(set, tokens, k,
-                               [this](int32_t token, int32_t c) { return eight(token, c); });
-  }
+  // The first entry whose token is in `set`, or kListed, by all lanes of a warp. kAtOnce: entries
+  // that a lane tests at once, 8 or 16.
   template <int32_t kAtOnce>
   __device__ int32_t first_in(const Bits& set, int32_t token) const {
-    const int32_t tokens[1] = {token};
-    int32_t k[1];
-    first_in<kAtOnce>(set, tokens, k);
-    return k[0];
-  }
-
-  // The same for kEach tokens of each lane, by all lanes of a warp. kAtOnce: entries that a lane
-  // tests at once, 8 or 16. eight(token, c): eight of kEntries entries.
-  template <int32_t kAtOnce, int32_t kEntries, int32_t kEach, class Eight>
-  __device__ static void first_of(const Bits& set, const int32_t (&tokens)[kEach],
-                                  int32_t (&k)[kEach], Eight eight) {
-#pragma unroll
-    for (int32_t t = 0; t < kEach; ++t) k[t] = kEntries;
+    int32_t k = kListed;
 #pragma unroll 1
-    for (int32_t first = 0; first < kEntries; first += kAtOnce) {
-      uint4 codes[kEach][kAtOnce / 8];
+    for (int32_t first = 0; first < kListed; first += kAtOnce) {
+      // Lanes that have found one read the same list, which takes no time.
+      const int32_t from = k == kListed ? token : 0;
+      uint4 codes[kAtOnce / 8];
 #pragma unroll
-      for (int32_t t = 0; t < kEach; ++t) {
-        // Lanes that have found one read the same list, which takes no time.
-        const int32_t token = k[t] == kEntries ? tokens[t] : 0;
-#pragma unroll
-        for (int32_t e = 0; e < kAtOnce / 8; ++e) {
-          codes[t][e] = *reinterpret_cast<const uint4*>(eight(token, first / 8 + e));
-        }
+      for (int32_t e = 0; e < kAtOnce / 8; ++e) {
+        codes[e] = *reinterpret_cast<const uint4*>(eight(from, first / 8 + e));
       }
-      bool missing = false;
+      uint32_t found = 0;
 #pragma unroll
-      for (int32_t t = 0; t < kEach; ++t) {
-        uint32_t found = 0;
-#pragma unroll
-        for (int32_t e = 0; e < kAtOnce / 8; ++e) found = found << 8 | in_set(set, codes[t][e]);
-        if (k[t] == kEntries && found) k[t] = first + __clz(found) - (32 - kAtOnce);
-        missing = missing || k[t] == kEntries;
-      }
-      if (!__any_sync(kAllLanes, missing)) break;
+      for (int32_t e = 0; e < kAtOnce / 8; ++e) found = found << 8 | in_set(set, codes[e]);
+      if (k == kListed && found) k = first + __clz(found) - (32 - kAtOnce);
+      if (!__any_sync(kAllLanes, k == kListed)) break;
     }
+    return k;
   }
 };
 
-// Neighbours in a near list.
+// Neighbours in a near list, of which the first ones have arrays of their own.
 constexpr int32_t kNear = 16;
+constexpr int32_t kNearest = 4;
 constexpr int32_t kNearBytes = kNear * (sizeof(uint16_t) + sizeof(int32_t));
 
+// Which tokens are in b: a byte for each.
+struct Sides {
+  static constexpr uint32_t kInB = 4;
+  uint8_t* sides;
+
+  __device__ void set(int32_t token, bool in_b) const { sides[token] = in_b ? kInB : 0; }
+  __device__ bool in_b(int32_t token) const { return sides[token] != 0; }
+  // Of the two tokens in a word.
+  __device__ uint32_t low(uint32_t tokens) const { return sides[tokens & 0xffff]; }
+  __device__ uint32_t high(uint32_t tokens) const { return sides[tokens >> 16]; }
+  // Bits 5 to 2: whether the tokens are in b, the first one at the top.
+  __device__ uint32_t four(uint2 tokens) const {
+    return (low(tokens.x) * 2 + high(tokens.x)) * 4 + (low(tokens.y) * 2 + high(tokens.y));
+  }
+};
+
 // Short lists, from which tokens that were removed are removed from time to time. An empty entry
-// names a token for which every search is successful; its key is kNoSimilarity.
+// names a token that is always in b; its key is kNoSimilarity.
 struct NearLists {
-  // [count][8] Codes of the entries 0 to 7 and of the entries 8 to 15, and their keys. Keys are
-  // permuted, so that lanes that read the same entry of different lists read different banks.
-  uint16_t* codes[2];
+  // [count][kNearest] and [count][kNear - kNearest] Tokens and keys of the first and of the other
+  // entries. Keys are permuted, so that lanes that read the same entry of different lists read
+  // different banks.
+  uint16_t* tokens[2];
   int32_t* keys[2];
 
-  // In memory of kNearBytes for each token.
-  __device__ static NearLists at(char* memory, int32_t count) {
-    int32_t* const keys = reinterpret_cast<int32_t*>(memory);
-    uint16_t* const codes = reinterpret_cast<uint16_t*>(keys + kNear * count);
-    return {{codes, codes + 8 * count}, {keys, keys + 8 * count}};
-  }
-
-  // The place of an entry among those of all tokens.
-  __device__ static int32_t place_of_key(int32_t token, int32_t k) {
-    return 8 * token + ((k ^ token >> 2) & 7);
+  __device__ static constexpr int32_t length(int32_t part) {
+    return part == 0 ? kNearest : kNear - kNearest;
   }
   __device__ int32_t& key(int32_t token, int32_t k) const {
-    return (k < 8 ? keys[0] : keys[1])[place_of_key(token, k)];
+    const int32_t place = k ^ (token >> 3 & 3);
+    return k < kNearest ? keys[0][length(0) * token + place]
+                        : keys[1][length(1) * token + place - kNearest];
   }
   __device__ void write(int32_t token, int32_t k, int32_t neighbour, int32_t key) const {
-    (k < 8 ? codes[0] : codes[1])[8 * token + (k & 7)] = NeighbourLists::code_of(neighbour, k);
+    (k < kNearest ? tokens[0][length(0) * token + k]
+                  : tokens[1][length(1) * token + k - kNearest]) = static_cast<uint16_t>(neighbour);
     this->key(token, k) = key;
   }
-  // See NeighbourLists.
-  template <int32_t kAtOnce, int32_t kEach>
-  __device__ void first_in(const Bits& set, const int32_t (&tokens)[kEach],
-                           int32_t (&k)[kEach]) const {
-    NeighbourLists::first_of<kAtOnce, kNear>(set, tokens, k, [this](int32_t token, int32_t c) {
-      return (c == 0 ? codes[0] : codes[1]) + 8 * token;
-    });
+
+  // The first entries of a list.
+  __device__ uint2 nearest(int32_t token) const {
+    return *reinterpret_cast<const uint2*>(tokens[0] + kNearest * token);
+  }
+  // Which of these is the first whose token is in b, or kNearest.
+  __device__ static int32_t first_in(const Sides& sides, uint2 tokens) {
+    // The answers for bits 0000 to 0111; it is 0 for the others, beyond the end of the word.
+    constexpr uint32_t kAnswers = 0x11112234;
+    return static_cast<int32_t>(__funnelshift_rc(kAnswers, 0, sides.four(tokens)) & 0xf);
+  }
+  // The first of the other entries whose token is in b, or kNear.
+  __device__ int32_t first_of_others(const Sides& sides, int32_t token) const {
+    static_assert(kNear - kNearest == 12);
+    const uint2* const from = reinterpret_cast<const uint2*>(tokens[1] + 12 * token);
+    const uint2 low = from[0], middle = from[1], high = from[2];
+    const uint32_t found = sides.four(low) << 8 | sides.four(middle) << 4 | sides.four(high);
+    return found ? kNearest + __clz(found) - 18 : kNear;
   }
 };
 
@@ -183,7 +182,7 @@ struct LongLists {
 // between it and them do not overflow.
 constexpr int32_t kAbsent = -0x40400000;
 
-// The similarities of a token, 32 r + lane, in the registers of a warp.
+// The similarities of a token in the registers of a warp: those to tokens 32 r + lane.
 struct RowInRegisters {
   int32_t keys[kRowRegisters];
 
@@ -197,37 +196,56 @@ struct RowInRegisters {
 #pragma unroll
     for (int32_t r = 0; r < kRowRegisters; ++r) keys[r] = larger(keys[r], kAbsent);
   }
-  // f(r, r modulo 4, key): the second argument is a constant.
+  // f(token, one of four quarters, key): the quarter is a constant. All lanes call it at the same
+  // time.
   template <class F>
   __device__ void each(F f) const {
 #pragma unroll
-    for (int32_t r = 0; r < kRowRegisters; ++r) f(r, r % 4, keys[r]);
+    for (int32_t r = 0; r < kRowRegisters; ++r) f(r * kWarp + lane_id(), r % 4, keys[r]);
+  }
+  // The same; tokens ascend from lane to lane, and from call to call.
+  template <class F>
+  __device__ void each_in_order(F f) const {
+    each(f);
   }
 };
 
-// The same, read from memory each time: [n] of [ld], a multiple of 16.
+// The same, read from memory each time: [ld], a multiple of 16, at a multiple of 16 bytes.
 struct RowInMemory {
   const int32_t* row;
   int32_t ld;
 
   template <class F>
   __device__ void each(F f) const {
+    const int4* const vectors = reinterpret_cast<const int4*>(row);
+    const int32_t count = ld / 4;
     // A batch of loads without a condition between them.
-    constexpr int32_t kBatch = 12;
-    static_assert(kBatch % 4 == 0);
+    constexpr int32_t kBatch = 4;
 #pragma unroll 1
-    for (int32_t first = 0; first * kWarp < ld; first += kBatch) {
-      int32_t keys[kBatch];
+    for (int32_t first = lane_id(); first - lane_id() < count; first += kBatch * kWarp) {
+      int4 found[kBatch];
 #pragma unroll
       for (int32_t b = 0; b < kBatch; ++b) {
-        keys[b] = load_now(row + smaller((first + b) * kWarp + lane_id(), ld - 1));
+        found[b] = load_now(vectors + smaller(first + b * kWarp, count - 1));
       }
       keep_loads_before();
 #pragma unroll
       for (int32_t b = 0; b < kBatch; ++b) {
-        const int32_t r = first + b;
-        f(r, b % 4, r * kWarp + lane_id() < ld ? larger(keys[b], kAbsent) : kAbsent);
+        const int32_t keys[4] = {found[b].x, found[b].y, found[b].z, found[b].w};
+        const int32_t v = first + b * kWarp;
+#pragma unroll
+        for (int32_t q = 0; q < 4; ++q) {
+          f(4 * v + q, q, v < count ? larger(keys[q], kAbsent) : kAbsent);
+        }
       }
+    }
+  }
+  template <class F>
+  __device__ void each_in_order(F f) const {
+#pragma unroll 1
+    for (int32_t first = 0; first < ld; first += kWarp) {
+      const int32_t t = first + lane_id();
+      f(t, 0, t < ld ? larger(row[t], kAbsent) : kAbsent);
     }
   }
 };
@@ -324,21 +342,21 @@ __device__ void list_row(const Row& row, int32_t empty, int32_t* staging, Write 
   }
   slot -= reached.y;
   int32_t* const staged_tokens = staging + kMost;
-  row.each([&](int32_t r, int32_t, int32_t key) {
+  row.each([&](int32_t neighbour, int32_t, int32_t key) {
     if (key > bound) {
       staging[slot] = key;
-      staged_tokens[slot] = r * kWarp + lane_id();
+      staged_tokens[slot] = neighbour;
       ++slot;
     }
   });
   int32_t taken = reached.x;
   if (fill) {
-    row.each([&](int32_t r, int32_t, int32_t key) {
+    row.each_in_order([&](int32_t neighbour, int32_t, int32_t key) {
       const uint32_t lanes = __ballot_sync(kAllLanes, key == bound);
       const int32_t k = taken + __popc(lanes & lanes_before());
       if (key == bound && k < kMost) {
         staging[k] = key;
-        staged_tokens[k] = r * kWarp + lane_id();
+        staged_tokens[k] = neighbour;
       }
       taken += __popc(lanes);
     });
@@ -363,7 +381,7 @@ __device__ void list_row(const Row& row, int32_t empty, int32_t* staging, Write 
     ranks[e] = 0;
   }
 #pragma unroll 8
-  for (int32_t k = 0; k < kMost; k += 4) {
+  for (int32_t k = 0; k < (kEach == 1 ? kMost : taken); k += 4) {
     const int4 four = *reinterpret_cast<const int4*>(staging + k);
 #pragma unroll
     for (int32_t e = 0; e < kEach; ++e) {
@@ -397,7 +415,7 @@ __device__ void list_row(const Row& row, int32_t empty, int32_t* staging, Write 
   __syncwarp();
 }
 
-// The list of a token whose row of n similarities, of ld, is in memory.
+// The list of a token whose row of n similarities is in memory.
 __device__ inline void list_neighbours(const int32_t* row, int32_t n, int32_t token,
                                        NeighbourLists lists, int32_t* staging) {
   const auto write = [=](int32_t k, int32_t neighbour, int32_t key) {

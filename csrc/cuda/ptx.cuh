@@ -36,6 +36,14 @@ __device__ inline int32_t load_now(const int32_t* from) {
   return x;
 }
 
+__device__ inline int4 load_now(const int4* from) {
+  int4 x;
+  asm volatile("ld.global.v4.s32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "l"(__cvta_generic_to_global(from)));
+  return x;
+}
+
 // Adds 1 to *word and returns the old value, as an acquire-release operation: a thread that adds
 // later sees all stores that this thread made or observed before.
 __device__ inline uint64_t arrive_at(uint64_t* word) {

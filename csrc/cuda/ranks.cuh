@@ -1,6 +1,6 @@
 // Ranks of similarities, in time O(n): keys fall into buckets, and a key is compared with the keys
-// of its bucket only. The buckets follow the distribution of the keys of the ranking before,
-// because the similarities of a pass are distributed like those of the pass before. If they are
+// of its bucket only. The buckets follow the distribution of the keys of an earlier ranking,
+// because the similarities of a pass are distributed like those of the passes before. If they are
 // not, or if many keys are equal, ranks are right but slow.
 #pragma once
 
@@ -75,8 +75,7 @@ struct TreeSizes {
   __device__ int32_t* homeless() const { return reinterpret_cast<int32_t*>(buckets() + kBuckets); }
   // Phase 2.
   __device__ int32_t homeless_in_all() const { return *homeless(); }
-  __device__ int32_t sums() const { return 0; }
-  __device__ Place place(int32_t, int32_t bucket) const {
+  __device__ Place place(int32_t bucket) const {
     const uint2 four = *reinterpret_cast<const uint2*>(buckets() + (bucket & ~3));
     const int32_t group = bucket >> 6, node = bucket >> 2;
     const uint32_t pair = bucket & 2 ? four.y : four.x;
@@ -115,7 +114,8 @@ struct ScannedSizes {
   // [kBuckets] How many keys are in the buckets of its group before this one, and from bit 16 on
   // how many are in this one.
   uint32_t* starts;
-  // [kGroups] How many keys are in a group; then how many found no room, so far and in all.
+  // [kGroups] How many keys are in the groups before a group, zeros between two rankings; then how
+  // many found no room, so far and in all.
   int32_t* totals;
 
   __device__ static ScannedSizes at(char* memory) {
@@ -128,9 +128,11 @@ struct ScannedSizes {
     uint4* const vectors = reinterpret_cast<uint4*>(sizes);
 #pragma unroll 1
     for (int32_t v = thread; v < kBuckets / 8; v += threads) vectors[v] = make_uint4(0, 0, 0, 0);
-    if (thread == 0) *homeless() = 0;
+    if (thread <= kGroups) totals[thread] = 0;
   }
-  __device__ void turn() {}
+  __device__ void turn() {
+    if (threadIdx.x < kGroups) totals[threadIdx.x] = 0;
+  }
 
   __device__ int32_t add(int32_t bucket) const { return increment(sizes, bucket); }
   __device__ int32_t* homeless() const { return totals + kGroups; }
@@ -153,8 +155,11 @@ struct ScannedSizes {
       const uint32_t before = __shfl_up_sync(kAllLanes, sum, distance, kLanes);
       sum += lane_id() % kLanes >= distance ? before : 0;
     }
-    if (lane_id() % kLanes == kLanes - 1) {
-      totals[threadIdx.x / kLanes] = static_cast<int32_t>(sum);
+    const int32_t total = static_cast<int32_t>(__shfl_sync(kAllLanes, sum, kLanes - 1, kLanes));
+    static_assert(kLanes >= kGroups, "a lane for each group");
+    const int32_t group = lane_id() % kLanes;
+    if (group < kGroups && group > static_cast<int32_t>(threadIdx.x) / kLanes) {
+      atomicAdd(totals + group, total);
     }
     sum -= mine;
     const uint32_t words[4] = {pairs.x, pairs.y, pairs.z, pairs.w};
@@ -170,21 +175,10 @@ struct ScannedSizes {
     to[1] = make_uint4(result[4], result[5], result[6], result[7]);
   }
 
-  // Phase 3. By all lanes of a warp: lane g gets how many keys are in the groups before g.
-  __device__ int32_t sums() const {
-    const int32_t total = lane_id() < kGroups ? totals[lane_id()] : 0;
-    int32_t sum = total;
-#pragma unroll
-    for (int32_t distance = 1; distance < kGroups; distance *= 2) {
-      const int32_t before = __shfl_up_sync(kAllLanes, sum, distance);
-      sum += lane_id() >= distance ? before : 0;
-    }
-    return sum - total;
-  }
-  __device__ Place place(int32_t sums, int32_t bucket) const {
+  // Phase 3.
+  __device__ Place place(int32_t bucket) const {
     const uint32_t start = starts[bucket];
-    return {static_cast<int32_t>(start & 0xffff) +
-                __shfl_sync(kAllLanes, sums, bucket / (kBuckets / kGroups)),
+    return {static_cast<int32_t>(start & 0xffff) + totals[bucket / (kBuckets / kGroups)],
             static_cast<int32_t>(start >> 16)};
   }
   __device__ int32_t homeless_in_all() const { return totals[kGroups + 1]; }
@@ -207,7 +201,7 @@ struct Ranks {
   Sizes sizes;
   // [kCells] The first bucket of a cell, and from bit 16 on how many it has.
   uint32_t* cells;
-  // [kBuckets][room] Keys in the buckets. Zeros before the first ranking.
+  // [kBuckets][room] Keys in the buckets.
   uint16_t* members;
   // [most_homeless] The first keys that found no room, and from bit 16 on their buckets.
   uint32_t* homeless;
@@ -238,17 +232,7 @@ struct Ranks {
       constexpr uint32_t kEach = kBuckets / kCells;
       cells[c] = kEach << 16 | static_cast<uint32_t>(c) * kEach;
     }
-    empty_rooms(thread, threads);
   }
-  // Sets all rooms to zeros.
-  __device__ void empty_rooms(int32_t thread, int32_t threads) const {
-    uint4* const vectors = reinterpret_cast<uint4*>(members);
-#pragma unroll 1
-    for (int32_t v = thread; v < kBuckets >> 3 << room_log2; v += threads) {
-      vectors[v] = make_uint4(0, 0, 0, 0);
-    }
-  }
-
   __device__ int32_t bucket_of(int32_t key) const {
     // The bits of a float are a logarithm, and grow with it.
     const uint32_t below = static_cast<uint32_t>(top) - static_cast<uint32_t>(key);
@@ -292,8 +276,8 @@ struct Ranks {
     insert(is, keys, active);
   }
 
-  // Phase 2, with ScannedSizes phase 3, by all lanes of a warp: the ranks of keys i[0 .. kEach - 1]
-  // of n. A rank counts larger keys, and equal ones before it.
+  // Phase 2, with ScannedSizes phase 3: the ranks of keys i[0 .. kEach - 1] of n. A rank counts
+  // larger keys, and equal ones before it.
   template <int32_t kEach>
   __device__ void rank(const int32_t (&i)[kEach], int32_t n, int32_t (&rank)[kEach]) const {
     const int32_t room = 1 << room_log2;
@@ -308,11 +292,10 @@ struct Ranks {
     for (int32_t e = 0; e < kEach; ++e) {
       pairs[e] = *reinterpret_cast<const uint2*>(members + (bucket[e] << room_log2));
     }
-    const int32_t sums = sizes.sums();
     int32_t most = 0;
 #pragma unroll
     for (int32_t e = 0; e < kEach; ++e) {
-      const Place place = sizes.place(sums, bucket[e]);
+      const Place place = sizes.place(bucket[e]);
       rank[e] = place.before;
       size[e] = place.size;
       most = larger(most, size[e]);
@@ -392,17 +375,16 @@ struct Ranks {
     return rank;
   }
 
-  // In the phase of `rank`, by warps, a thread for each cell: the buckets of the next ranking from
-  // the sizes in this one, of n keys.
+  // In the phase of `rank`, a thread for each cell: the buckets of the next ranking from the sizes
+  // in this one, of n keys.
   __device__ void adapt(int32_t cell, int32_t n) const {
     // Every cell has a bucket; the others are shared out.
     const uint32_t each =
         (static_cast<uint32_t>(kBuckets - kCells) << 16) / static_cast<uint32_t>(n);
-    const int32_t sums = sizes.sums();
     const uint32_t found = cells[cell];
     const int32_t first = static_cast<int32_t>(found & 0xffff);
     const int32_t last = first + static_cast<int32_t>(found >> 16) - 1;
-    const Place from = sizes.place(sums, first), to = sizes.place(sums, last);
+    const Place from = sizes.place(first), to = sizes.place(last);
     const uint32_t c = static_cast<uint32_t>(cell);
     const uint32_t begin = c + (static_cast<uint32_t>(from.before) * each >> 16);
     const uint32_t end = c + 1 + (static_cast<uint32_t>(to.before + to.size) * each >> 16);

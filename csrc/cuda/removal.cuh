@@ -32,9 +32,15 @@ constexpr bool kLongLists =
 template <int32_t kVariant>
 using ArenaOf = Arena<kVariants[kVariant].fit != Fit::kLess>;
 
-// Bytes of a compact matrix for this many tokens, and for the most.
-VISPRUNER_HD int64_t compact_bytes(int64_t n) { return n * (4 * n + 6); }
-constexpr int32_t kCompactBytes = kMostCompact * (4 * kMostCompact + 6) + 64;
+// Bytes of a compact matrix for this many tokens.
+VISPRUNER_HD constexpr int64_t compact_bytes(int64_t n) { return n * (4 * n + 6); }
+
+// The arrays that are in shared memory in any case have room there in the longest image.
+constexpr int64_t kLongest = int64_t{1} << kIndexBits;
+static_assert(TreeSizes::kBytes <= ScannedSizes::kBytes &&
+              kLongest / 8 + kLongest + ScannedSizes::kBytes + kCells * sizeof(uint32_t) +
+                      sizeof(Rare) + 5 * 16 <=
+                  kTileBytes);
 
 template <int32_t kVariant>
 __device__ NeighbourLists take_lists(ArenaOf<kVariant>& arena, NeighbourLists lists, int32_t n) {
@@ -54,8 +60,7 @@ __device__ NeighbourLists take_lists(ArenaOf<kVariant>& arena, NeighbourLists li
 }
 
 // How many tokens a compact matrix can have, at most `most`, in all shared memory that is left.
-template <bool kShared>
-__device__ int32_t compact_capacity(const Arena<kShared>& arena, int32_t most) {
+__device__ inline int32_t compact_capacity(const Arena<false>& arena, int32_t most) {
   int32_t capacity = (most + 15) / 16 * 16;
   while (capacity > 0 && compact_bytes(capacity) > arena.shared_end - arena.shared) capacity -= 16;
   return capacity;
@@ -67,7 +72,7 @@ __device__ int32_t compact_capacity(const Arena<kShared>& arena, int32_t most) {
 template <Matching kMatching, int32_t kVariant>
 __device__ void remove_duplicates(BlockOf<kVariant>& block, const SelectArgs& args,
                                   ArenaOf<kVariant> arena, const int32_t* sim, NeighbourLists lists,
-                                  LongLists long_lists, char* renewed, const int32_t* score_rank,
+                                  LongLists long_lists, char* near, const int32_t* score_rank,
                                   int32_t n, int32_t keep, int32_t important, int64_t* out,
                                   int32_t first_index) {
   constexpr int32_t kThreads = kVariants[kVariant].threads;
@@ -75,10 +80,10 @@ __device__ void remove_duplicates(BlockOf<kVariant>& block, const SelectArgs& ar
   const int32_t ld = static_cast<int32_t>(rounded(n, 16));
   const int32_t words = n / 32 + 1;
   // The set of the kept tokens.
-  Bits kept = {arena.template take<uint32_t>(words)};
+  Bits kept = {arena.template take_shared<uint32_t>(words)};
   block.each(words, [=](int32_t w) { kept.words[w] = 0; });
   if constexpr (kMatching == Matching::kPairwise) {
-    const Bits tokens = {arena.template take<uint32_t>(words)};
+    const Bits tokens = {arena.template take_shared<uint32_t>(words)};
     uint16_t* const ranks = arena.template take<uint16_t>(n);
     PairwiseArrays arrays;
     arrays.score_rank = ranks;
@@ -114,20 +119,24 @@ __device__ void remove_duplicates(BlockOf<kVariant>& block, const SelectArgs& ar
     constexpr bool kShared = kFit == Fit::kAll;
     using Sizes = SizesOf<kThreads, kFit>;
     BipartiteArrays<Sizes> arrays;
-    arrays.b.words = arena.template take<uint32_t>(words);
-    arrays.ranks.sizes = Sizes::at(arena.template take<char>(Sizes::kBytes));
-    arrays.ranks.cells = arena.template take<uint32_t>(kCells);
-    arrays.rare = arena.template take<Rare>(1);
+    arrays.b.words = kShared ? arena.template take_shared<uint32_t>(words) : nullptr;
+    arrays.sides.sides = kShared ? nullptr : arena.template take_shared<uint8_t>(n + 1);
+    arrays.ranks.sizes = Sizes::at(arena.template take_shared<char>(Sizes::kBytes));
+    arrays.ranks.cells = arena.template take_shared<uint32_t>(kCells);
+    arrays.rare = arena.template take_shared<Rare>(1);
     arrays.tokens = arena.template take<uint16_t>(left);
     arrays.next = arena.template take<uint16_t>(left);
-    arrays.ranks.room_log2 = room_log2_of<Sizes>(n);
-    arrays.ranks.members = arena.template take<uint16_t>(Sizes::kBuckets << arrays.ranks.room_log2);
-    uint16_t* const numbers = kShared ? nullptr : arena.template take<uint16_t>(n + 1);
-    arrays.names = kShared ? nullptr : arena.template take<uint16_t>(n);
     arrays.ranks.keys = arena.template take<int32_t>(half);
     arrays.ranks.buckets = arena.template take<uint16_t>(half);
+    arrays.ranks.room_log2 = room_log2_of<Sizes>(n);
+    arrays.ranks.members = arena.template take<uint16_t>(Sizes::kBuckets << arrays.ranks.room_log2);
     arrays.ranks.most_homeless = half / 16 * 4;
     arrays.ranks.homeless = arena.template take<uint32_t>(arrays.ranks.most_homeless);
+    // Lists, and arrays that few passes read, have the shared memory that is left.
+    Arena<false> others = {arena.shared, arena.shared_end, arena.global};
+    uint16_t* const numbers = kShared ? nullptr : others.take<uint16_t>(n + 1);
+    arrays.names = kShared ? nullptr : others.take<uint16_t>(n);
+    others.global = near;
     constexpr int32_t kBatch = 2;
 #pragma unroll 1
     for (int32_t first = threadIdx.x; first < n; first += kBatch * kThreads) {
@@ -145,21 +154,22 @@ __device__ void remove_duplicates(BlockOf<kVariant>& block, const SelectArgs& ar
       }
     }
     if (threadIdx.x == 0) {
-      *arrays.rare = {sim,
-                      ld,
-                      n,
-                      long_lists,
-                      {arena.shared, arena.shared_end, renewed},
-                      numbers,
-                      keep - important,
-                      0,
-                      static_cast<int32_t>(arena.shared - shared_memory()),
-                      compact_capacity(arena, smaller(left, kVariants[kVariant].compact)),
-                      kept,
-                      score_rank,
-                      important,
-                      first_index,
-                      out};
+      Rare& rare = *arrays.rare;
+      rare.sim = sim;
+      rare.ld = ld;
+      rare.n = n;
+      rare.all = long_lists;
+      rare.memory = others;
+      rare.numbers = numbers;
+      rare.keep = keep - important;
+      rare.waits = 0;
+      rare.compact = static_cast<int32_t>(others.shared - shared_memory());
+      rare.compact_capacity = compact_capacity(others, smaller(left, kVariants[kVariant].compact));
+      rare.kept = kept;
+      rare.score_rank = score_rank;
+      rare.important = important;
+      rare.first_index = first_index;
+      rare.out = out;
     }
     NeighbourLists copies = lists;
     if constexpr (kShared) {

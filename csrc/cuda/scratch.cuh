@@ -11,28 +11,6 @@ namespace vispruner {
 
 VISPRUNER_HD int64_t rounded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// Bytes of the arrays of the passes of an image of n tokens, besides similarities and lists, each
-// rounded up to 16. `fixed_bytes`: those that do not grow with every token. fit: what is in shared
-// memory.
-template <class Sizes>
-VISPRUNER_HD constexpr int64_t fixed_bytes(int64_t n) {
-  return Sizes::kBytes + kCells * sizeof(uint32_t) + room_bytes<Sizes>(n) + 384;
-}
-VISPRUNER_HD constexpr int64_t pass_bytes(Matching matching, int64_t n, Fit fit) {
-  if (matching == Matching::kPairwise) return 16 * n + n / 4 + 256;
-  return fit == Fit::kAll ? 8 * n + fixed_bytes<TreeSizes>(n)
-                          : 12 * n + fixed_bytes<ScannedSizes>(n);
-}
-// The same in scratch, for both rules: for each token, and for each image if the longest one has n
-// tokens. Up to 768 tokens they fit in the shared memory of a tile.
-constexpr int64_t kInTile = 768;
-static_assert(pass_bytes(Matching::kBipartite, kInTile, Fit::kLess) <= kTileBytes);
-static_assert(pass_bytes(Matching::kPairwise, kInTile, Fit::kLess) <= kTileBytes);
-VISPRUNER_HD constexpr int64_t token_bytes(int64_t n) { return n > kInTile ? 17 : 0; }
-VISPRUNER_HD constexpr int64_t image_bytes(int64_t n) {
-  return n > kInTile ? fixed_bytes<ScannedSizes>(n) : 0;
-}
-
 // Allocates the arrays of the passes: in shared memory as long as they fit, then in scratch.
 // kShared: all fit, so the compiler knows that every array is in shared memory.
 template <bool kShared>
@@ -50,7 +28,55 @@ struct Arena {
     global += fits ? 0 : bytes;
     return array;
   }
+  // There must be room.
+  template <class T>
+  __device__ T* take_shared(int64_t count) {
+    T* const array = reinterpret_cast<T*>(shared);
+    shared += rounded(count * sizeof(T), 16);
+    return array;
+  }
 };
+
+// Near lists of `count` tokens: those arrays in shared memory that fit.
+__device__ inline NearLists near_lists(Arena<false> memory, int32_t count) {
+  NearLists lists;
+#pragma unroll
+  for (int32_t part = 0; part < 2; ++part) {
+    const int32_t entries = NearLists::length(part) * count;
+    lists.tokens[part] = memory.take<uint16_t>(entries);
+    lists.keys[part] = memory.take<int32_t>(entries);
+  }
+  return lists;
+}
+// Their bytes in scratch, for all images: four arrays for each, rounded up to 16.
+VISPRUNER_HD constexpr int64_t near_bytes(int64_t images, int64_t tokens) {
+  return images * 64 + tokens * kNearBytes;
+}
+
+// Bytes of the arrays of the passes of an image of n tokens, besides similarities and lists, each
+// rounded up to 16. `fixed_bytes`: those that do not grow with every token. fit: what is in shared
+// memory.
+template <class Sizes>
+VISPRUNER_HD constexpr int64_t fixed_bytes(int64_t n) {
+  return Sizes::kBytes + kCells * sizeof(uint32_t) + room_bytes<Sizes>(n) + 384;
+}
+VISPRUNER_HD constexpr int64_t pass_bytes(Matching matching, int64_t n, Fit fit) {
+  if (matching == Matching::kPairwise) return 16 * n + n / 4 + 256;
+  return fit == Fit::kAll ? 8 * n + fixed_bytes<TreeSizes>(n)
+                          : 9 * n + fixed_bytes<ScannedSizes>(n);
+}
+// Names and numbers of tokens, which need not be in shared memory.
+VISPRUNER_HD constexpr int64_t name_bytes(int64_t n) { return 4 * n + 32; }
+// All these arrays in scratch, for both rules: for each token, and for each image if the longest
+// one has n tokens. Up to 768 tokens they fit in the shared memory of a tile.
+constexpr int64_t kInTile = 768;
+static_assert(pass_bytes(Matching::kBipartite, kInTile, Fit::kLess) + name_bytes(kInTile) <=
+              kTileBytes);
+static_assert(pass_bytes(Matching::kPairwise, kInTile, Fit::kLess) <= kTileBytes);
+VISPRUNER_HD constexpr int64_t token_bytes(int64_t n) { return n > kInTile ? 17 : 0; }
+VISPRUNER_HD constexpr int64_t image_bytes(int64_t n) {
+  return n > kInTile ? fixed_bytes<ScannedSizes>(n) : 0;
+}
 
 // A counter is a 64-bit word of the call's own scratch: the call's random tag, and below it
 // kCountBits bits that count arrivals. They can count more blocks than ever arrive at one counter.
@@ -73,8 +99,8 @@ struct ImageScratch {
   int32_t* score_rank;
   // For Arena.
   char* passes;
-  // Room for lists of tokens that are left.
-  char* renewed;
+  // The memory of the near lists.
+  char* near;
   // Counts the blocks of tokens that are done.
   uint64_t* done_blocks;
   // [most_blocks] Counts the tiles that are done, for each block of tokens.
@@ -86,7 +112,7 @@ struct Scratch {
   int64_t list_codes;
   int64_t list_keys;
   int64_t score_rank;
-  int64_t renewed;
+  int64_t near;
   int64_t passes;
   int64_t counters;
   int64_t bytes;
@@ -96,8 +122,8 @@ struct Scratch {
     list_codes = removes ? total * rounded(tokens, 16) * sizeof(int32_t) : 0;
     list_keys = list_codes + (removes ? total * kMostListed * sizeof(uint16_t) : 0);
     score_rank = list_keys + (removes ? total * kMostListed * sizeof(int32_t) : 0);
-    renewed = rounded(score_rank + total * sizeof(int32_t), 256);
-    passes = renewed + (removes ? total * kNearBytes : 0);
+    near = rounded(score_rank + total * sizeof(int32_t), 256);
+    passes = near + (removes ? near_bytes(images, total) : 0);
     counters = rounded(
         passes + (removes ? total * token_bytes(tokens) + images * image_bytes(tokens) : 0), 256);
     bytes = counters + images * (1 + most_blocks(tokens)) * sizeof(uint64_t);
@@ -112,8 +138,9 @@ struct Scratch {
     result.sim = reinterpret_cast<int32_t*>(scratch) + start * rounded(tokens, 16);
     result.lists.codes = reinterpret_cast<uint16_t*>(scratch + list_codes) + start * kMostListed;
     result.lists.keys = reinterpret_cast<int32_t*>(scratch + list_keys) + start * kMostListed;
-    result.renewed = scratch + renewed + start * kNearBytes;
-    result.long_lists = {result.lists.codes, result.lists.keys, NearLists::at(result.renewed, n)};
+    result.near = scratch + near + near_bytes(image, start);
+    result.long_lists = {result.lists.codes, result.lists.keys,
+                         near_lists({nullptr, nullptr, result.near}, n)};
     result.score_rank = reinterpret_cast<int32_t*>(scratch + score_rank) + start;
     result.passes = reinterpret_cast<char*>(rounded(first_pass + image * image_bytes(tokens), 16));
     result.done_blocks = words + image;

@@ -214,9 +214,8 @@ __device__ void gather_kept(const SelectArgs& args, const char* features, const 
 }
 
 // Grid: images * tiles, each of kTile x kTile similarities. The thread block that finishes the last
-// tile of a
-//   block of tokens lists the neighbours of these tokens; the one that finishes the last lists of
-//   an image runs its passes.
+//   tile of a block of tokens lists the neighbours of these tokens; the one that finishes the last
+//   lists of an image runs its passes.
 // Shared: at most 41 KiB for a tile; for the passes as much as they use, up to the device's limit.
 // Moves: features 2 * (N / kTile + 1) times, from L2 after the first time; similarities out once,
 //   and in for the lists.
@@ -312,7 +311,7 @@ __global__ void __launch_bounds__(kVariants[kVariant].threads, blocks_of(kVarian
     const ArenaOf<kVariant> arena = {memory, shared_memory() + args.shared_bytes, scratch().passes};
     remove_duplicates<kMatching, kVariant>(
         block, args, arena, computed(scratch().sim), scratch().lists, scratch().long_lists,
-        scratch().renewed, scratch().score_rank, image.n, image.keep, image.important,
+        scratch().near, scratch().score_rank, image.n, image.keep, image.important,
         call.indices + image.out, image.first_index);
   } else {
     const int32_t* const score_rank = scratch().score_rank;
@@ -416,11 +415,11 @@ int64_t most_shared(const Variant& variant, const Limits& limits) {
   return ((limits.shared + kReserved) / blocks_of(variant) - kReserved) / 16 * 16;
 }
 
-// The shared memory of the lists of a token that is useful, or without which a variant is not.
-int64_t list_bytes(Matching matching, Fit fit, bool must) {
-  if (fit == Fit::kAll) return kListBytes;
-  if (matching == Matching::kPairwise) return kListed * sizeof(uint16_t);
-  return must ? kNear / 2 * sizeof(uint16_t) : kNearBytes;
+// The shared memory of the lists of n tokens that is useful, or without which a variant is not.
+int64_t list_bytes(Matching matching, Fit fit, int64_t n, bool must) {
+  if (fit == Fit::kAll) return n * kListBytes;
+  if (matching == Matching::kPairwise) return n * kListed * sizeof(uint16_t);
+  return must ? 0 : n * kNearBytes + name_bytes(n);
 }
 
 // The shared memory that it can use for the passes of the longest image, or must have if it is to
@@ -428,9 +427,10 @@ int64_t list_bytes(Matching matching, Fit fit, bool must) {
 int64_t useful_shared(const CudaSelect& call, const Variant& variant, bool must) {
   if (variant.fit == Fit::kLess) return must ? kSharedBytes : INT32_MAX;
   const bool bipartite = call.matching == Matching::kBipartite;
-  const int64_t lists = call.tokens * list_bytes(call.matching, variant.fit, must);
-  // The compact matrix is where the lists were.
-  const int64_t compact = bipartite && !must ? compact_bytes(variant.compact) + 64 : 0;
+  const int64_t lists = list_bytes(call.matching, variant.fit, call.tokens, must);
+  // The compact matrix is where the lists were, behind names and numbers.
+  const int64_t names = variant.fit == Fit::kAll ? 0 : name_bytes(call.tokens);
+  const int64_t compact = bipartite && !must ? names + compact_bytes(variant.compact) + 64 : 0;
   const int64_t bytes =
       kFixedBytes + pass_bytes(call.matching, call.tokens, variant.fit) + std::max(lists, compact);
   return std::max<int64_t>(kSharedBytes, rounded(bytes, 16));

@@ -6,8 +6,9 @@
 
 namespace vispruner {
 
-// The arrays that the passes of an image have in shared memory: all of them; all but the keys of
-// the lists; or as many as there is room for.
+// The arrays that the passes of an image have in shared memory: all of them; all but lists and
+// names of tokens (for the pairwise rule, but the keys of the lists), and as many of those as there
+// is room for; or only as many of all as there is room for.
 enum class Fit { kAll, kCodes, kLess };
 
 struct Variant {
@@ -16,10 +17,10 @@ struct Variant {
   // Tokens along the side of a tile: 48 or 64.
   int32_t tile;
   Fit fit;
-  // Entries of a list that a thread tests at once: 8 or 16.
+  // Entries of a list that a thread tests at once: 8 or 16. Near lists have their own way.
   int32_t at_once;
   // The bipartite rule copies the similarities of the tokens that are left to a compact matrix when
-  // they are at most this many: a multiple of 64, at most 192.
+  // they are at most this many: a multiple of 64, at most 128.
   int32_t compact;
 };
 
@@ -29,7 +30,7 @@ struct Variant {
 // simulation (docs/cuda.md).
 constexpr Variant kVariants[] = {
     {512, 48, Fit::kAll, 16, 128}, {512, 48, Fit::kCodes, 16, 128}, {256, 64, Fit::kCodes, 16, 128},
-    {512, 64, Fit::kAll, 16, 128}, {512, 64, Fit::kCodes, 8, 192},  {512, 64, Fit::kLess, 8, 192},
+    {512, 64, Fit::kAll, 16, 128}, {512, 64, Fit::kCodes, 8, 128},  {512, 64, Fit::kLess, 8, 128},
 };
 // Blocks of a multiprocessor: a thread has 128 of its 65536 registers.
 constexpr int32_t blocks_of(const Variant& variant) { return 512 / variant.threads; }

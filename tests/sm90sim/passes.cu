@@ -8,6 +8,7 @@ using namespace vispruner;
 constexpr int32_t kThreads = 512;
 
 // Scratch of a token: lists of all kinds, and arrays of the passes.
+constexpr int32_t kLongBytes = kMostListed * (sizeof(uint16_t) + sizeof(int32_t));
 constexpr int32_t kTokenBytes = kListBytes + kLongBytes + kNearBytes + 17;
 
 // The driver allocates shared memory by these: the second and third, and the fourth and the product
@@ -21,7 +22,9 @@ extern "C" __constant__ int32_t sm90sim_sizes[] = {
     kTokenBytes,
     2,
     0,
-    kFixedBytes + kCompactBytes + static_cast<int32_t>(fixed_bytes<ScannedSizes>(576)) + 576 * 17,
+    kFixedBytes + static_cast<int32_t>(compact_bytes(kMostCompact) + 64 +
+                                       fixed_bytes<ScannedSizes>(576)) +
+        576 * 17,
 };
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
@@ -36,9 +39,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   LongLists long_lists;
   long_lists.keys = reinterpret_cast<int32_t*>(scratch + size * kListBytes);
   long_lists.tokens = reinterpret_cast<uint16_t*>(long_lists.keys + size * kMostListed);
-  char* const renewed = reinterpret_cast<char*>(long_lists.tokens + size * kMostListed);
-  long_lists.near = NearLists::at(renewed, n);
-  char* const rest = renewed + size * kNearBytes;
+  char* const near = reinterpret_cast<char*>(long_lists.tokens + size * kMostListed);
+  long_lists.near = near_lists({nullptr, nullptr, near}, n);
+  char* const rest = near + near_bytes(1, size);
   if (kLongOnes) {
     int32_t* const staging =
         reinterpret_cast<int32_t*>(shared_memory() + kFixedBytes + warp_id() * kStagingBytes);
@@ -63,10 +66,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     constexpr int32_t kVariant = decltype(variant)::value;
     remove_duplicates<Matching::RULE, kVariant>(
         block, args, ArenaOf<kVariant>{memory, shared_memory() + shared_bytes, rest}, sim, lists,
-        long_lists, renewed, order, n, keep, important, out, 0);
+        long_lists, near, order, n, keep, important, out, 0);
   };
   // As list_bytes in select.cu.
-  constexpr int32_t kCodeBytes = Matching::RULE == Matching::kBipartite ? kNear : 2 * kListed;
+  constexpr int32_t kCodeBytes = Matching::RULE == Matching::kBipartite ? 0 : 2 * kListed;
   // The variants with blocks of 512 threads and tiles of 64.
   static_assert(kVariants[3].fit == Fit::kAll && kVariants[4].fit == Fit::kCodes);
   if (SHARED) {
