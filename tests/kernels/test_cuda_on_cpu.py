@@ -133,11 +133,26 @@ def test_blocks_at_the_same_time_give_the_bits_of_the_core(library, seed, shared
 
 
 @pytest.mark.kernels
-def test_no_accesses_of_blocks_race(shared_folder):
+def test_no_accesses_race(shared_folder):
     library = build(shared_folder / "cuda_on_cpu_races", *RACES)
     for seed, shared in enumerate(SHARED.values()):
         task = {"interleaved": [3000 + 500 * seed, 40, 200], "seed": seed, "shared": shared}
         assert run(library, **task, resident=8) == 40
+    for kind in ("clustered", "duplicates"):
+        task = {"models": [[[1, 300, 8, 24]], kind, "float16"], "turns": 7}
+        assert run(library, **task, seed=4, shared=SHARED["most"]) == 14
+
+
+def changed(folder: Path, name: str, found: str, replacement: str) -> Path:
+    """A copy of the sources in which csrc/cuda/`name` is changed."""
+    csrc = folder / "csrc"
+    if not csrc.exists():
+        shutil.copytree(CSRC, csrc)
+    path = csrc / "cuda" / name
+    source = path.read_text()
+    assert source.count(found) == 1
+    path.write_text(source.replace(found, replacement))
+    return csrc
 
 
 CLAIM = "atomicCAS(word, found, tag << kCountBits)"
@@ -162,17 +177,63 @@ FAULTS = {
 @pytest.mark.kernels
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults_between_blocks_are_found(tmp_path, fault):
-    csrc = shutil.copytree(CSRC, tmp_path / "csrc")
-    path = csrc / "cuda" / "scratch.cuh"
-    found, replacement, message = FAULTS[fault]
-    source = path.read_text()
-    assert source.count(found) == 1
-    path.write_text(source.replace(found, replacement))
-    library = build(tmp_path / "library", *RACES, csrc=csrc)
+    *change, message = FAULTS[fault]
+    library = build(tmp_path / "library", *RACES, csrc=changed(tmp_path, "scratch.cuh", *change))
     task = {"interleaved": [0, 20, 200], "seed": 3, "shared": SHARED["most"]}
     done = emulate(library, **task, resident=8)
     assert done.returncode != 0
     assert message in done.stderr
+
+
+# Faults within a block: the file, the text and its replacement.
+FAULTS_OF_A_BLOCK = {
+    "sums are cleared while threads read them": (
+        "bipartite.cuh",
+        "__syncthreads();\n  passes.ranks.sizes.turn();",
+        "passes.ranks.sizes.turn();\n  __syncthreads();",
+    ),
+    "a warp reads entries that it still collects": (
+        "bipartite.cuh",
+        "__syncwarp();\n#pragma unroll\n      for (int32_t x = lane_id()",
+        "\n#pragma unroll\n      for (int32_t x = lane_id()",
+    ),
+}
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("fault", FAULTS_OF_A_BLOCK)
+def test_faults_within_a_block_are_found(tmp_path, fault):
+    csrc = changed(tmp_path, *FAULTS_OF_A_BLOCK[fault])
+    library = build(tmp_path / "library", *RACES, csrc=csrc)
+    task = {"models": [[[1, 300, 8, 24]], "clustered", "float16"], "turns": 7}
+    done = emulate(library, **task, seed=4, shared=SHARED["most"])
+    assert done.returncode != 0
+    assert "a race in shared memory" in done.stderr
+
+
+# Wrong ranks of keys in overfull buckets: the text in ranks.cuh and its replacement.
+NOT_COMPARED = {
+    "": None,
+    "keys without room": ("rank[e] + rank_among_homeless(i[e])", "rank[e]"),
+    "all keys": (": rank_among_all(i[e], n);", ": rank[e] + 0 * n;"),
+}
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("fault", NOT_COMPARED)
+def test_overfull_buckets_give_the_bits_of_the_core(tmp_path, fault):
+    """Buckets that never follow the similarities are overfull in most passes."""
+    csrc = changed(tmp_path, "bipartite.cuh", "kAdapt = 8;", "kAdapt = 1 << 20;")
+    if fault:
+        changed(tmp_path, "ranks.cuh", *NOT_COMPARED[fault])
+    library = build(tmp_path / "library", "-O2", csrc=csrc)
+    statuses = []
+    for kind in ("clustered", "duplicates"):
+        task = {"models": [[[1, 700, 8, 40], [1, 576, 16, 64]], kind, "float16"], "turns": 7}
+        done = emulate(library, **task, seed=3, shared=SHARED["most"])
+        statuses.append(done.returncode)
+        assert fault or done.stdout.split()[-1] == "28", done.stderr[-4000:]
+    assert any(statuses) == bool(fault)
 
 
 @pytest.mark.kernels

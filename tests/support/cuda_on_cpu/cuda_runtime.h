@@ -121,6 +121,8 @@ inline int __syncthreads_or(int vote, SITE) { return machine.barrier(__func__, s
 inline void __syncwarp(unsigned mask = 0xffffffff, SITE) {
   int none = 0;
   collective(__func__, site, mask, none, [](int* const*) {});
+  // Other collectives do not order accesses.
+  machine.current->syncs += mask == 0xffffffff;
 }
 inline unsigned __ballot_sync(unsigned mask, int vote, SITE) {
   return reduce(__func__, site, mask, unsigned{vote != 0} << lane(), std::bit_or<>());
@@ -190,6 +192,9 @@ inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
 inline unsigned __umulhi(unsigned a, unsigned b) { return ull{a} * b >> 32; }
 inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
   return (ull{high} << 32 | low) >> (shift & 31);
+}
+inline unsigned __funnelshift_rc(unsigned low, unsigned high, unsigned shift) {
+  return static_cast<unsigned>((ull{high} << 32 | low) >> (shift < 32 ? shift : 32));
 }
 inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
   unsigned result = 0;

@@ -75,9 +75,10 @@ struct Fiber {
   size_t stack_bytes;
   void* fake_stack;  // AddressSanitizer's
   uint3 index;
-  unsigned rank;  // in the order of the seed
-  Call call;      // it waits for this; no name: it does not wait
-  void* args;     // of a collective
+  unsigned rank;       // in the order of the seed
+  Call call;           // it waits for this; no name: it does not wait
+  void* args;          // of a collective
+  unsigned syncs = 0;  // of its whole warp so far
 };
 
 struct Launch {
@@ -103,6 +104,7 @@ struct Block {
   Call barrier_call = {};                 // of the first that arrived
   unsigned arrived = 0, votes = 0, result = 0;
   bool at_another = false;  // some arrived at another barrier
+  unsigned barriers = 0;    // so far, of all blocks that this was
 };
 
 struct Machine {
@@ -269,6 +271,7 @@ struct Machine {
   void release() {
     block->result = block->votes;
     block->arrived = block->votes = 0;
+    ++block->barriers;
     shuffle(block->order);
     for (unsigned rank = 0; rank < block->order.size(); ++rank) {
       Fiber& fiber = block->fibers[block->order[rank]];

@@ -1,11 +1,12 @@
-// Finds races between blocks: two accesses to the same bytes of global memory by different blocks,
-// at least one of them a store and at least one not atomic, which no release and acquire order. It
-// finds them even if the result is right, except a race with a load if another block has loaded the
-// same word since.
+// Finds races: two accesses to the same bytes by different threads, at least one of them a store
+// and at least one not atomic, which nothing orders. It finds them even if the result is right.
+// Between blocks, in global memory, a release and an acquire order accesses. A race with a load is
+// missed if another block has loaded the same word since. Within a block, in shared memory,
+// barriers order them, and within a warp collectives of all lanes.
 //
 // g++ -fsanitize=thread calls a function before every access. This file has these functions, so the
 // library is linked without libtsan: -nodefaultlibs -lstdc++ -lm -lc -lgcc_s. The clocks are those
-// of blocks, because barriers order the threads of a block.
+// of blocks: accesses to global memory by threads of one block are not compared.
 #pragma once
 
 #include <dlfcn.h>
@@ -82,6 +83,7 @@ struct Races {
 
   // An atomic operation, relaxed or with acquire and release.
   void atomic(const void* word, size_t bytes, bool ordered, const void* code) {
+    if (kInstrumented && is_shared(word)) access_shared(word, bytes, true, true, code);
     Range* const range = find(word);
     if (!range) return;
     access(*range, word, bytes, true, true, code);
@@ -113,6 +115,56 @@ struct Races {
                  std::to_string(old.block) + " at " + place(old.code));
   }
 
+  // Accesses to a byte of shared memory.
+  struct Touch {
+    unsigned barriers = 0, syncs = 0, thread = 0;
+    const void* code = nullptr;
+  };
+  // The last ones of a kind, by two threads, of two warps if there are two.
+  struct Touches {
+    Touch last, other;
+  };
+  struct SharedCell {
+    Touches stores, loads, atomics;
+  };
+  std::vector<SharedCell> shared[kMostResident];
+
+  void access_shared(const void* at, size_t bytes, bool stores, bool atomic, const void* code) {
+    const Block& block = *machine.block;
+    const Fiber& fiber = *machine.current;
+    auto& cells = shared[machine.block - machine.blocks];
+    if (cells.size() < block.launch->bytes) cells.resize(block.launch->bytes);
+    const unsigned thread = static_cast<unsigned>(&fiber - block.fibers);
+    const Touch touch = {block.barriers, fiber.syncs, thread, code};
+    const size_t first = static_cast<const char*>(at) - block.shared;
+    for (size_t k = first; k < first + bytes; ++k) {
+      SharedCell& cell = cells[k];
+      check(cell.stores, touch, "a store");
+      if (stores || atomic) check(cell.loads, touch, "a load");
+      if (!atomic) check(cell.atomics, touch, "an atomic operation");
+      Touches& same = atomic ? cell.atomics : stores ? cell.stores : cell.loads;
+      if (same.last.thread / 32 != thread / 32 || same.other.thread / 32 == same.last.thread / 32) {
+        same.other = same.last;
+      }
+      same.last = touch;
+    }
+  }
+
+  void check(const Touches& before, const Touch& touch, const char* kind) {
+    for (const Touch& old : {before.last, before.other}) {
+      if (old.barriers != touch.barriers || old.thread == touch.thread) continue;
+      if (old.thread / 32 == touch.thread / 32 && old.syncs != touch.syncs) continue;
+      machine.fail("a race in shared memory at " + place(touch.code) + " with " + kind +
+                   " by thread " + std::to_string(old.thread) + " at " + place(old.code));
+    }
+  }
+
+  CUDA_ON_CPU_RAW static bool is_shared(const void* at) {
+    return machine.block && machine.current != &machine.launcher && !machine.current->exited &&
+           reinterpret_cast<uintptr_t>(at) - reinterpret_cast<uintptr_t>(machine.block->shared) <
+               machine.block->launch->bytes;
+  }
+
   // For addr2line -e.
   static std::string place(const void* code) {
     Dl_info info = {};
@@ -136,6 +188,7 @@ inline Races races;
 
 CUDA_ON_CPU_RAW inline void on_access(const void* at, size_t bytes, bool stores, bool is_volatile,
                                       const void* code) {
+  if (Races::is_shared(at)) races.access_shared(at, bytes, stores, is_volatile, code);
   Races::Range* const range = races.find(at);
   if (!range || machine.current == &machine.launcher) return;
   if (is_volatile || machine.random() % 64 == 0) machine.preempt(at);

@@ -30,6 +30,7 @@ inline T* computed(T* pointer) {
 }
 
 inline int32_t load_now(const int32_t* from) { return *from; }
+inline int4 load_now(const int4* from) { return *from; }
 
 // ldmatrix.sync.aligned.m8n8.x4.shared.b16: lane 8 m + r points at row r of matrix m, 16 bytes;
 // lane 4 r + t gets bytes 4 t to 4 t + 3 of row r of each matrix.
