@@ -186,8 +186,8 @@ def test_simulated_times_are_beside_their_variant_only(monkeypatch):
     variant = tune.SIMULATED[0]["variant"]
     shape = tune.cases("cuda")[0]
     monkeypatch.setattr(_tuned, "capability", lambda device: "9.0")
-    assert tune.simulated(shape, "bipartite", "native", variant) == 95.9
-    assert tune.simulated(shape, "pairwise", "native", variant) == 49.3
+    assert tune.simulated(shape, "bipartite", "native", variant) == 94.8
+    assert tune.simulated(shape, "pairwise", "native", variant) == 49.4
     assert tune.simulated(shape, "pairwise", "native", variant | {"fit": 1}) is None
     assert tune.simulated(shape._replace(batch=2), "pairwise", "native", variant) is None
     monkeypatch.setattr(_tuned, "capability", lambda device: "8.0")
