@@ -37,7 +37,7 @@ print(e.compare(calls, memory, 7))
 KINDS = {"two clusters": 42, "sorted scores": 84, "two clusters, sorted scores": 84}
 
 
-@pytest.mark.kernels
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_gives_the_bits_of_the_core(library, kind):  # noqa: F811
     command = [sys.executable, "-c", PROGRAM, library, kind, str(SHARED["most"])]
