@@ -211,7 +211,7 @@ class NinjaBuildExt(build_ext):
             nvcc_flags += find_flags(host, HARDENING, nvcc_flag)
             link = [nvcc, "-shared", *find_flags(host, LINK_HARDENING, nvcc_flag)]
         else:
-            link = [*cxx, *link_flags, "-pthread"]
+            link = [*cxx, *link_flags, "-pthread", "-ldl"]
             link += find_flags([*cxx, *CXX_FLAGS], LINK_HARDENING)
 
         build_dir = Path(self.build_temp)

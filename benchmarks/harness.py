@@ -254,7 +254,7 @@ def interleaved(
 
 
 @contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
+def no_collection() -> Iterator[None]:
     # A garbage collection would be timed, and one that unloads a kernel breaks a capture.
     # torch.cuda.graph begins with a collection, which skips frozen objects.
     gc.collect()
@@ -286,7 +286,7 @@ def race(
     sets = [inputs, *(tuple(limits.place(x, device) for x in inputs) for _ in range(copies - 1))]
     results: dict[T, Result] = {}
     running: dict[tuple[T, str], Callable[[], float]] = {}
-    with _no_collection():
+    with no_collection():
         for name, (run, check, context, only) in competitors.items():
             result = results[name] = Result()
             try:

@@ -1,6 +1,6 @@
-// vispruner_kernels._C: the operators of csrc/cpu and csrc/cuda over plain pointers. The only file
-// that includes Python. vispruner_kernels/_native takes the pointers from tensors. The arguments
-// have been checked before.
+// vispruner_kernels._C: the operators of csrc/cpu and csrc/cuda over plain pointers, and their
+// registration in PyTorch (torch/registration.h). No other file includes Python.
+// vispruner_kernels/_native takes the pointers from tensors. The arguments have been checked before.
 //
 // All arguments of operators are keywords. A struct is a dict with exactly the names of its fields:
 // a missing or unknown name is a TypeError. That costs about 1 us per call more than positional
@@ -19,6 +19,7 @@
 
 #include "cpu/operators.h"
 #include "cpu/simd.h"
+#include "torch/registration.h"
 #if defined(VISPRUNER_KERNELS_WITH_CUDA)
 #include "cuda/operators.h"
 #include "cuda/variants.h"
@@ -222,6 +223,7 @@ void define(py::module_& m, const char* name, F f, Names... names) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
+  registration::define(m);
   m.def("simd_sets", &simd_names, "The instruction sets this processor has, best first.");
   m.def("simd", [] { return std::string(simd().name); }, "The instruction set in use.");
   m.def("use_simd", [](const std::string& name) {

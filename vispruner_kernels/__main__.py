@@ -9,7 +9,7 @@ import sys
 import torch
 
 from vispruner_kernels import __version__, _backends, _native
-from vispruner_kernels._native import cuda
+from vispruner_kernels._native import cuda, registration
 from vispruner_kernels._schemas import SCHEMAS
 from vispruner_kernels._triton import operators
 
@@ -48,6 +48,17 @@ def _cuda_state() -> str:
     return f"{state}; only with VISPRUNER_KERNELS_BACKEND=native: no results from a GPU yet"
 
 
+def _registration_state() -> str:
+    """The operators that a call reaches without Python."""
+    if registration.REASON:
+        return f"by Python, slower to call: {registration.REASON}"
+    devices = [
+        f"{device} {', '.join(sorted(op for op, on in _backends.FROM_CPP if on == device))}"
+        for device in sorted({device for _, device in _backends.FROM_CPP})
+    ]
+    return "from C++: " + "; ".join(devices) if devices else "by Python: no native owner"
+
+
 def _triton_state() -> str:
     if not operators.INSTALLED:
         return operators.REASON
@@ -69,6 +80,7 @@ def report() -> str:
         "C++ core (native)": _native_state(),
         "CUDA kernels": _cuda_state(),
         "Triton kernels": _triton_state(),
+        "registration": _registration_state(),
         "backend": f"{_backends.REQUESTED} (VISPRUNER_KERNELS_BACKEND)",
         "checks": f"{'on' if _backends.CHECKED else 'off'} (VISPRUNER_KERNELS_CHECK)",
     }

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from vispruner_kernels import _native, _schemas, reference
-from vispruner_kernels._native import cpu, cuda
+from vispruner_kernels._native import cpu, cuda, registration
 from vispruner_kernels._triton import operators as triton
 
 # Device type -> dispatch key. HIP devices are "cuda" devices to PyTorch.
@@ -175,6 +175,11 @@ OWNERS: dict[tuple[str, str], str] = {
     (op, device): _owner(op, device) for op, device in IMPLEMENTATIONS
 }
 
+# The operators that are registered from C++, by device; the others are Python functions.
+FROM_CPP: frozenset[tuple[str, str]] = frozenset(
+    pair for pair in registration.OPERATORS if OWNERS[pair] == "native" and not CHECKED
+)
+
 
 def _implementation(op: str, backend: str, device: str = "cpu") -> Callable[..., Any]:
     function = IMPLEMENTATIONS[op, device][backend]
@@ -286,7 +291,11 @@ def _register() -> torch.library.Library:
             falls_back = owner == "reference" and REQUESTED != "reference"
             if device == "cpu" and falls_back and not _native.INSTALLED:
                 function = _warns_once(function)
-            library.impl(op, _checked(op, function), key)
+            function = _checked(op, function)
+            if (op, device) in FROM_CPP:
+                registration.register(op, device, key, function)
+            else:
+                library.impl(op, function, key)
         # On another device the check raises and names it, so the implementation is never reached.
         library.impl(op, _checked(op, _unreachable, memory=False), "CompositeExplicitAutograd")
         fake = _checked(op, schema.fake, memory=False)

@@ -38,6 +38,14 @@ _USUAL = frozenset(
 )
 
 
+# Arguments that are these objects were left out, so their types are right.
+_RATIO, _STEP, _MATCHING, _PREFIX = 0.5, 8, "bipartite", 1
+# The functions that call these give PyTorch nothing that it would convert: only what should be a
+# tensor may be of a wrong type. `_call` would add more than a microsecond.
+_SELECT, _PRUNE = _ops.select.default, _ops.prune.default
+_SELECT_TOPK, _CLS_SCORES = _ops.select_topk.default, _ops.cls_scores.default
+
+
 def _call(operator: Any, *args: Any) -> Any:
     if not TRACES_CHECKS and torch.compiler.is_compiling():
         return operator(*args)
@@ -56,9 +64,9 @@ def select(
     features: Tensor,
     scores: Tensor,
     keep: int,
-    important_ratio: float = 0.5,
-    step: int = 8,
-    matching: str = "bipartite",
+    important_ratio: float = _RATIO,
+    step: int = _STEP,
+    matching: str = _MATCHING,
 ) -> Tensor:
     """Select tokens as VisPruner does: the most important ones, then those that are no duplicates.
 
@@ -110,6 +118,17 @@ def select(
         >>> vk.select(features, scores, 64).shape
         torch.Size([2, 64])
     """
+    if (
+        keep.__class__ is int
+        and important_ratio is _RATIO
+        and step is _STEP
+        and matching is _MATCHING
+    ):
+        try:
+            return _SELECT(features, scores, keep)
+        except (RuntimeError, ValueError):
+            check_types("select", (features, scores, keep))
+            raise
     return _call(_ops.select.default, features, scores, keep, important_ratio, step, matching)
 
 
@@ -117,9 +136,9 @@ def prune(
     features: Tensor,
     scores: Tensor,
     keep: int,
-    important_ratio: float = 0.5,
-    step: int = 8,
-    matching: str = "bipartite",
+    important_ratio: float = _RATIO,
+    step: int = _STEP,
+    matching: str = _MATCHING,
 ) -> tuple[Tensor, Tensor]:
     """Select as `select` does, and return the kept rows of ``features`` too.
 
@@ -159,19 +178,34 @@ def prune(
         >>> torch.equal(kept[0], features[0, indices[0]])
         True
     """
+    if (
+        keep.__class__ is int
+        and important_ratio is _RATIO
+        and step is _STEP
+        and matching is _MATCHING
+        and not torch.compiler.is_dynamo_compiling()
+        and torch.is_inference_mode_enabled()
+    ):
+        try:
+            return _PRUNE(features, scores, keep)
+        except (RuntimeError, ValueError):
+            check_types("prune", (features, scores, keep))
+            raise
     if not (isinstance(features, Tensor) and isinstance(scores, Tensor)):
-        rule = important_ratio, step, matching
-        check_types("prune", (features, scores, keep, *rule))
+        check_types("prune", (features, scores, keep, important_ratio, step, matching))
     has_tangent = forward_ad.unpack_dual(features).tangent is not None
     if (features.requires_grad and torch.is_grad_enabled()) or has_tangent:
         indices = _call(
             _ops.select.default, features, scores, keep, important_ratio, step, matching
         )
         return features.gather(1, indices[:, :, None].expand(-1, -1, features.shape[2])), indices
-    # Detached, because scores that require a gradient would make `kept` require one.
-    return _call(
-        _ops.prune.default, features, scores.detach(), keep, important_ratio, step, matching
-    )
+    rule = important_ratio, step, matching
+    if torch.compiler.is_compiling():
+        # Detached, because scores that require a gradient would make `kept` require one.
+        return _call(_ops.prune.default, features, scores.detach(), keep, *rule)
+    # Without autograd's kernel, which is a Python function and would double the time of a call.
+    with torch._C._AutoDispatchBelowAutograd():
+        return _call(_ops.prune.default, features, scores, keep, *rule)
 
 
 def select_varlen(
@@ -181,9 +215,9 @@ def select_varlen(
     cu_keep: Tensor,
     max_seqlen: int,
     total_keep: int,
-    important_ratio: float = 0.5,
-    step: int = 8,
-    matching: str = "bipartite",
+    important_ratio: float = _RATIO,
+    step: int = _STEP,
+    matching: str = _MATCHING,
 ) -> Tensor:
     """Select as `select` does from packed images, in FlashAttention's varlen convention.
 
@@ -282,6 +316,12 @@ def select_topk(scores: Tensor, keep: int) -> Tensor:
         >>> vk.select_topk(torch.tensor([[0.1, 0.7, 0.2, 0.7]]), 3)
         tensor([[1, 2, 3]])
     """
+    if keep.__class__ is int:
+        try:
+            return _SELECT_TOPK(scores, keep)
+        except (RuntimeError, ValueError):
+            check_types("select_topk", (scores, keep))
+            raise
     return _call(_ops.select_topk.default, scores, keep)
 
 
@@ -366,7 +406,9 @@ def cls_attention(
     return _call(_ops.cls_attention.default, q, k, v, scale, num_prefix)
 
 
-def cls_scores(q: Tensor, k: Tensor, scale: float | None = None, num_prefix: int = 1) -> Tensor:
+def cls_scores(
+    q: Tensor, k: Tensor, scale: float | None = None, num_prefix: int = _PREFIX
+) -> Tensor:
     """Compute the [CLS] row of an attention, averaged over heads, beside any attention kernel.
 
     Args:
@@ -400,6 +442,12 @@ def cls_scores(q: Tensor, k: Tensor, scale: float | None = None, num_prefix: int
         >>> vk.cls_scores(q, k).shape
         torch.Size([1, 16])
     """
+    if scale is None and num_prefix is _PREFIX:
+        try:
+            return _CLS_SCORES(q, k)
+        except (RuntimeError, ValueError):
+            check_types("cls_scores", (q, k))
+            raise
     return _call(_ops.cls_scores.default, q, k, scale, num_prefix)
 
 
