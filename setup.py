@@ -209,7 +209,7 @@ class NinjaBuildExt(build_ext):
             # nvcc chooses its own compiler for the host, and links with it.
             host = [nvcc, "-O3", nvcc_flag("-fPIC")]
             nvcc_flags += find_flags(host, HARDENING, nvcc_flag)
-            link = [nvcc, "-shared", *find_flags(host, LINK_HARDENING, nvcc_flag)]
+            link = [nvcc, "-shared", "-ldl", *find_flags(host, LINK_HARDENING, nvcc_flag)]
         else:
             link = [*cxx, *link_flags, "-pthread", "-ldl"]
             link += find_flags([*cxx, *CXX_FLAGS], LINK_HARDENING)

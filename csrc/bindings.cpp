@@ -1,6 +1,7 @@
 // vispruner_kernels._C: the operators of csrc/cpu and csrc/cuda over plain pointers, and their
 // registration in PyTorch (torch/registration.h). No other file includes Python.
-// vispruner_kernels/_native takes the pointers from tensors. The arguments have been checked before.
+// vispruner_kernels/_native takes the pointers from tensors. The arguments have been checked
+// before.
 //
 // All arguments of operators are keywords. A struct is a dict with exactly the names of its fields:
 // a missing or unknown name is a TypeError. That costs about 1 us per call more than positional

@@ -2,7 +2,8 @@
 #
 # The TypedDicts exist only here. Each has the fields of the C++ struct of the same name, in
 # csrc/contract.h, csrc/cpu/operators.h and csrc/cuda/operators.h.
-from typing import TypedDict
+from collections.abc import Callable
+from typing import Any, TypedDict
 
 class Tokens(TypedDict):
     data: int
@@ -87,6 +88,24 @@ def received_scores_varlen(
     shape: AttentionShape,
     threads: int,
     scores: int,
+) -> None: ...
+
+# csrc/torch/registration.h. Names and device types of the operators that it can register.
+torch_operators: tuple[tuple[str, str], ...]
+
+def load_torch(
+    *,
+    cpu_library: str,
+    cuda_library: str,
+    block_threads: int,
+    eager_rounds: int,
+    compact_to: int,
+    to_tensors: Callable[..., Any],
+    to_handles: Callable[..., Any],
+    cuda_variant: Callable[..., int],
+) -> None: ...
+def register_operator(
+    *, device: str, name: str, library: str, key: str, function: Callable[..., Any]
 ) -> None: ...
 
 # Only in a build with the CUDA kernels.

@@ -34,7 +34,7 @@ using shim::Handle;
 using shim::Value;
 
 shim::Shim torch;
-// What Python gives to load_torch, never freed.
+// Functions that load_torch receives; never freed.
 PyObject* tensors_of_handles;
 PyObject* handles_of_tensors;
 PyObject* cuda_variant;
@@ -89,8 +89,7 @@ bool describe(Handle handle, int64_t dims, Tensor* x) {
   const void* data;
   if (torch.aoti_torch_get_layout(handle, &layout) || layout != torch.aoti_torch_layout_strided() ||
       torch.aoti_torch_get_dim(handle, &found) || found != dims ||
-      torch.aoti_torch_get_dtype(handle, &dtype) ||
-      torch.aoti_torch_get_sizes(handle, &sizes) ||
+      torch.aoti_torch_get_dtype(handle, &dtype) || torch.aoti_torch_get_sizes(handle, &sizes) ||
       torch.aoti_torch_get_strides(handle, &strides) ||
       torch.aoti_torch_get_device_type(handle, &x->device_type) ||
       torch.aoti_torch_get_device_index(handle, &x->device) ||
@@ -371,8 +370,8 @@ struct CpuClsScores {
     const auto heads = [](const Tensor& x) {
       return Heads{x.data, x.strides[0], x.strides[1], x.strides[2]};
     };
-    const AttentionShape shape = {q.dtype, q.sizes[0],                sequence, q.sizes[2],
-                                  head_dim, static_cast<float>(scale), prefix};
+    const AttentionShape shape = {
+        q.dtype, q.sizes[0], sequence, q.sizes[2], head_dim, static_cast<float>(scale), prefix};
     cls_scores(heads(q), heads(k), shape, threads(), memory<float>(scores));
     results.push_back(std::move(scores));
     return true;
@@ -468,17 +467,14 @@ Entry entry(const char* device, const char* name) {
 }
 
 const Entry entries[] = {
-    entry<CpuSelect<false>>("cpu", "select"),
-    entry<CpuSelect<true>>("cpu", "prune"),
-    entry<CpuTopk>("cpu", "select_topk"),
-    entry<CpuClsScores>("cpu", "cls_scores"),
+    entry<CpuSelect<false>>("cpu", "select"),     entry<CpuSelect<true>>("cpu", "prune"),
+    entry<CpuTopk>("cpu", "select_topk"),         entry<CpuClsScores>("cpu", "cls_scores"),
 #if defined(VISPRUNER_KERNELS_WITH_CUDA)
-    entry<CudaSelectOp<false>>("cuda", "select"),
-    entry<CudaSelectOp<true>>("cuda", "prune"),
+    entry<CudaSelectOp<false>>("cuda", "select"), entry<CudaSelectOp<true>>("cuda", "prune"),
 #endif
 };
 
-// Looks every function up; throws std::runtime_error that names a missing one.
+// Finds every function; throws std::runtime_error that names a missing one.
 void load_torch(const std::string& cpu_library, const std::string& cuda_library,
                 int32_t block_threads, int32_t eager_rounds, int32_t compact_to,
                 py::object to_tensors, py::object to_handles, py::object variant) {

@@ -1,5 +1,5 @@
 // The part of PyTorch's stable C interface that the operators need. `_C` is built without PyTorch,
-// and looks these functions up in the libraries that Python has loaded, so one build serves every
+// and finds these functions in the libraries that Python has loaded, so one build serves every
 // version of PyTorch. Declared in torch/csrc/stable/c/shim.h and, for names with aoti_,
 // torch/csrc/inductor/aoti_torch/c/shim.h.
 #pragma once
@@ -52,9 +52,9 @@ constexpr uint64_t kVersion = uint64_t{2} << 56 | uint64_t{10} << 48;
   X(int32_t, aoti_torch_layout_strided)
 
 // Only in PyTorch's library for CUDA.
-#define VISPRUNER_CUDA_SHIM(X)                                               \
-  X(Error, aoti_torch_get_current_cuda_stream, int32_t, void**)              \
-  X(Error, aoti_torch_cuda_caching_allocator_raw_alloc, uint64_t, void**)    \
+#define VISPRUNER_CUDA_SHIM(X)                                            \
+  X(Error, aoti_torch_get_current_cuda_stream, int32_t, void**)           \
+  X(Error, aoti_torch_cuda_caching_allocator_raw_alloc, uint64_t, void**) \
   X(Error, aoti_torch_cuda_caching_allocator_raw_delete, void*)
 
 #define VISPRUNER_DECLARE(result, name, ...) result (*name)(__VA_ARGS__);

@@ -1,5 +1,5 @@
-"""The operators that the C++ core registers in PyTorch: the answers, errors and memory of a call are
-those of the function of Python that would be registered otherwise."""
+"""The operators that the C++ core registers in PyTorch: a call has the answer, the error and the
+memory of the function of Python that would be registered otherwise."""
 
 from __future__ import annotations
 
@@ -79,9 +79,12 @@ def any_tensor(rng: random.Random, sizes: list[int], dtype: torch.dtype) -> Tens
         )
         target.copy_(x)
         if dtype.itemsize <= shift:
-            return memory[shift:].view(torch.uint8)[: x.numel() * x.element_size()].view(
-                dtype
-            ).view(x.shape)
+            return (
+                memory[shift:]
+                .view(torch.uint8)[: x.numel() * x.element_size()]
+                .view(dtype)
+                .view(x.shape)
+            )
         return target
     if rng.random() < 0.05 and not layout:
         x = x.clone()
@@ -107,7 +110,11 @@ def any_call(op: str, seed: int) -> tuple[Any, ...]:
     if op == "select_topk":
         return scores, keep
     features = any_tensor(rng, [images, tokens, rng.choice([1, 2, 5])], dtype)
-    rule = mostly(rng, rng.random(), FLOATS), mostly(rng, 2, INTS), mostly(rng, "pairwise", MATCHINGS)
+    rule = (
+        mostly(rng, rng.random(), FLOATS),
+        mostly(rng, 2, INTS),
+        mostly(rng, "pairwise", MATCHINGS),
+    )
     return features, scores, keep, *rule
 
 
