@@ -11,7 +11,7 @@ namespace vispruner::shim {
 
 // 0: success.
 using Error = int32_t;
-// An at::Tensor on the heap, owned.
+// A tensor, owned.
 using Handle = void*;
 // An argument or a result: the bits of an int64_t or double, a Handle, a std::string of PyTorch. An
 // optional number is null or the address of a Value.
