@@ -50,13 +50,15 @@ def _cuda_state() -> str:
 
 def _registration_state() -> str:
     """The operators that a call reaches without Python."""
+    if _backends.BY_PYTHON:
+        return "by Python (VISPRUNER_KERNELS_REGISTRATION)"
     if registration.REASON:
         return f"by Python, slower to call: {registration.REASON}"
     devices = [
         f"{device} {', '.join(sorted(op for op, on in _backends.FROM_CPP if on == device))}"
         for device in sorted({device for _, device in _backends.FROM_CPP})
     ]
-    return "from C++: " + "; ".join(devices) if devices else "by Python: no native owner"
+    return "from C++: " + "; ".join(devices) if devices else "by Python"
 
 
 def _triton_state() -> str:

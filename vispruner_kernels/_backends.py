@@ -1,8 +1,9 @@
 """Which function implements which operator on which device; the only module that registers.
 
 `IMPLEMENTATIONS` is the table: from an operator to the function that calls its kernel. `OWNERS`
-follows from it. VISPRUNER_KERNELS_BACKEND names a backend and VISPRUNER_KERNELS_CHECK=1 runs the
-reference beside every kernel; both are read once, here. An empty variable counts as unset.
+follows from it. VISPRUNER_KERNELS_BACKEND names a backend, VISPRUNER_KERNELS_CHECK=1 runs the
+reference beside every kernel, and VISPRUNER_KERNELS_REGISTRATION=python registers no operator from
+C++. All are read once, here. An empty variable counts as unset.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from vispruner_kernels import _native, _schemas, reference
 from vispruner_kernels._native import cpu, cuda, registration
 from vispruner_kernels._triton import operators as triton
+from vispruner_kernels._triton import recording
 
 # Device type -> dispatch key. HIP devices are "cuda" devices to PyTorch.
 KEYS = {"cpu": "CPU", "cuda": "CUDA"}
@@ -155,8 +157,16 @@ def _flag(name: str) -> bool:
     return value == "1"
 
 
+def _by_python() -> bool:
+    value = os.environ.get("VISPRUNER_KERNELS_REGISTRATION") or "auto"
+    if value not in ("auto", "python"):
+        raise ImportError(f"VISPRUNER_KERNELS_REGISTRATION={value}: expected auto or python")
+    return value == "python"
+
+
 REQUESTED = _requested()
 CHECKED = _flag("VISPRUNER_KERNELS_CHECK")
+BY_PYTHON = _by_python()
 
 
 def _serves(op: str, backend: str, device: str) -> bool:
@@ -177,7 +187,13 @@ OWNERS: dict[tuple[str, str], str] = {
 
 # The operators that are registered from C++, by device; the others are Python functions.
 FROM_CPP: frozenset[tuple[str, str]] = frozenset(
-    pair for pair in registration.OPERATORS if OWNERS[pair] == "native" and not CHECKED
+    (op, device)
+    for (op, device), owner in OWNERS.items()
+    if not (CHECKED or BY_PYTHON)
+    and (
+        (owner == "native" and (op, device) in registration.OPERATORS)
+        or (owner == "triton" and device == "cuda" and registration.RECORDS)
+    )
 )
 
 
@@ -207,6 +223,11 @@ def _checked(op: str, function: Callable[..., Any], memory: bool = True) -> Call
         return function(*args)
 
     return entry
+
+
+def _recorded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The answer of an operator of Triton, and how to repeat its launches."""
+    return lambda *args: recording.record(function, args)
 
 
 def _compared(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -291,11 +312,12 @@ def _register() -> torch.library.Library:
             falls_back = owner == "reference" and REQUESTED != "reference"
             if device == "cpu" and falls_back and not _native.INSTALLED:
                 function = _warns_once(function)
-            function = _checked(op, function)
-            if (op, device) in FROM_CPP:
-                registration.register(op, device, key, function)
+            if (op, device) not in FROM_CPP:
+                library.impl(op, _checked(op, function), key)
+            elif owner == "native":
+                registration.register(op, device, key, _checked(op, function))
             else:
-                library.impl(op, function, key)
+                registration.register_recorded(op, key, _checked(op, _recorded(function)))
         # On another device the check raises and names it, so the implementation is never reached.
         library.impl(op, _checked(op, _unreachable, memory=False), "CompositeExplicitAutograd")
         fake = _checked(op, schema.fake, memory=False)

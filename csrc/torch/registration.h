@@ -13,10 +13,12 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <shared_mutex>
 #include <stdexcept>
 #include <string>
 #include <string_view>
 #include <tuple>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -64,7 +66,14 @@ struct Release {
 };
 using Owned = std::unique_ptr<void, Release>;
 
-// A strided tensor of floats with elements, all of them inside its memory.
+struct ReleaseScratch {
+  void operator()(void* memory) const {
+    torch.aoti_torch_cuda_caching_allocator_raw_delete(memory);
+  }
+};
+using Scratch = std::unique_ptr<void, ReleaseScratch>;
+
+// A tensor; `dtype` only if it is of floats.
 struct Tensor {
   Handle handle;
   const int64_t* sizes;
@@ -81,15 +90,16 @@ bool same_device(const Tensor& a, const Tensor& b) {
 
 bool between(int64_t low, int64_t x, int64_t high) { return low <= x && x <= high; }
 
-// False if the tensor is not one of the kind above with so many dimensions.
-bool describe(Handle handle, int64_t dims, Tensor* x) {
-  int64_t found, offset, bytes;
-  int32_t layout, dtype;
+// False if a tensor is not strided, has no elements, or has an element outside its memory or at an
+// address that is no multiple of its size. `dims` and `dtype` are its own.
+bool describe(Handle handle, int64_t* dims, int32_t* dtype, Tensor* x) {
+  int64_t offset, bytes;
+  int32_t layout;
   int64_t *sizes, *strides;
   const void* data;
   if (torch.aoti_torch_get_layout(handle, &layout) || layout != torch.aoti_torch_layout_strided() ||
-      torch.aoti_torch_get_dim(handle, &found) || found != dims ||
-      torch.aoti_torch_get_dtype(handle, &dtype) || torch.aoti_torch_get_sizes(handle, &sizes) ||
+      torch.aoti_torch_get_dim(handle, dims) || torch.aoti_torch_get_dtype(handle, dtype) ||
+      torch.aoti_torch_get_sizes(handle, &sizes) ||
       torch.aoti_torch_get_strides(handle, &strides) ||
       torch.aoti_torch_get_device_type(handle, &x->device_type) ||
       torch.aoti_torch_get_device_index(handle, &x->device) ||
@@ -97,21 +107,12 @@ bool describe(Handle handle, int64_t dims, Tensor* x) {
       torch.aoti_torch_get_storage_size(handle, &bytes)) {
     return false;
   }
-  if (dtype == torch.aoti_torch_dtype_float16()) {
-    x->dtype = DType::kFloat16;
-  } else if (dtype == torch.aoti_torch_dtype_bfloat16()) {
-    x->dtype = DType::kBFloat16;
-  } else if (dtype == torch.aoti_torch_dtype_float32()) {
-    x->dtype = DType::kFloat32;
-  } else {
-    return false;
-  }
   int64_t extent = 1;
-  for (int64_t i = 0; i < dims; ++i) {
+  for (int64_t i = 0; i < *dims; ++i) {
     if (sizes[i] < 1) return false;
     extent += (sizes[i] - 1) * strides[i];
   }
-  const int64_t size = element_size(x->dtype);
+  const int64_t size = static_cast<int64_t>(torch.aoti_torch_dtype_element_size(*dtype));
   if ((offset + extent) * size > bytes || torch.torch_get_const_data_ptr(handle, &data) ||
       reinterpret_cast<uintptr_t>(data) % size) {
     return false;
@@ -123,18 +124,39 @@ bool describe(Handle handle, int64_t dims, Tensor* x) {
   return true;
 }
 
+// As above, and false if it has another number of dimensions or is not of floats.
+bool describe_floats(Handle handle, int64_t dims, Tensor* x) {
+  int64_t found;
+  int32_t dtype;
+  if (!describe(handle, &found, &dtype, x) || found != dims) return false;
+  if (dtype == torch.aoti_torch_dtype_float16()) {
+    x->dtype = DType::kFloat16;
+  } else if (dtype == torch.aoti_torch_dtype_bfloat16()) {
+    x->dtype = DType::kBFloat16;
+  } else if (dtype == torch.aoti_torch_dtype_float32()) {
+    x->dtype = DType::kFloat32;
+  } else {
+    return false;
+  }
+  return true;
+}
+
 // A new contiguous tensor beside `like`; null if there is no memory.
-Owned empty(std::initializer_list<int64_t> sizes, int32_t dtype, const Tensor& like) {
-  std::array<int64_t, 3> strides;
-  int64_t stride = 1;
-  for (size_t i = sizes.size(); i-- > 0;) {
+Owned empty(const int64_t* sizes, size_t dims, int32_t dtype, const Tensor& like) {
+  constexpr size_t kDims = 8;
+  int64_t strides[kDims], stride = 1;
+  for (size_t i = dims; i-- > 0;) {
     strides[i] = stride;
-    stride *= std::max<int64_t>(sizes.begin()[i], 1);
+    stride *= std::max<int64_t>(sizes[i], 1);
   }
   Handle tensor = nullptr;
-  torch.aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides.data(),
-                                 dtype, like.device_type, like.device, &tensor);
+  torch.aoti_torch_empty_strided(static_cast<int64_t>(dims), sizes, strides, dtype,
+                                 like.device_type, like.device, &tensor);
   return Owned(tensor);
+}
+
+Owned empty(std::initializer_list<int64_t> sizes, int32_t dtype, const Tensor& like) {
+  return empty(sizes.begin(), sizes.size(), dtype, like);
 }
 
 template <class T>
@@ -156,8 +178,8 @@ int threads() {
   return static_cast<int>(count);
 }
 
-// The arguments of one call. `kinds` has a letter for each: t a tensor, i an int, f a float, o an
-// optional float, s a string. Tensors come first.
+// The arguments of one call. `kinds` has a letter for each: t a tensor, T an optional one, i an
+// int, f a float, o an optional one, s a string.
 class Arguments {
  public:
   Arguments(Value* stack, const char* kinds) : stack_(stack), kinds_(kinds) {}
@@ -168,7 +190,10 @@ class Arguments {
       if (!stack_[i]) continue;
       if (kinds_[i] == 't') torch.aoti_torch_delete_tensor_object(address<void>(i));
       if (kinds_[i] == 's') torch.torch_delete_string(address<void>(i));
-      if (kinds_[i] != 'o') continue;
+      if (kinds_[i] != 'o' && kinds_[i] != 'T') continue;
+      if (kinds_[i] == 'T' && *address<Value>(i)) {
+        torch.aoti_torch_delete_tensor_object(reinterpret_cast<Handle>(*address<Value>(i)));
+      }
       if (torch.torch_delete_stable_ivalue) {
         torch.torch_delete_stable_ivalue(address<Value>(i));
       } else {
@@ -177,7 +202,9 @@ class Arguments {
     }
   }
 
-  bool tensor(int i, int64_t dims, Tensor* x) const { return describe(address<void>(i), dims, x); }
+  bool tensor(int i, int64_t dims, Tensor* x) const {
+    return describe_floats(address<void>(i), dims, x);
+  }
   int64_t integer(int i) const { return static_cast<int64_t>(stack_[i]); }
   double number(int i) const { return bits(stack_[i]); }
   // null: None.
@@ -195,26 +222,34 @@ class Arguments {
     return {text, length};
   }
 
+  // Where the handle of a tensor is; null if the argument is none.
+  Value* tensor_at(int i) const {
+    if (kinds_[i] == 't') return stack_ + i;
+    return kinds_[i] == 'T' ? address<Value>(i) : nullptr;
+  }
+
   // The arguments as objects of Python; their tensors belong to Python then.
   py::tuple to_python() {
     py::list handles;
     for (int i = 0; kinds_[i]; ++i) {
-      if (kinds_[i] != 't') continue;
-      handles.append(py::capsule(address<void>(i)));
-      stack_[i] = 0;
+      Value* const tensor = tensor_at(i);
+      if (!tensor) continue;
+      handles.append(py::capsule(reinterpret_cast<Handle>(*tensor)));
+      *tensor = 0;
     }
     const py::list tensors = py::handle(tensors_of_handles)(handles);
     py::list list;
+    size_t next = 0;
     for (int i = 0; kinds_[i]; ++i) {
-      if (kinds_[i] == 't') {
-        list.append(tensors[list.size()]);
+      if (tensor_at(i)) {
+        list.append(tensors[next++]);
       } else if (kinds_[i] == 's') {
         list.append(py::str(text(i).data(), text(i).size()));
       } else if (kinds_[i] == 'i') {
         list.append(integer(i));
       } else if (kinds_[i] == 'f') {
         list.append(number(i));
-      } else if (optional(i)) {
+      } else if (kinds_[i] == 'o' && optional(i)) {
         list.append(bits(*optional(i)));
       } else {
         list.append(py::none());
@@ -235,19 +270,29 @@ class Arguments {
 
 using Results = std::vector<Owned>;
 
+// The tensors of an answer of Python, which is a tensor or a tuple of tensors.
+Results results_of(py::object answer) {
+  if (!py::isinstance<py::tuple>(answer)) answer = py::make_tuple(answer);
+  Results results;
+  for (const py::handle handle : py::list(py::handle(handles_of_tensors)(py::list(answer)))) {
+    results.emplace_back(py::reinterpret_borrow<py::capsule>(handle).get_pointer<void>());
+  }
+  return results;
+}
+
 // The function of Python does all of the call.
 Results call_python(PyObject* function, Arguments& arguments) {
   const py::gil_scoped_acquire gil;
   try {
-    py::object answer = py::handle(function)(*arguments.to_python());
-    if (!py::isinstance<py::tuple>(answer)) answer = py::make_tuple(answer);
-    Results results;
-    for (const py::handle handle : py::list(py::handle(handles_of_tensors)(py::list(answer)))) {
-      results.emplace_back(py::reinterpret_borrow<py::capsule>(handle).get_pointer<void>());
-    }
-    return results;
+    return results_of(py::handle(function)(*arguments.to_python()));
   } catch (py::error_already_set& error) {
     throw PythonError(std::move(error));
+  }
+}
+
+void replace(Value* stack, Results& results) {
+  for (size_t i = 0; i < results.size(); ++i) {
+    stack[i] = reinterpret_cast<Value>(results[i].release());
   }
 }
 
@@ -262,9 +307,7 @@ void boxed(Value* stack, uint64_t, uint64_t) {
     Arguments arguments(stack, Op::kKinds);
     if (!Op::run(arguments, results)) results = call_python(python_function<Op>, arguments);
   }
-  for (size_t i = 0; i < results.size(); ++i) {
-    stack[i] = reinterpret_cast<Value>(results[i].release());
-  }
+  replace(stack, results);
 }
 
 // Each operator: false, with nothing done, if the call is not surely valid or there is no memory.
@@ -403,12 +446,6 @@ int32_t tuned_variant(int32_t device, int64_t images, int64_t tokens, Matching m
   return known[key] = variant;
 }
 
-struct ReleaseScratch {
-  void operator()(void* memory) const {
-    torch.aoti_torch_cuda_caching_allocator_raw_delete(memory);
-  }
-};
-
 template <bool kGather>
 struct CudaSelectOp {
   static constexpr const char* kKinds = "ttifis";
@@ -428,7 +465,7 @@ struct CudaSelectOp {
             cuda_select_scratch(images, tokens, total, removes), &memory_of_scratch)) {
       return false;
     }
-    const std::unique_ptr<void, ReleaseScratch> scratch(memory_of_scratch);
+    const Scratch scratch(memory_of_scratch);
     CudaSelect args = {};
     args.features = tokens_of(call.features);
     args.scores = tokens_of(call.scores);
@@ -452,6 +489,191 @@ struct CudaSelectOp {
   }
 };
 #endif
+
+// Operators of Triton. The first call of a layout goes to Python, which checks it and answers, and
+// returns how to repeat its launches (_triton/recording.py). Later calls of the layout need no
+// check: only addresses differ.
+
+struct Plan {
+  struct Result {
+    std::vector<int64_t> sizes;
+    int32_t dtype;
+  };
+  std::vector<Result> results;
+  int64_t scratch;
+  py::object repeat;
+
+  Plan() = default;
+  Plan(const Plan&) = delete;
+  Plan& operator=(const Plan&) = delete;
+  ~Plan() {
+    const py::gil_scoped_acquire gil;
+    repeat = py::object();
+  }
+};
+
+// What a plan depends on, as bytes, and the addresses of the tensors.
+struct Layout {
+  std::string bytes;
+  std::vector<const void*> addresses;
+  Tensor first;
+
+  // False for tensors that only Python can judge.
+  bool read(const Arguments& arguments, const char* kinds) {
+    bytes.reserve(512);
+    for (int i = 0; kinds[i]; ++i) {
+      if (const Value* const handle = arguments.tensor_at(i)) {
+        if (!read(reinterpret_cast<Handle>(*handle))) return false;
+      } else if (kinds[i] == 's') {
+        const std::string_view text = arguments.text(i);
+        add(text.size());
+        bytes.append(text);
+      } else {
+        const Value* const box = arguments.optional(i);
+        const bool optional = kinds[i] == 'o' || kinds[i] == 'T';
+        add(optional ? (box ? *box : 0) : static_cast<Value>(arguments.integer(i)));
+        if (optional) add(box != nullptr);
+      }
+    }
+    return !addresses.empty();
+  }
+
+ private:
+  bool read(Handle handle) {
+    Tensor x;
+    int64_t dims;
+    int32_t dtype;
+    if (!describe(handle, &dims, &dtype, &x)) return false;
+    if (addresses.empty()) first = x;
+    addresses.push_back(x.data);
+    add(dims);
+    add(dtype);
+    add(x.device_type);
+    add(x.device);
+    // Kernels load by vectors where the address allows.
+    add(reinterpret_cast<uintptr_t>(x.data) % 16);
+    bytes.append(reinterpret_cast<const char*>(x.sizes), dims * sizeof(int64_t));
+    bytes.append(reinterpret_cast<const char*>(x.strides), dims * sizeof(int64_t));
+    return true;
+  }
+
+  void add(Value value) { bytes.append(reinterpret_cast<const char*>(&value), sizeof(value)); }
+};
+
+class RecordedOperator {
+ public:
+  RecordedOperator(std::string kinds, py::object function)
+      : kinds_(std::move(kinds)), function_(std::move(function)) {}
+
+  void call(Value* stack) {
+    Results results;
+    {
+      Arguments arguments(stack, kinds_.c_str());
+      Layout layout;
+      const bool known = layout.read(arguments, kinds_.c_str());
+      const std::shared_ptr<const Plan> plan = known ? find(layout.bytes) : nullptr;
+      if (!plan || !repeat(*plan, layout, results)) {
+        results = record(arguments, known ? &layout.bytes : nullptr);
+      }
+    }
+    replace(stack, results);
+  }
+
+ private:
+  std::shared_ptr<const Plan> find(const std::string& layout) {
+    const std::shared_lock<std::shared_mutex> lock(mutex_);
+    const auto found = plans_.find(layout);
+    return found == plans_.end() ? nullptr : found->second;
+  }
+
+  // False, with nothing done, if another device is current or there is no memory.
+  static bool repeat(const Plan& plan, const Layout& layout, Results& results) {
+    int32_t current;
+    void *stream, *scratch = nullptr;
+    if (torch.aoti_torch_get_current_device_index(&current) || current != layout.first.device ||
+        torch.aoti_torch_get_current_cuda_stream(current, &stream)) {
+      return false;
+    }
+    Results made;
+    for (const Plan::Result& result : plan.results) {
+      made.push_back(empty(result.sizes.data(), result.sizes.size(), result.dtype, layout.first));
+      if (!made.back()) return false;
+    }
+    // Free for later work on the stream as soon as the launches are made, as a tensor's memory is.
+    if (plan.scratch && torch.aoti_torch_cuda_caching_allocator_raw_alloc(plan.scratch, &scratch)) {
+      return false;
+    }
+    const Scratch owned(scratch);
+    const py::gil_scoped_acquire gil;
+    try {
+      py::tuple addresses(layout.addresses.size() + made.size() + 1);
+      size_t count = 0;
+      const auto number = [](const void* address) {
+        return py::int_(reinterpret_cast<uintptr_t>(address));
+      };
+      for (const void* const address : layout.addresses) addresses[count++] = number(address);
+      for (const Owned& result : made) addresses[count++] = number(memory<void>(result));
+      addresses[count] = number(scratch);
+      plan.repeat(number(stream), addresses);
+    } catch (py::error_already_set& error) {
+      throw PythonError(std::move(error));
+    }
+    results = std::move(made);
+    return true;
+  }
+
+  Results record(Arguments& arguments, const std::string* layout) {
+    // Layouts of one program are few; this bounds the memory of others.
+    constexpr size_t kPlans = 1024;
+    const py::gil_scoped_acquire gil;
+    try {
+      const py::tuple answer = function_(*arguments.to_python());
+      Results results = results_of(answer[0]);
+      if (layout && !answer[1].is_none()) {
+        const auto plan = std::make_shared<Plan>();
+        plan->scratch = answer[1].attr("scratch").cast<int64_t>();
+        plan->repeat = answer[1].attr("repeat");
+        for (const Owned& result : results) {
+          int64_t dims, *sizes;
+          int32_t dtype;
+          torch.aoti_torch_get_dim(result.get(), &dims);
+          torch.aoti_torch_get_sizes(result.get(), &sizes);
+          torch.aoti_torch_get_dtype(result.get(), &dtype);
+          plan->results.push_back({std::vector<int64_t>(sizes, sizes + dims), dtype});
+        }
+        const std::lock_guard<std::shared_mutex> lock(mutex_);
+        if (plans_.size() >= kPlans) plans_.clear();
+        plans_[*layout] = plan;
+      }
+      return results;
+    } catch (py::error_already_set& error) {
+      throw PythonError(std::move(error));
+    }
+  }
+
+  const std::string kinds_;
+  const py::object function_;
+  // A thread that waits for the GIL does not hold it.
+  std::shared_mutex mutex_;
+  std::unordered_map<std::string, std::shared_ptr<const Plan>> plans_;
+};
+
+// PyTorch calls a function without a context, so each operator has a function of its own. They live
+// until the process ends.
+constexpr size_t kMostRecorded = 32;
+RecordedOperator* recorded[kMostRecorded];
+size_t recorded_count;
+
+template <size_t kNumber>
+void recorded_boxed(Value* stack, uint64_t, uint64_t) {
+  recorded[kNumber]->call(stack);
+}
+
+template <size_t... kNumber>
+constexpr std::array<shim::Boxed, sizeof...(kNumber)> recorded_kernels(
+    std::index_sequence<kNumber...>) {
+  return {&recorded_boxed<kNumber>...};
+}
 
 // The operators by device and name.
 struct Entry {
@@ -502,22 +724,35 @@ void load_torch(const std::string& cpu_library, const std::string& cuda_library,
   cuda_variant = variant.release().ptr();
 }
 
-// The kernel of an operator for a device goes to a dispatch key of a library of PyTorch, which
-// must have defined the operator.
+void add_kernel(const std::string& library, const std::string& key, const std::string& name,
+                shim::Boxed kernel) {
+  void* handle;
+  if (torch.aoti_torch_library_init_impl(library.c_str(), key.c_str(), "csrc/torch", 0, &handle) ||
+      torch.torch_library_impl(handle, name.c_str(), kernel, shim::kVersion)) {
+    throw std::runtime_error("PyTorch refuses the operator " + name);
+  }
+}
+
+// The operator of the core for a device goes to a dispatch key of a library of PyTorch, which must
+// have defined it. `function` answers the calls that are not surely valid.
 void register_operator(const std::string& device, const std::string& name,
                        const std::string& library, const std::string& key, py::object function) {
   for (const Entry& op : entries) {
     if (device != op.device || name != op.name) continue;
     *op.function = function.release().ptr();
-    void* handle;
-    if (torch.aoti_torch_library_init_impl(library.c_str(), key.c_str(), "csrc/torch", 0,
-                                           &handle) ||
-        torch.torch_library_impl(handle, op.name, op.kernel, shim::kVersion)) {
-      throw std::runtime_error("PyTorch refuses the operator " + name);
-    }
-    return;
+    return add_kernel(library, key, name, op.kernel);
   }
   throw std::invalid_argument("no operator " + name + " for " + device);
+}
+
+// As above for an operator of Triton. `function` returns its answer, and a plan or None.
+void register_recorded(const std::string& name, const std::string& kinds,
+                       const std::string& library, const std::string& key, py::object function) {
+  static constexpr auto kernels = recorded_kernels(std::make_index_sequence<kMostRecorded>());
+  if (recorded_count == kMostRecorded) throw std::runtime_error("too many recorded operators");
+  recorded[recorded_count] = new RecordedOperator(kinds, std::move(function));
+  add_kernel(library, key, name, kernels[recorded_count]);
+  ++recorded_count;
 }
 
 void define(py::module_& m) {
@@ -528,6 +763,8 @@ void define(py::module_& m) {
         py::arg("block_threads"), py::arg("eager_rounds"), py::arg("compact_to"),
         py::arg("to_tensors"), py::arg("to_handles"), py::arg("cuda_variant"));
   m.def("register_operator", &register_operator, py::kw_only(), py::arg("device"), py::arg("name"),
+        py::arg("library"), py::arg("key"), py::arg("function"));
+  m.def("register_recorded", &register_recorded, py::kw_only(), py::arg("name"), py::arg("kinds"),
         py::arg("library"), py::arg("key"), py::arg("function"));
 }
 

@@ -47,6 +47,7 @@ constexpr uint64_t kVersion = uint64_t{2} << 56 | uint64_t{10} << 48;
   X(int32_t, aoti_torch_dtype_float32)                                                            \
   X(int32_t, aoti_torch_dtype_float16)                                                            \
   X(int32_t, aoti_torch_dtype_bfloat16)                                                           \
+  X(size_t, aoti_torch_dtype_element_size, int32_t)                                               \
   X(int32_t, aoti_torch_dtype_int64)                                                              \
   X(int32_t, aoti_torch_dtype_int8)                                                               \
   X(int32_t, aoti_torch_layout_strided)

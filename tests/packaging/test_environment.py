@@ -133,6 +133,7 @@ print(json.dumps({
     "nonsense": attempt({"VISPRUNER_KERNELS_BACKEND": "nonsense"}),
     "module": attempt({"VISPRUNER_KERNELS_BACKEND": "_native"}),
     "check": attempt({"VISPRUNER_KERNELS_CHECK": "yes"}),
+    "registration": attempt({"VISPRUNER_KERNELS_REGISTRATION": "c++"}),
     "no core": attempt({"VISPRUNER_KERNELS_BACKEND": "native"}, without_core=True),
     "simd": attempt({"VISPRUNER_KERNELS_SIMD": "nonsense"}),
     "nothing": attempt({}, triton=None),
@@ -150,6 +151,8 @@ print(json.dumps({
     assert messages["nonsense"] == f"{backend}nonsense: {every}"
     assert messages["module"] == f"{backend}_native: {every}"
     assert messages["check"] == "VISPRUNER_KERNELS_CHECK=yes: expected 0 or 1"
+    wrong = "VISPRUNER_KERNELS_REGISTRATION=c++: expected auto or python"
+    assert messages["registration"] == wrong
     assert messages["no core"].startswith(f"{backend}native: vispruner_kernels._C is not built")
     assert REMEDY in messages["no core"]
     assert "or use auto or reference" in messages["no core"]

@@ -249,6 +249,25 @@ def test_any_exception_of_python_reaches_the_caller():
     assert got["name"] == "ValueError: no operator nothing for cpu"
 
 
+ASKED = """
+from vispruner_kernels import __main__, _backends
+print(sorted(_backends.FROM_CPP))
+print(next(x for x in __main__.report().splitlines() if x.startswith("registration")))
+"""
+
+
+@pytest.mark.parametrize(
+    "variables", [{"VISPRUNER_KERNELS_REGISTRATION": "python"}, {"VISPRUNER_KERNELS_CHECK": "1"}]
+)
+def test_python_registers_everything_if_asked(variables):
+    done = python(ASKED, **variables)
+    assert done.returncode == 0, done.stderr
+    operators, state = done.stdout.splitlines()
+    assert operators == "[]"
+    if "VISPRUNER_KERNELS_REGISTRATION" in variables:
+        assert state.split(maxsplit=1)[1] == "by Python (VISPRUNER_KERNELS_REGISTRATION)"
+
+
 MISSING = """
 import torch
 del torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs
