@@ -512,7 +512,7 @@ struct Plan {
   }
 };
 
-// What a plan depends on, as bytes, and the addresses of the tensors.
+// The layout as bytes, and the addresses of the tensors.
 struct Layout {
   std::string bytes;
   std::vector<const void*> addresses;
