@@ -44,7 +44,11 @@ std::map<void*, uint64_t> size_of;
 // PyTorch's functions for CUDA. Tensors are in the memory of the CPU, and stand for tensors on the
 // GPU of index 0.
 EXPORT int32_t aoti_torch_get_device_index(void*, int32_t* index) { return *index = 0; }
-EXPORT int32_t aoti_torch_get_current_device_index(int32_t* index) { return *index = 0; }
+EXPORT int32_t aoti_torch_create_cuda_guard(int32_t device, void** guard) {
+  *guard = nullptr;
+  return device;
+}
+EXPORT int32_t aoti_torch_delete_cuda_guard(void*) { return 0; }
 EXPORT int32_t aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
   *stream = nullptr;
   return 0;

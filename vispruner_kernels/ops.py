@@ -40,8 +40,8 @@ _USUAL = frozenset(
 
 # Arguments that are these objects were left out, so their types are right.
 _RATIO, _STEP, _MATCHING, _PREFIX = 0.5, 8, "bipartite", 1
-# The functions that call these give PyTorch nothing that it would convert: only what should be a
-# tensor may be of a wrong type. `_call` would add more than a microsecond.
+# The usual calls, in which no argument has a wrong type, use these and not `_call`, which takes
+# more than a microsecond.
 _SELECT, _PRUNE = _ops.select.default, _ops.prune.default
 _SELECT_TOPK, _CLS_SCORES = _ops.select_topk.default, _ops.cls_scores.default
 
@@ -119,7 +119,8 @@ def select(
         torch.Size([2, 64])
     """
     if (
-        keep.__class__ is int
+        type(features) is type(scores) is Tensor
+        and type(keep) is int
         and important_ratio is _RATIO
         and step is _STEP
         and matching is _MATCHING
@@ -179,11 +180,12 @@ def prune(
         True
     """
     if (
-        keep.__class__ is int
+        type(features) is type(scores) is Tensor
+        and type(keep) is int
         and important_ratio is _RATIO
         and step is _STEP
         and matching is _MATCHING
-        and not torch.compiler.is_dynamo_compiling()
+        and not torch.compiler.is_compiling()
         and torch.is_inference_mode_enabled()
     ):
         try:
@@ -316,7 +318,7 @@ def select_topk(scores: Tensor, keep: int) -> Tensor:
         >>> vk.select_topk(torch.tensor([[0.1, 0.7, 0.2, 0.7]]), 3)
         tensor([[1, 2, 3]])
     """
-    if keep.__class__ is int:
+    if type(scores) is Tensor and type(keep) is int:
         try:
             return _SELECT_TOPK(scores, keep)
         except (RuntimeError, ValueError):
@@ -442,7 +444,7 @@ def cls_scores(
         >>> vk.cls_scores(q, k).shape
         torch.Size([1, 16])
     """
-    if scale is None and num_prefix is _PREFIX:
+    if type(q) is type(k) is Tensor and scale is None and num_prefix is _PREFIX:
         try:
             return _CLS_SCORES(q, k)
         except (RuntimeError, ValueError):

@@ -49,12 +49,21 @@ constexpr int64_t kMaxChannels = 65536;
 constexpr int64_t kMaxHeadDim = 256;
 constexpr double kMaxScale = 3.4028234663852886e38;
 
+// The text of an exception, only for callers that are not Python.
+std::string text_of(const py::error_already_set& error) {
+  try {
+    return std::string(py::str(error.value()));
+  } catch (py::error_already_set&) {
+    return "an exception of Python";
+  }
+}
+
 // An exception of Python on its way through PyTorch's frames. The pybind11 inside PyTorch calls
 // set_error.
 class PythonError : public py::builtin_exception {
  public:
   explicit PythonError(py::error_already_set error)
-      : py::builtin_exception(std::string(py::str(error.value()))), error_(std::move(error)) {}
+      : py::builtin_exception(text_of(error)), error_(std::move(error)) {}
   void set_error() const override { py::error_already_set(error_).restore(); }
 
  private:
@@ -72,6 +81,41 @@ struct ReleaseScratch {
   }
 };
 using Scratch = std::unique_ptr<void, ReleaseScratch>;
+
+// Makes the device of a call current, and knows its current stream and allocates its scratch. The
+// scratch is free for later work on the stream as soon as the launches are made, as the memory of a
+// tensor is.
+class CudaCall {
+ public:
+  explicit CudaCall(int32_t device) { ok_ = !torch.aoti_torch_create_cuda_guard(device, &guard_); }
+  CudaCall(const CudaCall&) = delete;
+  CudaCall& operator=(const CudaCall&) = delete;
+  ~CudaCall() {
+    scratch_.reset();
+    if (ok_) torch.aoti_torch_delete_cuda_guard(guard_);
+  }
+
+  // False if there is no memory.
+  bool prepare(int32_t device, int64_t scratch_bytes) {
+    void* memory = nullptr;
+    if (!ok_ || torch.aoti_torch_get_current_cuda_stream(device, &stream) ||
+        (scratch_bytes &&
+         torch.aoti_torch_cuda_caching_allocator_raw_alloc(scratch_bytes, &memory))) {
+      return false;
+    }
+    scratch_.reset(memory);
+    return true;
+  }
+
+  char* scratch() const { return static_cast<char*>(scratch_.get()); }
+
+  void* stream = nullptr;
+
+ private:
+  void* guard_ = nullptr;
+  bool ok_;
+  Scratch scratch_;
+};
 
 // A tensor; `dtype` only if it is of floats.
 struct Tensor {
@@ -97,7 +141,9 @@ bool describe(Handle handle, int64_t* dims, int32_t* dtype, Tensor* x) {
   int32_t layout;
   int64_t *sizes, *strides;
   const void* data;
-  if (torch.aoti_torch_get_layout(handle, &layout) || layout != torch.aoti_torch_layout_strided() ||
+  bool defined;
+  if (torch.aoti_torch_is_defined(handle, &defined) || !defined ||
+      torch.aoti_torch_get_layout(handle, &layout) || layout != torch.aoti_torch_layout_strided() ||
       torch.aoti_torch_get_dim(handle, dims) || torch.aoti_torch_get_dtype(handle, dtype) ||
       torch.aoti_torch_get_sizes(handle, &sizes) ||
       torch.aoti_torch_get_strides(handle, &strides) ||
@@ -290,7 +336,8 @@ Results call_python(PyObject* function, Arguments& arguments) {
   }
 }
 
-void replace(Value* stack, Results& results) {
+void replace(Value* stack, uint64_t count, Results& results) {
+  if (results.size() != count) throw std::runtime_error("a wrong number of results");
   for (size_t i = 0; i < results.size(); ++i) {
     stack[i] = reinterpret_cast<Value>(results[i].release());
   }
@@ -300,14 +347,14 @@ template <class Op>
 PyObject* python_function = nullptr;
 
 template <class Op>
-void boxed(Value* stack, uint64_t, uint64_t) {
+void boxed(Value* stack, uint64_t, uint64_t count) {
   Results results;
   results.reserve(2);
   {
     Arguments arguments(stack, Op::kKinds);
     if (!Op::run(arguments, results)) results = call_python(python_function<Op>, arguments);
   }
-  replace(stack, results);
+  replace(stack, count, results);
 }
 
 // Each operator: false, with nothing done, if the call is not surely valid or there is no memory.
@@ -455,17 +502,11 @@ struct CudaSelectOp {
     const int64_t images = call.images(), tokens = call.tokens(), total = images * tokens;
     const int64_t important = important_count(call.keep, call.ratio);
     const bool removes = important < call.keep && call.keep < tokens;
-    // Scratch comes from the current device, for its current stream. It is free for later work on
-    // the stream as soon as the launch is made, as the memory of a tensor is.
-    int32_t current;
-    void *stream, *memory_of_scratch = nullptr;
-    if (torch.aoti_torch_get_current_device_index(&current) || current != call.features.device ||
-        torch.aoti_torch_get_current_cuda_stream(current, &stream) || !call.allocate(kGather) ||
-        torch.aoti_torch_cuda_caching_allocator_raw_alloc(
-            cuda_select_scratch(images, tokens, total, removes), &memory_of_scratch)) {
+    CudaCall cuda(call.features.device);
+    if (!cuda.prepare(call.features.device, cuda_select_scratch(images, tokens, total, removes)) ||
+        !call.allocate(kGather)) {
       return false;
     }
-    const Scratch scratch(memory_of_scratch);
     CudaSelect args = {};
     args.features = tokens_of(call.features);
     args.scores = tokens_of(call.scores);
@@ -482,8 +523,8 @@ struct CudaSelectOp {
     args.variant = tuned_variant(call.features.device, images, tokens, call.matching);
     args.indices = memory<int64_t>(call.indices);
     args.kept = kGather ? memory<char>(call.kept) : nullptr;
-    args.scratch = static_cast<char*>(scratch.get());
-    cuda_select(args, call.features.device, stream);
+    args.scratch = cuda.scratch();
+    cuda_select(args, call.features.device, cuda.stream);
     call.move_to(results);
     return true;
   }
@@ -565,7 +606,14 @@ class RecordedOperator {
   RecordedOperator(std::string kinds, py::object function)
       : kinds_(std::move(kinds)), function_(std::move(function)) {}
 
-  void call(Value* stack) {
+  // The next call of every layout goes to Python again.
+  void forget() {
+    Plans old;
+    const std::lock_guard<std::shared_mutex> lock(mutex_);
+    plans_.swap(old);
+  }
+
+  void call(Value* stack, uint64_t count) {
     Results results;
     {
       Arguments arguments(stack, kinds_.c_str());
@@ -576,34 +624,27 @@ class RecordedOperator {
         results = record(arguments, known ? &layout.bytes : nullptr);
       }
     }
-    replace(stack, results);
+    replace(stack, count, results);
   }
 
  private:
+  using Plans = std::unordered_map<std::string, std::shared_ptr<const Plan>>;
+
   std::shared_ptr<const Plan> find(const std::string& layout) {
     const std::shared_lock<std::shared_mutex> lock(mutex_);
     const auto found = plans_.find(layout);
     return found == plans_.end() ? nullptr : found->second;
   }
 
-  // False, with nothing done, if another device is current or there is no memory.
+  // False, with nothing done, if there is no memory.
   static bool repeat(const Plan& plan, const Layout& layout, Results& results) {
-    int32_t current;
-    void *stream, *scratch = nullptr;
-    if (torch.aoti_torch_get_current_device_index(&current) || current != layout.first.device ||
-        torch.aoti_torch_get_current_cuda_stream(current, &stream)) {
-      return false;
-    }
+    CudaCall cuda(layout.first.device);
+    if (!cuda.prepare(layout.first.device, plan.scratch)) return false;
     Results made;
     for (const Plan::Result& result : plan.results) {
       made.push_back(empty(result.sizes.data(), result.sizes.size(), result.dtype, layout.first));
       if (!made.back()) return false;
     }
-    // Free for later work on the stream as soon as the launches are made, as a tensor's memory is.
-    if (plan.scratch && torch.aoti_torch_cuda_caching_allocator_raw_alloc(plan.scratch, &scratch)) {
-      return false;
-    }
-    const Scratch owned(scratch);
     const py::gil_scoped_acquire gil;
     try {
       py::tuple addresses(layout.addresses.size() + made.size() + 1);
@@ -613,8 +654,8 @@ class RecordedOperator {
       };
       for (const void* const address : layout.addresses) addresses[count++] = number(address);
       for (const Owned& result : made) addresses[count++] = number(memory<void>(result));
-      addresses[count] = number(scratch);
-      plan.repeat(number(stream), addresses);
+      addresses[count] = number(cuda.scratch());
+      plan.repeat(number(cuda.stream), addresses);
     } catch (py::error_already_set& error) {
       throw PythonError(std::move(error));
     }
@@ -641,9 +682,12 @@ class RecordedOperator {
           torch.aoti_torch_get_dtype(result.get(), &dtype);
           plan->results.push_back({std::vector<int64_t>(sizes, sizes + dims), dtype});
         }
+        // Plans of other calls end behind the lock, because that may run Python.
+        Plans old;
+        std::shared_ptr<const Plan> replaced = plan;
         const std::lock_guard<std::shared_mutex> lock(mutex_);
-        if (plans_.size() >= kPlans) plans_.clear();
-        plans_[*layout] = plan;
+        if (plans_.size() >= kPlans) plans_.swap(old);
+        plans_[*layout].swap(replaced);
       }
       return results;
     } catch (py::error_already_set& error) {
@@ -655,7 +699,7 @@ class RecordedOperator {
   const py::object function_;
   // A thread that waits for the GIL does not hold it.
   std::shared_mutex mutex_;
-  std::unordered_map<std::string, std::shared_ptr<const Plan>> plans_;
+  Plans plans_;
 };
 
 // PyTorch calls a function without a context, so each operator has a function of its own. They live
@@ -665,8 +709,8 @@ RecordedOperator* recorded[kMostRecorded];
 size_t recorded_count;
 
 template <size_t kNumber>
-void recorded_boxed(Value* stack, uint64_t, uint64_t) {
-  recorded[kNumber]->call(stack);
+void recorded_boxed(Value* stack, uint64_t, uint64_t count) {
+  recorded[kNumber]->call(stack, count);
 }
 
 template <size_t... kNumber>
@@ -755,6 +799,10 @@ void register_recorded(const std::string& name, const std::string& kinds,
   ++recorded_count;
 }
 
+void forget_recorded() {
+  for (size_t i = 0; i < recorded_count; ++i) recorded[i]->forget();
+}
+
 void define(py::module_& m) {
   py::list names;
   for (const Entry& op : entries) names.append(py::make_tuple(op.name, op.device));
@@ -764,6 +812,7 @@ void define(py::module_& m) {
         py::arg("to_tensors"), py::arg("to_handles"), py::arg("cuda_variant"));
   m.def("register_operator", &register_operator, py::kw_only(), py::arg("device"), py::arg("name"),
         py::arg("library"), py::arg("key"), py::arg("function"));
+  m.def("forget_recorded", &forget_recorded);
   m.def("register_recorded", &register_recorded, py::kw_only(), py::arg("name"), py::arg("kinds"),
         py::arg("library"), py::arg("key"), py::arg("function"));
 }

@@ -26,6 +26,7 @@ constexpr uint64_t kVersion = uint64_t{2} << 56 | uint64_t{10} << 48;
   X(Error, aoti_torch_library_init_impl, const char*, const char*, const char*, uint32_t, void**) \
   X(Error, torch_library_impl, void*, const char*, Boxed, uint64_t)                               \
   X(Error, aoti_torch_delete_tensor_object, Handle)                                               \
+  X(Error, aoti_torch_is_defined, Handle, bool*)                                                  \
   X(Error, aoti_torch_get_dim, Handle, int64_t*)                                                  \
   X(Error, aoti_torch_get_sizes, Handle, int64_t**)                                               \
   X(Error, aoti_torch_get_strides, Handle, int64_t**)                                             \
@@ -42,7 +43,6 @@ constexpr uint64_t kVersion = uint64_t{2} << 56 | uint64_t{10} << 48;
   X(Error, torch_string_c_str, void*, const char**)                                               \
   X(Error, torch_string_length, void*, size_t*)                                                   \
   X(Error, torch_delete_string, void*)                                                            \
-  X(Error, aoti_torch_get_current_device_index, int32_t*)                                         \
   X(Error, torch_get_num_threads, uint32_t*)                                                      \
   X(int32_t, aoti_torch_dtype_float32)                                                            \
   X(int32_t, aoti_torch_dtype_float16)                                                            \
@@ -54,6 +54,8 @@ constexpr uint64_t kVersion = uint64_t{2} << 56 | uint64_t{10} << 48;
 
 // Only in PyTorch's library for CUDA.
 #define VISPRUNER_CUDA_SHIM(X)                                            \
+  X(Error, aoti_torch_create_cuda_guard, int32_t, void**)                 \
+  X(Error, aoti_torch_delete_cuda_guard, void*)                           \
   X(Error, aoti_torch_get_current_cuda_stream, int32_t, void**)           \
   X(Error, aoti_torch_cuda_caching_allocator_raw_alloc, uint64_t, void**) \
   X(Error, aoti_torch_cuda_caching_allocator_raw_delete, void*)

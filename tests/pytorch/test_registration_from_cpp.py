@@ -17,6 +17,7 @@ from calls import arguments, leaves, overload
 from fresh import python
 from torch import Tensor
 
+import vispruner_kernels
 from vispruner_kernels import _backends, _native
 from vispruner_kernels._native import registration
 
@@ -143,6 +144,28 @@ def test_calls_that_are_not_surely_valid_reach_python(op):
         assert got.shape[0] == 0
 
 
+class Duck:
+    """No tensor, but PyTorch calls its method instead of an operator."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        raise AssertionError("called")
+
+
+@pytest.mark.parametrize("op", ["select", "prune", "select_topk", "cls_scores"])
+def test_an_object_like_a_tensor_is_refused_by_functions(op):
+    required = {"select": 3, "prune": 3, "select_topk": 2, "cls_scores": 2}[op]
+    args = list(arguments(op).values())
+    function = getattr(vispruner_kernels, op)
+    for i, x in enumerate(args):
+        if isinstance(x, Tensor):
+            wrong = [*args[:i], Duck(), *args[i + 1 :]]
+            with torch.inference_mode():
+                for given in (wrong, wrong[:required]):
+                    with pytest.raises(TypeError, match="of type Duck, expected a Tensor"):
+                        function(*given)
+
+
 def output(code: str) -> list[str]:
     done = python(code)
     assert done.returncode == 0, done.stderr
@@ -198,7 +221,8 @@ from vispruner_kernels import _native, _schemas
 from vispruner_kernels._native import registration
 
 class Own(BaseException):
-    pass
+    def __str__(self):
+        raise KeyError("no text")
 
 error = Own("mine")
 
@@ -222,7 +246,8 @@ features = torch.zeros(0, 3, 2)
 try:
     torch.ops.probe.select(features, features[:, :, 0], 2, matching="pairw\\0ise", step=7)
 except Own as caught:
-    same, lines = caught is error, traceback.format_exc()
+    same = caught is error
+    lines = "".join(traceback.format_tb(caught.__traceback__))
 (args,) = seen
 result = {
     "same": same, "frame": "in refuse" in lines, "own tensor": args[0] is features,

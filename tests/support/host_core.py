@@ -55,6 +55,8 @@ class Launches:
     def __init__(self) -> None:
         self.log: list[Any] = []
         self.error: Exception | None = None
+        # Called once, in the next launch.
+        self.during: Callable[[], Any] | None = None
         launch._COMPILED = self
         torch.cuda.current_device = lambda: None
 
@@ -76,6 +78,9 @@ class _Kernel:
         def start(*args: Any, stream: int | None = None) -> None:
             if self.launches.error:
                 raise self.launches.error
+            if during := self.launches.during:
+                self.launches.during = None
+                during()
             self.launches.log.append((self.name, grid, args))
 
         return start
@@ -128,6 +133,7 @@ class Recorded:
         self.python_calls = 0
         self.tags: set[int] = set()
         self.launches = Launches()
+        self.module = core.module
         self.operators = {op: core.register_triton(op, self._count) for op in _schemas.SCHEMAS}
 
     def _count(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -202,8 +208,24 @@ def recorded(core: host.Core) -> None:
         run.call("cls_scores", (q, q), by_python=1)
     run.call("cls_scores", (q, k[:1]), by_python=1)
     run.call("cls_scores", (k[:1], q), by_python=0)
+    nested(run)
     errors(run)
     threads(run)
+
+
+def nested(run: Recorded) -> None:
+    """A hook of Triton or the garbage collector may call another operator during a launch."""
+    q, k, *_ = samples("received_scores", size=1)[0]
+    other = torch.rand(1, 77)
+    run.launches.during = lambda: run.operators["select_topk"](other, 3)
+    run.operators["received_scores"](q, k)
+    run.launches.take()
+    run.call("received_scores", copies((q, k)), by_python=0)
+    run.call("select_topk", (other, 3), by_python=0)
+    # After this every layout goes to Python again.
+    run.module.forget_recorded()
+    run.call("select_topk", (other, 3), by_python=1)
+    run.call("select_topk", (other, 3), by_python=0)
 
 
 def errors(run: Recorded) -> None:

@@ -33,14 +33,20 @@ def load(core: Any, cpu_library: str, cuda_library: str) -> None:
 
     Without a library for CUDA, no operator for CUDA devices may be registered.
     """
+    to_tensors = torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs
+    to_handles = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors
+    x = torch.empty(0, device="cpu")
+    (same,) = to_tensors(to_handles([x]))
+    if same is not x:
+        raise RuntimeError("torch._C._aoti makes other tensors of handles")
     core.load_torch(
         cpu_library=cpu_library,
         cuda_library=cuda_library,
         block_threads=arguments.BLOCK_THREADS,
         eager_rounds=arguments.EAGER_ROUNDS,
         compact_to=arguments.COMPACT_TO,
-        to_tensors=torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs,
-        to_handles=torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors,
+        to_tensors=to_tensors,
+        to_handles=to_handles,
         cuda_variant=cuda._tuned_variant,
     )
 
@@ -59,7 +65,7 @@ def _reason() -> str:
             str(libraries / "libtorch_cpu.so"),
             str(libraries / "libtorch_cuda.so") if torch.version.cuda else "",
         )
-    except (AttributeError, RuntimeError) as error:
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
         return f"PyTorch {torch.__version__}: {error}"
     return ""
 
@@ -95,3 +101,9 @@ def register_recorded(
     core.register_recorded(
         name=name or op, kinds=kinds, library=library, key=key, function=function
     )
+
+
+def forget_recorded() -> None:
+    """The next call of each layout goes to Python again: tests and tuning change what it does."""
+    if not REASON:
+        _C.forget_recorded()

@@ -52,11 +52,13 @@ def note(compiled: Any, grid: int, args: tuple[Any, ...], constants: tuple[Any, 
 def record(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, Plan | None]:
     """Call the function; return its answer and a plan to repeat the call, or None."""
     launches: list[Launch] = []
+    # A hook of Triton, or the garbage collector, may call another operator meanwhile.
+    before = _state.launches, _state.tag
     _state.launches, _state.tag = launches, None
     try:
         answer = function(*args)
     finally:
-        _state.launches = None
+        _state.launches, _state.tag = before
     results = list(answer) if isinstance(answer, tuple) else [answer]
     return answer, _plan([x for x in args if isinstance(x, Tensor)], results, launches)
 
