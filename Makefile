@@ -48,7 +48,8 @@ NEWEST_PIP := $(NEWEST) -m pip --disable-pip-version-check
 # The tests that a new version of another package can break.
 NEWEST_TESTS := $(wildcard tests/integrations/test_transformers*.py tests/operators/test_select*.py \
   tests/operators/test_cls_*.py tests/operators/test_received*.py) $(patsubst %,tests/%.py,operators/test_prune \
-  operators/test_attention_scores operators/test_methods pytorch/test_registration pytorch/test_compile kernels/test_launches)
+  operators/test_attention_scores operators/test_methods pytorch/test_registration pytorch/test_registration_from_cpp pytorch/test_compile \
+  kernels/test_launches)
 DEPRECATED := $(patsubst %,-W default::%,DeprecationWarning PendingDeprecationWarning FutureWarning)
 PURELIB := import sysconfig; print(sysconfig.get_path("purelib"))
 TORCH_HERE := import importlib.metadata as m; print("torch==" + m.version("torch"))
