@@ -20,6 +20,7 @@ import torch
 from vispruner_kernels import _native, _schemas, reference
 from vispruner_kernels._native import cpu, cuda, registration
 from vispruner_kernels._triton import operators as triton
+from vispruner_kernels._triton import recording
 
 # Device type -> dispatch key. HIP devices are "cuda" devices to PyTorch.
 KEYS = {"cpu": "CPU", "cuda": "CUDA"}
@@ -188,7 +189,11 @@ OWNERS: dict[tuple[str, str], str] = {
 FROM_CPP: frozenset[tuple[str, str]] = frozenset(
     (op, device)
     for (op, device), owner in OWNERS.items()
-    if owner == "native" and (op, device) in registration.OPERATORS and not (CHECKED or BY_PYTHON)
+    if not (CHECKED or BY_PYTHON)
+    and (
+        (owner == "native" and (op, device) in registration.OPERATORS)
+        or (owner == "triton" and device == "cuda" and registration.RECORDS)
+    )
 )
 
 
@@ -218,6 +223,11 @@ def _checked(op: str, function: Callable[..., Any], memory: bool = True) -> Call
         return function(*args)
 
     return entry
+
+
+def _recorded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The answer of an operator of Triton, and how to repeat its launches."""
+    return lambda *args: recording.record(function, args)
 
 
 def _compared(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -302,11 +312,12 @@ def _register() -> torch.library.Library:
             falls_back = owner == "reference" and REQUESTED != "reference"
             if device == "cpu" and falls_back and not _native.INSTALLED:
                 function = _warns_once(function)
-            function = _checked(op, function)
-            if (op, device) in FROM_CPP:
-                registration.register(op, device, key, function)
+            if (op, device) not in FROM_CPP:
+                library.impl(op, _checked(op, function), key)
+            elif owner == "native":
+                registration.register(op, device, key, _checked(op, function))
             else:
-                library.impl(op, function, key)
+                registration.register_recorded(op, key, _checked(op, _recorded(function)))
         # On another device the check raises and names it, so the implementation is never reached.
         library.impl(op, _checked(op, _unreachable, memory=False), "CompositeExplicitAutograd")
         fake = _checked(op, schema.fake, memory=False)
