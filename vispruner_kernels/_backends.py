@@ -243,6 +243,9 @@ def _compared(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
             if isinstance(value, torch.Tensor) and not bool(torch.isfinite(value).all()):
                 raise ValueError(f"{op}: {name} has values that are not finite")
         got = function(*args)
+        if op == "cls_attention":
+            # The reference has one kernel.
+            args = (*args[:-1], "auto")
         try:
             assert_matches(op, got, expected(*args), args, {})
         except AssertionError as error:

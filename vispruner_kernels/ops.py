@@ -39,7 +39,7 @@ _USUAL = frozenset(
 
 
 # Arguments that are these objects were left out, so their types are right.
-_RATIO, _STEP, _MATCHING, _PREFIX = 0.5, 8, "bipartite", 1
+_RATIO, _STEP, _MATCHING, _PREFIX, _KERNEL = 0.5, 8, "bipartite", 1, "auto"
 # The usual calls, in which no argument has a wrong type, use these and not `_call`, which takes
 # more than a microsecond.
 _SELECT, _PRUNE = _ops.select.default, _ops.prune.default
@@ -362,7 +362,12 @@ def select_rows(scores: Tensor, width: int, rows: int) -> Tensor:
 
 
 def cls_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, num_prefix: int = 1
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    num_prefix: int = 1,
+    kernel: str = _KERNEL,
 ) -> tuple[Tensor, Tensor]:
     """Compute full attention, and the weights of its [CLS] row averaged over heads.
 
@@ -373,6 +378,10 @@ def cls_attention(
         v: as ``q``, same shape and dtype.
         scale: factor of the logits, finite; ``D ** -0.5`` by default.
         num_prefix: leading tokens that are not patches (CLS, registers), 1 <= num_prefix < S.
+        kernel: the kernel of ``out``: ``"fused"``, ours, on CUDA devices; ``"sdpa"``,
+            PyTorch's ``scaled_dot_product_attention``; ``"cudnn"``, its kernel of cuDNN; or
+            ``"auto"``, the fastest of them by measurement for the GPU, ``D`` and ``B`` (never by
+            values). ``scores`` have the same bits with each of them.
 
     Returns:
         ``out`` [B, S, H, D] in the dtype of ``q``, contiguous, and ``scores`` float32
@@ -380,7 +389,8 @@ def cls_attention(
 
     Raises:
         TypeError: a wrong type or dtype.
-        ValueError: a wrong shape, stride, range or device.
+        ValueError: a wrong shape, stride, range or device, or a kernel that the device does not
+            have for these tensors.
 
     Contract:
         ``scores``: softmax over all S keys, prefix columns dropped without renormalising, mean over
@@ -390,9 +400,9 @@ def cls_attention(
         See docs/contract.md, section 4.
 
     Cost:
-        CPU: PyTorch's ``scaled_dot_product_attention`` and one more read of K. CUDA: one launch, a
-        FlashAttention forward with additional programs for the CLS row; scratch of about 4*B*H*S
-        bytes.
+        CPU: PyTorch's ``scaled_dot_product_attention`` and one more read of K. CUDA: ``"fused"`` is
+        one launch, a FlashAttention forward with additional programs for the CLS row, and scratch
+        of about 4*B*H*S bytes; the others are an attention of PyTorch and one `cls_scores`.
 
     Source:
         VisPruner, arXiv 2412.01818v2, section 3.2.
@@ -405,7 +415,9 @@ def cls_attention(
         >>> out.shape, scores.shape
         (torch.Size([1, 17, 2, 8]), torch.Size([1, 16]))
     """
-    return _call(_ops.cls_attention.default, q, k, v, scale, num_prefix)
+    if kernel is _KERNEL:
+        return _call(_ops.cls_attention.default, q, k, v, scale, num_prefix)
+    return _call(_ops.cls_attention.default, q, k, v, scale, num_prefix, kernel)
 
 
 def cls_scores(

@@ -70,6 +70,10 @@ def _plan(inputs: list[Tensor], results: list[Tensor], launches: list[Launch]) -
     if len({id(x) for x in known}) < len(known):
         # One tensor as two arguments: which of them a kernel got is not known.
         return None
+    launched = {id(arg) for launch in launches for arg in launch.args}
+    if not all(id(x) in launched for x in results):
+        # Something else computed a result.
+        return None
     storages = {x.untyped_storage().data_ptr() for x in known}
     scratch = 0
     steps = []
