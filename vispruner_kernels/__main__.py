@@ -97,7 +97,7 @@ def report() -> str:
         "CUDA kernels": _cuda_state(),
         "Triton kernels": _triton_state(),
         "registration": _registration_state(),
-        "cls_attention": _attention_state(),
+        "attention kernel": _attention_state(),
         "backend": f"{_backends.REQUESTED} (VISPRUNER_KERNELS_BACKEND)",
         "checks": f"{'on' if _backends.CHECKED else 'off'} (VISPRUNER_KERNELS_CHECK)",
     }

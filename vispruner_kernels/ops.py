@@ -30,11 +30,13 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "Optional[float]": (float, type(None)),
     "Optional[Tensor]": (Tensor, type(None)),
 }
-# The argument types of nearly every call. One lookup accepts them without a check of each argument.
+# Operators and argument types of nearly every call, with and without the last argument. One lookup
+# accepts them without a check of each argument.
 _USUAL = frozenset(
-    types
-    for arguments in ARGUMENTS.values()
+    (op, *types[:count])
+    for op, arguments in ARGUMENTS.items()
     for types in itertools.product(*(_TYPES[kind] for _, kind in arguments))
+    for count in (len(arguments) - 1, len(arguments))
 )
 
 
@@ -49,7 +51,7 @@ _SELECT_TOPK, _CLS_SCORES = _ops.select_topk.default, _ops.cls_scores.default
 def _call(operator: Any, *args: Any) -> Any:
     if not TRACES_CHECKS and torch.compiler.is_compiling():
         return operator(*args)
-    if tuple(map(type, args)) not in _USUAL:
+    if (operator._opname, *map(type, args)) not in _USUAL:
         check_types(operator._opname, args)
     try:
         return operator(*args)
