@@ -12,7 +12,10 @@ call the same CUDA code. "call" is `torch.ops.vispruner.<operator>(...)` with th
 arguments, "function" the function of `vispruner_kernels`, both under `torch.inference_mode()`.
 Without it, `prune` costs some microseconds more: autograd asks whether a gradient is needed.
 
-The second table has the operators of Triton, with launches that do nothing: "C++" repeats the
+The second table has the operators of the CPU that are registered from C++, on inputs so small that
+there is hardly any work. A call of theirs has all parts but a launch.
+
+The third table has the operators of Triton, with launches that do nothing: "C++" repeats the
 launches that the first call of a layout made, "Python" is the way of that first call.
 
 No GPU is needed. The core is compiled for this CPU, with tensors in its memory, and a launch that
@@ -47,7 +50,7 @@ from benchmarks import harness
 from benchmarks.select import inputs_of
 from benchmarks.shapes import Shape
 from vispruner_kernels import _backends, _schemas, _tuned, ops
-from vispruner_kernels._native import cuda, registration
+from vispruner_kernels._native import cpu, cuda, registration
 from vispruner_kernels._triton import operators
 
 ROOT = Path(__file__).parents[1]
@@ -56,7 +59,8 @@ SHAPE = Shape("LLaVA-1.5", 1, 576, 1024, 64, torch.float16)
 LAUNCH = 3000
 # The most that a call may take, in us.
 LIMIT = 12.0
-# The same for an operator of Triton, without the launch.
+# The same without the launch, and for an operator of Triton.
+LIMIT_CPU = LIMIT - LAUNCH / 1e3
 LIMIT_TRITON = 15.0
 OPS = ("select", "prune")
 PARTS = ("dispatcher", "check", "memory")
@@ -239,6 +243,43 @@ def rows_of(found: dict[str, harness.Timing]) -> harness.Rows:
     return rows
 
 
+def measured(
+    clocks: dict[tuple[str, str], functools.partial[float]], rounds: int, limit: float
+) -> harness.Rows:
+    """The rows of operators by the way of registration."""
+    with torch.inference_mode(), harness.no_collection():
+        found = harness.interleaved(clocks, rounds, harness.CASE_SECONDS["cpu"])
+    return [
+        {
+            "operator": op,
+            "registered by": by,
+            "call us [p10, p90]": harness.Timing(found[op, by], 1e6),
+            "at most": limit if by == "C++" else None,
+        }
+        for op, by in clocks
+    ]
+
+
+def cpu_rows(core: Core, rounds: int) -> harness.Rows:
+    """The times of the operators of the CPU that are registered from C++, without work."""
+    features, scores, q = torch.randn(1, 2, 1), torch.rand(1, 2), torch.randn(1, 2, 1, 1)
+    calls = {
+        "select": (features, scores, 1),
+        "prune": (features, scores, 1),
+        "select_topk": (scores, 1),
+        "cls_scores": (q, q.clone()),
+    }
+    clocks = {}
+    for op, args in calls.items():
+        name = f"{op}_cpu_python"
+        core.define(name, op)
+        core.definitions.impl(name, _backends._checked(op, getattr(cpu, op)), "CPU")
+        by_cpp = getattr(torch.ops.vispruner, op).default
+        for by, operator in (("C++", by_cpp), ("Python", core.operator(name))):
+            clocks[op, by] = functools.partial(sample, functools.partial(operator, *args))
+    return measured(clocks, rounds, LIMIT_CPU)
+
+
 class NoKernels:
     """Stands in for Triton's compiled kernels: a launch does nothing."""
 
@@ -286,17 +327,7 @@ def triton_rows(core: Core, rounds: int) -> harness.Rows:
         core.definitions.impl(name, _backends._checked(op, function), "CPU")
         for by, operator in (("C++", by_cpp), ("Python", core.operator(name))):
             clocks[op, by] = functools.partial(sample, functools.partial(operator, *args))
-    with torch.inference_mode(), harness.no_collection():
-        found = harness.interleaved(clocks, rounds, harness.CASE_SECONDS["cpu"])
-    return [
-        {
-            "operator": op,
-            "registered by": by,
-            "call us [p10, p90]": harness.Timing(found[op, by], 1e6),
-            "at most": LIMIT_TRITON if by == "C++" else None,
-        }
-        for op, by in clocks
-    ]
+    return measured(clocks, rounds, LIMIT_TRITON)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -316,6 +347,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"WRONG: {', '.join(wrong)}")
             return 1
         tables = {"core": rows_of(times(core, options.rounds))}
+        if all((op, "cpu") in _backends.FROM_CPP for op in ("select", "cls_scores")):
+            tables["cpu"] = cpu_rows(core, options.rounds)
         if operators.INSTALLED:
             tables["triton"] = triton_rows(core, options.rounds)
     head = harness.header(options.threads)

@@ -12,7 +12,8 @@ a measurement.
 --write replaces the rows of this GPU's compute capability in the table that the launchers read
 (vispruner_kernels/_tuned.py). A row has a variant only if it beats the launcher's choice by more
 than 2 % for every measured number of kept tokens. Otherwise it has null: the launcher chooses.
-A kernel other than "fused" must beat that one by more than 2 % in both half types.
+A kernel other than "fused" must beat that one by more than 2 % in both half types, by device time
+and by wall time: an eager call of PyTorch's kernels takes the host longer than one of ours.
 """
 
 from __future__ import annotations
@@ -185,6 +186,8 @@ def attention_case(shape: shapes.Sequence, options: argparse.Namespace) -> harne
             "by": kernel,
             TIME: result[clock],
             "fused / this": harness.ratio(results["fused"], result, clock),
+            "wall us": result["wall"],
+            "by wall": harness.ratio(results["fused"], result, "wall"),
             "best": "*" if best and times[kernel] == best else None,
         }
         for kernel, result in results.items()
@@ -196,7 +199,8 @@ def attention_table(rows: harness.Rows) -> harness.Rows:
     gains: dict[Any, dict[str, list[float | None]]] = {}
     for row in rows:
         key = row["head_dim"], row["images"]
-        gains.setdefault(key, {}).setdefault(row["by"], []).append(row["fused / this"])
+        gain = gains.setdefault(key, {}).setdefault(row["by"], [])
+        gain += row["fused / this"], row["by wall"]
     found = []
     for (head_dim, images), by_kernel in sorted(gains.items()):
         least = {name: min(x for x in xs if x) for name, xs in by_kernel.items() if all(xs)}

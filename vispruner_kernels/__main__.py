@@ -81,7 +81,7 @@ def _attention_state() -> str:
             since = f"from {row['images']} images " if row["images"] > 1 else ""
             texts.append(since + row["kernel"])
     known = [f"D={dim} on {gpu}: {', '.join(texts)}" for (gpu, dim), texts in found.items()]
-    return f"sdpa on CPUs, fused on GPUs, but {'; '.join(known)} (tuned.json)"
+    return "; ".join(["sdpa on CPUs", "fused on GPUs", *known]) + " (tuned.json)"
 
 
 def report() -> str:

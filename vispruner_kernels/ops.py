@@ -187,6 +187,7 @@ def prune(
         and important_ratio is _RATIO
         and step is _STEP
         and matching is _MATCHING
+        # Dynamo does not trace the next question.
         and not torch.compiler.is_compiling()
         and torch.is_inference_mode_enabled()
     ):
@@ -380,10 +381,10 @@ def cls_attention(
         v: as ``q``, same shape and dtype.
         scale: factor of the logits, finite; ``D ** -0.5`` by default.
         num_prefix: leading tokens that are not patches (CLS, registers), 1 <= num_prefix < S.
-        kernel: the kernel of ``out``: ``"fused"``, ours, on CUDA devices; ``"sdpa"``,
-            PyTorch's ``scaled_dot_product_attention``; ``"cudnn"``, its kernel of cuDNN; or
-            ``"auto"``, the fastest of them by measurement for the GPU, ``D`` and ``B`` (never by
-            values). ``scores`` have the same bits with each of them.
+        kernel: the kernel of ``out``: ``"fused"``, ours, on NVIDIA GPUs; ``"sdpa"``, PyTorch's
+            ``scaled_dot_product_attention``; ``"cudnn"``, its kernel of cuDNN; or ``"auto"``, on
+            GPUs the fastest of ours and PyTorch's by measurement for the GPU, ``D`` and ``B``
+            (never by values). ``scores`` have the same bits with each of them.
 
     Returns:
         ``out`` [B, S, H, D] in the dtype of ``q``, contiguous, and ``scores`` float32
