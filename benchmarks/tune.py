@@ -267,19 +267,22 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     ops = ("select", "cls_attention")
     head = harness.header(options.threads, options.device, ops, options.commit)
-    tables = {"rows": (cases(options.device), case), "attention": (shapes.CHOICE, attention_case)}
+    tables: dict[str, Any] = {"rows": (cases(options.device), case)}
+    # Without Triton `cls_attention` has no choice.
+    if backends.installed("triton", options.device):
+        tables["attention"] = (shapes.CHOICE, attention_case)
     done = harness.run(head, tables, options)
     rows = done["rows"]
     if options.write:
         new = table(rows)
-        if found := attention_table(done["attention"]):
+        if found := attention_table(done.get("attention", [])):
             new["attention"] = found
         write(options.write, new)
         counts = ", ".join(f"{len(found)} rows of {name}" for name, found in new.items())
         print(f"\nwrote {counts or 'no rows'} to {options.write}")
     timed = [row for row in rows if row[TIME] not in (backends.ABSENT, UNFIT)]
     # A GPU may lack PyTorch's kernels, not ours.
-    ours = [row for row in done["attention"] if row["by"] == "fused"]
+    ours = [row for row in done.get("attention", []) if row["by"] == "fused"]
     return harness.status({"rows": timed, "attention": [row | {"by": "ours"} for row in ours]})
 
 
