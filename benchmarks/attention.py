@@ -1,6 +1,5 @@
 """`cls_attention` against attention without scores and the published way to scores, in one run.
 
-"ours" is the kernel that `cls_attention` chooses; on a GPU every other one that it has follows.
 PyTorch's fused attention (SDPA) is timed with every backend of the device, and once more with
 `cls_scores` beside it. "published" is eager attention as published: it stores all weights and reads
 the scores from them. Outputs and scores are checked against float64 before they are timed.
@@ -26,7 +25,6 @@ from torch.nn.functional import scaled_dot_product_attention
 from benchmarks import harness, limits, shapes
 from benchmarks.harness import Competitor
 from vispruner_kernels import cls_attention, cls_scores
-from vispruner_kernels._checks import ATTENTION_KERNELS
 from vispruner_kernels.testing import OUT_TOLERANCE, assert_close, max_logit, sample_qkv
 
 try:
@@ -106,14 +104,6 @@ def check_of(right: Exact, v: Tensor, bound: float) -> Callable[[Any], None]:
     return check
 
 
-def kernels(check: Callable[[Any], None]) -> dict[str, Competitor]:
-    """Every kernel of `cls_attention`."""
-    return {
-        f"kernel={name!r}": Competitor(functools.partial(cls_attention, kernel=name), check)
-        for name in ATTENTION_KERNELS[1:]
-    }
-
-
 def case(
     shape: shapes.Sequence, options: argparse.Namespace, compiled: bool = False
 ) -> harness.Rows:
@@ -131,7 +121,6 @@ def case(
 
     competitors = {
         "ours": Competitor(lambda q, k, v: cls_attention(q, k, v), check),
-        **(kernels(check) if device == "cuda" else {}),
         "SDPA flash, cls_scores": Competitor(with_scores, check, backend("FLASH_ATTENTION")),
     }
     for name in BACKENDS[device]:

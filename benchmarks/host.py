@@ -12,12 +12,6 @@ call the same CUDA code. "call" is `torch.ops.vispruner.<operator>(...)` with th
 arguments, "function" the function of `vispruner_kernels`, both under `torch.inference_mode()`.
 Without it, `prune` costs some microseconds more: autograd asks whether a gradient is needed.
 
-The second table has the operators of the CPU that are registered from C++, on inputs so small that
-there is hardly any work. A call of theirs has all parts but a launch.
-
-The third table has the operators of Triton, with launches that do nothing: "C++" repeats the
-launches that the first call of a layout made, "Python" is the way of that first call.
-
 No GPU is needed. The core is compiled for this CPU, with tensors in its memory, and a launch that
 only takes LAUNCH nanoseconds. Before anything is timed, the launches run in the emulation of the
 tests, and the answers must be those of the CPU. The allocator is that of the CPU for results; for
@@ -50,8 +44,7 @@ from benchmarks import harness
 from benchmarks.select import inputs_of
 from benchmarks.shapes import Shape
 from vispruner_kernels import _backends, _schemas, _tuned, ops
-from vispruner_kernels._native import cpu, cuda, registration
-from vispruner_kernels._triton import operators
+from vispruner_kernels._native import cuda, registration
 
 ROOT = Path(__file__).parents[1]
 SHAPE = Shape("LLaVA-1.5", 1, 576, 1024, 64, torch.float16)
@@ -59,9 +52,6 @@ SHAPE = Shape("LLaVA-1.5", 1, 576, 1024, 64, torch.float16)
 LAUNCH = 3000
 # The most that a call may take, in us.
 LIMIT = 12.0
-# The same without the launch, and for an operator of Triton.
-LIMIT_CPU = LIMIT - LAUNCH / 1e3
-LIMIT_TRITON = 15.0
 OPS = ("select", "prune")
 PARTS = ("dispatcher", "check", "memory")
 # The calls of one sample.
@@ -143,17 +133,6 @@ class Core:
                 raise RuntimeError(f"PyTorch refuses {op}_{part}")
             self.define(f"{op}_python_{part}", op)
             self.definitions.impl(f"{op}_python_{part}", python_part(op, part), "CPU")
-
-    def register_triton(
-        self, op: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda x: x
-    ) -> Callable[..., Any]:
-        """An operator of Triton, registered as for CUDA devices; `wrap` gets what Python runs."""
-        name = f"{op}_triton"
-        self.define(name, op)
-        function = _backends._recorded(_backends.IMPLEMENTATIONS[op, "cuda"]["triton"])
-        entry = wrap(_backends._checked(op, function))
-        registration.register_recorded(op, "CPU", entry, self.module, LIBRARY, name)
-        return self.operator(name)
 
     def operator(self, name: str) -> Callable[..., Any]:
         return getattr(getattr(torch.ops, LIBRARY), name).default
@@ -243,93 +222,6 @@ def rows_of(found: dict[str, harness.Timing]) -> harness.Rows:
     return rows
 
 
-def measured(
-    clocks: dict[tuple[str, str], functools.partial[float]], rounds: int, limit: float
-) -> harness.Rows:
-    """The rows of operators by the way of registration."""
-    with torch.inference_mode(), harness.no_collection():
-        found = harness.interleaved(clocks, rounds, harness.CASE_SECONDS["cpu"])
-    return [
-        {
-            "operator": op,
-            "registered by": by,
-            "call us [p10, p90]": harness.Timing(found[op, by], 1e6),
-            "at most": limit if by == "C++" else None,
-        }
-        for op, by in clocks
-    ]
-
-
-def cpu_rows(core: Core, rounds: int) -> harness.Rows:
-    """The times of the operators of the CPU that are registered from C++, without work."""
-    features, scores, q = torch.randn(1, 2, 1), torch.rand(1, 2), torch.randn(1, 2, 1, 1)
-    calls = {
-        "select": (features, scores, 1),
-        "prune": (features, scores, 1),
-        "select_topk": (scores, 1),
-        "cls_scores": (q, q.clone()),
-    }
-    clocks = {}
-    for op, args in calls.items():
-        name = f"{op}_cpu_python"
-        core.define(name, op)
-        core.definitions.impl(name, _backends._checked(op, getattr(cpu, op)), "CPU")
-        by_cpp = getattr(torch.ops.vispruner, op).default
-        for by, operator in (("C++", by_cpp), ("Python", core.operator(name))):
-            clocks[op, by] = functools.partial(sample, functools.partial(operator, *args))
-    return measured(clocks, rounds, LIMIT_CPU)
-
-
-class NoKernels:
-    """Stands in for Triton's compiled kernels: a launch does nothing."""
-
-    def get(self, key: tuple[Any, ...]) -> Any:
-        # As the lookup that it replaces.
-        hash(key)
-        return self, ()
-
-    def __getitem__(self, grid: Any) -> Callable[..., None]:
-        return self.start
-
-    @staticmethod
-    def start(*args: Any, stream: int = 0) -> None:
-        pass
-
-
-def triton_calls() -> dict[str, tuple[Any, ...]]:
-    features, scores = inputs_of(SHAPE)
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = torch.randn(3, 1, SHAPE.tokens + 1, 16, 64, generator=generator).half()
-    return {
-        "select": (features, scores, SHAPE.keep),
-        "prune": (features, scores, SHAPE.keep),
-        "select_topk": (scores, SHAPE.keep),
-        "cls_attention": (q, k, v),
-        "cls_scores": (q, k),
-        "received_scores": (q, k),
-    }
-
-
-def triton_rows(core: Core, rounds: int) -> harness.Rows:
-    """The times of Triton's operators without their launches."""
-    from vispruner_kernels._triton import launch
-
-    launch._COMPILED = NoKernels()
-    # Tensors on a CPU have no index.
-    torch.cuda.current_device = lambda: None
-    calls = triton_calls()
-    clocks = {}
-    for op, args in calls.items():
-        by_cpp = core.register_triton(op)
-        name = f"{op}_triton_python"
-        core.define(name, op)
-        function = _backends.IMPLEMENTATIONS[op, "cuda"]["triton"]
-        core.definitions.impl(name, _backends._checked(op, function), "CPU")
-        for by, operator in (("C++", by_cpp), ("Python", core.operator(name))):
-            clocks[op, by] = functools.partial(sample, functools.partial(operator, *args))
-    return measured(clocks, rounds, LIMIT_TRITON)
-
-
 def main(arguments: list[str] | None = None) -> int:
     usage = harness.parser("host time of an eager call, by its parts")
     options = usage.parse_args(arguments)
@@ -347,10 +239,6 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"WRONG: {', '.join(wrong)}")
             return 1
         tables = {"core": rows_of(times(core, options.rounds))}
-        if all((op, "cpu") in _backends.FROM_CPP for op in ("select", "cls_scores")):
-            tables["cpu"] = cpu_rows(core, options.rounds)
-        if operators.INSTALLED:
-            tables["triton"] = triton_rows(core, options.rounds)
     head = harness.header(options.threads)
     head["shape"] = f"{SHAPE.batch} x {SHAPE.tokens} tokens of {SHAPE.channels}, keep {SHAPE.keep}"
     harness.report(head, tables, options.json)

@@ -129,19 +129,6 @@ ATTENTION = {
         )
     ],
 }
-# The table of the kernels of cls_attention has a row for each head dimension and batch.
-CHOICE = [
-    Sequence(name, batch, *sizes, dtype)
-    for dtype in HALVES
-    for name, *sizes in (
-        ("clip-l/336", 577, 16, 64),
-        ("siglip-so400m/384", 729, 16, 72),
-        ("vit-h/14, 448", 1025, 16, 80),
-        ("eva-g/224", 257, 16, 88),
-        ("internvit-6b/448", 1025, 25, 128),
-    )
-    for batch in (1, 5, 16, 32)
-]
 # Also SigLIP2-L/512, because flash-colsum 0.1.0 is right only for multiples of 128 tokens.
 SCORES = {
     "cpu": ATTENTION["cpu"],

@@ -1,5 +1,4 @@
-"""Time every variant of the GPU kernels of `select` and every kernel of `cls_attention`, and write
-the tables of the fastest ones.
+"""Time every variant of the GPU kernels of `select`, and write the table of the fastest ones.
 
 This command builds nothing. A variant is one of csrc/cuda/variants.h, or for Triton the tokens
 along one side of a tile. "own" is the launcher's choice without a table. All variants of a shape
@@ -12,8 +11,6 @@ a measurement.
 --write replaces the rows of this GPU's compute capability in the table that the launchers read
 (vispruner_kernels/_tuned.py). A row has a variant only if it beats the launcher's choice by more
 than 2 % for every measured number of kept tokens. Otherwise it has null: the launcher chooses.
-A kernel other than "fused" must beat that one by more than 2 % in both half types, by device time
-and by wall time: an eager call of PyTorch's kernels takes the host longer than one of ours.
 """
 
 from __future__ import annotations
@@ -32,12 +29,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import attention, backends, harness, limits, shapes
+from benchmarks import backends, harness, limits, shapes
 from benchmarks.harness import Competitor
 from benchmarks.select import MATCHINGS, RATIO, same_bits
 from vispruner_kernels import _backends, _tuned
-from vispruner_kernels._checks import ATTENTION_KERNELS
-from vispruner_kernels.testing import sample_qkv
 
 # Backend -> the module of its launcher.
 LAUNCHERS = {
@@ -162,56 +157,6 @@ def case(shape: shapes.Shape, options: argparse.Namespace) -> harness.Rows:
     return rows
 
 
-def attention_case(shape: shapes.Sequence, options: argparse.Namespace) -> harness.Rows:
-    """The rows of one shape of `cls_attention`, one per kernel."""
-    clock = harness.MAIN[options.device]
-    inputs = q, k, v = tuple(
-        limits.place(x, options.device) for x in sample_qkv(*shape[1:], seed=shape.batch)
-    )
-    right = attention.exact(q, k, v)
-    competitors = attention.kernels(attention.check_of(right, v, right.bound))
-    results = dict(
-        zip(ATTENTION_KERNELS[1:], harness.race(competitors, inputs, options).values(), strict=True)
-    )
-    times = {kernel: result.seconds(clock) for kernel, result in results.items()}
-    best = min(filter(None, times.values()), default=None)
-    return [
-        {
-            "shape": shape.name,
-            "images": shape.batch,
-            "S": shape.tokens,
-            "H": shape.heads,
-            "head_dim": shape.head_dim,
-            "dtype": str(shape.dtype).removeprefix("torch."),
-            "by": kernel,
-            TIME: result[clock],
-            "fused / this": harness.ratio(results["fused"], result, clock),
-            "wall us": result["wall"],
-            "by wall": harness.ratio(results["fused"], result, "wall"),
-            "best": "*" if best and times[kernel] == best else None,
-        }
-        for kernel, result in results.items()
-    ]
-
-
-def attention_table(rows: harness.Rows) -> harness.Rows:
-    """The rows of tuned.json that follow from measured rows of `cls_attention`."""
-    gains: dict[Any, dict[str, list[float | None]]] = {}
-    for row in rows:
-        key = row["head_dim"], row["images"]
-        gain = gains.setdefault(key, {}).setdefault(row["by"], [])
-        gain += row["fused / this"], row["by wall"]
-    found = []
-    for (head_dim, images), by_kernel in sorted(gains.items()):
-        least = {name: min(x for x in xs if x) for name, xs in by_kernel.items() if all(xs)}
-        if "fused" not in least:
-            continue
-        best = max(least, key=lambda name: least[name])
-        row = {"capability": _tuned.capability(0), "head_dim": head_dim, "images": images}
-        found.append(row | {"kernel": best if least[best] > GAIN else "fused"})
-    return found
-
-
 def table(rows: harness.Rows) -> dict[str, harness.Rows]:
     """The rows of tuned.json that follow from measured rows, by backend."""
     gains: dict[Any, dict[int, list[float | None]]] = {}
@@ -232,10 +177,10 @@ def table(rows: harness.Rows) -> dict[str, harness.Rows]:
 
 
 def write(file: Path, new: dict[str, harness.Rows]) -> None:
-    """Replace the rows of this compute capability, for the backends and "attention" in `new`."""
+    """Replace the rows of this compute capability, for the backends in `new`."""
     old = json.loads(file.read_text()) if file.exists() else {}
     text = []
-    for backend in (*LAUNCHERS, "attention"):
+    for backend in LAUNCHERS:
         rows = old.get(backend, [])
         if backend in new:
             rows = [row for row in rows if row["capability"] != _tuned.capability(0)]
@@ -265,25 +210,16 @@ def main(argv: list[str] | None = None) -> int:
         usage.error("--quick measures one shape only, so it cannot --write the table")
     harness.check(options, usage)
     torch.set_num_threads(options.threads)
-    ops = ("select", "cls_attention")
-    head = harness.header(options.threads, options.device, ops, options.commit)
-    tables: dict[str, Any] = {"rows": (cases(options.device), case)}
-    # Without Triton `cls_attention` has no choice.
-    if backends.installed("triton", options.device):
-        tables["attention"] = (shapes.CHOICE, attention_case)
-    done = harness.run(head, tables, options)
+    head = harness.header(options.threads, options.device, ("select",), options.commit)
+    done = harness.run(head, {"rows": (cases(options.device), case)}, options)
     rows = done["rows"]
     if options.write:
         new = table(rows)
-        if found := attention_table(done.get("attention", [])):
-            new["attention"] = found
         write(options.write, new)
         counts = ", ".join(f"{len(found)} rows of {name}" for name, found in new.items())
         print(f"\nwrote {counts or 'no rows'} to {options.write}")
     timed = [row for row in rows if row[TIME] not in (backends.ABSENT, UNFIT)]
-    # A GPU may lack PyTorch's kernels, not ours.
-    ours = [row for row in done.get("attention", []) if row["by"] == "fused"]
-    return harness.status({"rows": timed, "attention": [row | {"by": "ours"} for row in ours]})
+    return harness.status({"rows": timed})
 
 
 if __name__ == "__main__":

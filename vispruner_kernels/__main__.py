@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from vispruner_kernels import __version__, _backends, _native, _tuned
+from vispruner_kernels import __version__, _backends, _native
 from vispruner_kernels._native import cuda, registration
 from vispruner_kernels._schemas import SCHEMAS
 from vispruner_kernels._triton import operators
@@ -70,20 +70,6 @@ def _triton_state() -> str:
     return f"for CUDA devices{interpreted}"
 
 
-def _attention_state() -> str:
-    """The kernels of cls_attention for kernel="auto"."""
-    if _backends.OWNERS["cls_attention", "cuda"] != "triton":
-        return "sdpa"
-    found: dict[tuple[str, int], list[str]] = {}
-    for row in _tuned.ROWS["attention"]:
-        texts = found.setdefault((row["capability"], row["head_dim"]), [])
-        if not texts or not texts[-1].endswith(row["kernel"]):
-            since = f"from {row['images']} images " if row["images"] > 1 else ""
-            texts.append(since + row["kernel"])
-    known = [f"D={dim} on {gpu}: {', '.join(texts)}" for (gpu, dim), texts in found.items()]
-    return "; ".join(["sdpa on CPUs", "fused on GPUs", *known]) + " (tuned.json)"
-
-
 def report() -> str:
     """The text to print."""
     facts = {
@@ -97,7 +83,6 @@ def report() -> str:
         "CUDA kernels": _cuda_state(),
         "Triton kernels": _triton_state(),
         "registration": _registration_state(),
-        "attention kernel": _attention_state(),
         "backend": f"{_backends.REQUESTED} (VISPRUNER_KERNELS_BACKEND)",
         "checks": f"{'on' if _backends.CHECKED else 'off'} (VISPRUNER_KERNELS_CHECK)",
     }

@@ -20,7 +20,6 @@ import torch
 from vispruner_kernels import _native, _schemas, reference
 from vispruner_kernels._native import cpu, cuda, registration
 from vispruner_kernels._triton import operators as triton
-from vispruner_kernels._triton import recording
 
 # Device type -> dispatch key. HIP devices are "cuda" devices to PyTorch.
 KEYS = {"cpu": "CPU", "cuda": "CUDA"}
@@ -189,11 +188,7 @@ OWNERS: dict[tuple[str, str], str] = {
 FROM_CPP: frozenset[tuple[str, str]] = frozenset(
     (op, device)
     for (op, device), owner in OWNERS.items()
-    if not (CHECKED or BY_PYTHON)
-    and (
-        (owner == "native" and (op, device) in registration.OPERATORS)
-        or (owner == "triton" and device == "cuda" and registration.RECORDS)
-    )
+    if owner == "native" and (op, device) in registration.OPERATORS and not (CHECKED or BY_PYTHON)
 )
 
 
@@ -225,11 +220,6 @@ def _checked(op: str, function: Callable[..., Any], memory: bool = True) -> Call
     return entry
 
 
-def _recorded(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The answer of an operator of Triton, and how to repeat its launches."""
-    return lambda *args: recording.record(function, args)
-
-
 def _compared(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """VISPRUNER_KERNELS_CHECK=1: require finite inputs, compare with the reference."""
     expected = _implementation(op, "reference")
@@ -243,9 +233,6 @@ def _compared(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
             if isinstance(value, torch.Tensor) and not bool(torch.isfinite(value).all()):
                 raise ValueError(f"{op}: {name} has values that are not finite")
         got = function(*args)
-        if op == "cls_attention":
-            # The reference has one kernel.
-            args = (*args[:-1], "auto")
         try:
             assert_matches(op, got, expected(*args), args, {})
         except AssertionError as error:
@@ -315,12 +302,11 @@ def _register() -> torch.library.Library:
             falls_back = owner == "reference" and REQUESTED != "reference"
             if device == "cpu" and falls_back and not _native.INSTALLED:
                 function = _warns_once(function)
-            if (op, device) not in FROM_CPP:
-                library.impl(op, _checked(op, function), key)
-            elif owner == "native":
-                registration.register(op, device, key, _checked(op, function))
+            function = _checked(op, function)
+            if (op, device) in FROM_CPP:
+                registration.register(op, device, key, function)
             else:
-                registration.register_recorded(op, key, _checked(op, _recorded(function)))
+                library.impl(op, function, key)
         # On another device the check raises and names it, so the implementation is never reached.
         library.impl(op, _checked(op, _unreachable, memory=False), "CompositeExplicitAutograd")
         fake = _checked(op, schema.fake, memory=False)

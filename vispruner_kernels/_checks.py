@@ -25,8 +25,6 @@ MAX_CHANNELS = 65536
 MAX_HEAD_DIM = 256
 MAX_SCALE = torch.finfo(torch.float32).max
 MATCHINGS = ("bipartite", "pairwise")
-# Kernels of cls_attention; _pytorch_attention.py has the last two.
-ATTENTION_KERNELS = ("auto", "fused", "sdpa", "cudnn")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # Fakes serve "meta".
 DEVICES = ("cpu", "cuda", "meta")
@@ -324,15 +322,9 @@ def _lse(op: str, lse: Tensor | None, layout: str, wanted: tuple[Any, ...], q: T
         _device(op, "lse", lse, "q", q)
 
 
-def cls_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float | None, num_prefix: int, kernel: str
-) -> None:
+def cls_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None, num_prefix: int) -> None:
     _attention("cls_attention", {"q": q, "k": k, "v": v}, "[B, S, H, D]", scale)
     _prefix("cls_attention", q, num_prefix, 1)
-    if not isinstance(kernel, str) or kernel not in ATTENTION_KERNELS:
-        raise ValueError(
-            f"cls_attention: kernel is {shown(kernel)}, expected 'auto', 'fused', 'sdpa' or 'cudnn'"
-        )
 
 
 def cls_scores(q: Tensor, k: Tensor, scale: float | None, num_prefix: int) -> None:

@@ -73,10 +73,10 @@ SCHEMAS: dict[str, Schema] = {
         lambda scores, width, rows: _indices(scores, scores.shape[0], rows * width),
     ),
     "cls_attention": Schema(
-        "(Tensor q, Tensor k, Tensor v, float? scale=None, int num_prefix=1, "
-        'str kernel="auto") -> (Tensor out, Tensor scores)',
+        "(Tensor q, Tensor k, Tensor v, float? scale=None, int num_prefix=1)"
+        " -> (Tensor out, Tensor scores)",
         _checks.cls_attention,
-        lambda q, k, v, scale, num_prefix, kernel: (
+        lambda q, k, v, scale, num_prefix: (
             q.new_empty(q.shape),
             _scores(q, k, scale, num_prefix),
         ),

@@ -1,4 +1,4 @@
-"""The fastest variants of the GPU kernels of `select`, and the fastest attention: tuned.json.
+"""The fastest variants of the GPU kernels of `select`, by GPU and shape: tuned.json.
 
 `python -m benchmarks.tune --device cuda --write` measures them and writes the file. A variant
 changes no bit of a result. A row says which variant is the fastest for a compute capability, a
@@ -31,20 +31,6 @@ def capability(device: int) -> str:
         name: str = torch.cuda.get_device_properties(device).gcnArchName
         return name.split(":")[0]
     return "{}.{}".format(*torch.cuda.get_device_capability(device))
-
-
-def attention(device: int, head_dim: int, images: int) -> str:
-    """The kernel of `cls_attention`: that of the row with the most images that are not more than
-    these; "fused" if the GPU or the head dimension was not measured."""
-    gpu = capability(device)
-    rows = [
-        row
-        for row in ROWS["attention"]
-        if row["head_dim"] == head_dim and row["images"] <= images and row["capability"] == gpu
-    ]
-    nearest = max(rows, key=lambda row: row["images"], default={"kernel": "fused"})
-    kernel: str = nearest["kernel"]
-    return kernel
 
 
 def number(

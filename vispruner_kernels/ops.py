@@ -30,18 +30,16 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "Optional[float]": (float, type(None)),
     "Optional[Tensor]": (Tensor, type(None)),
 }
-# Operators and argument types of nearly every call, with and without the last argument. One lookup
-# accepts them without a check of each argument.
+# The argument types of nearly every call. One lookup accepts them without a check of each argument.
 _USUAL = frozenset(
-    (op, *types[:count])
-    for op, arguments in ARGUMENTS.items()
+    types
+    for arguments in ARGUMENTS.values()
     for types in itertools.product(*(_TYPES[kind] for _, kind in arguments))
-    for count in (len(arguments) - 1, len(arguments))
 )
 
 
 # Arguments that are these objects were left out, so their types are right.
-_RATIO, _STEP, _MATCHING, _PREFIX, _KERNEL = 0.5, 8, "bipartite", 1, "auto"
+_RATIO, _STEP, _MATCHING, _PREFIX = 0.5, 8, "bipartite", 1
 # The usual calls, in which no argument has a wrong type, use these and not `_call`, which takes
 # more than a microsecond.
 _SELECT, _PRUNE = _ops.select.default, _ops.prune.default
@@ -51,7 +49,7 @@ _SELECT_TOPK, _CLS_SCORES = _ops.select_topk.default, _ops.cls_scores.default
 def _call(operator: Any, *args: Any) -> Any:
     if not TRACES_CHECKS and torch.compiler.is_compiling():
         return operator(*args)
-    if (operator._opname, *map(type, args)) not in _USUAL:
+    if tuple(map(type, args)) not in _USUAL:
         check_types(operator._opname, args)
     try:
         return operator(*args)
@@ -187,7 +185,6 @@ def prune(
         and important_ratio is _RATIO
         and step is _STEP
         and matching is _MATCHING
-        # Dynamo does not trace the next question.
         and not torch.compiler.is_compiling()
         and torch.is_inference_mode_enabled()
     ):
@@ -365,12 +362,7 @@ def select_rows(scores: Tensor, width: int, rows: int) -> Tensor:
 
 
 def cls_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float | None = None,
-    num_prefix: int = 1,
-    kernel: str = _KERNEL,
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, num_prefix: int = 1
 ) -> tuple[Tensor, Tensor]:
     """Compute full attention, and the weights of its [CLS] row averaged over heads.
 
@@ -381,10 +373,6 @@ def cls_attention(
         v: as ``q``, same shape and dtype.
         scale: factor of the logits, finite; ``D ** -0.5`` by default.
         num_prefix: leading tokens that are not patches (CLS, registers), 1 <= num_prefix < S.
-        kernel: the kernel of ``out``: ``"fused"``, ours, on NVIDIA GPUs; ``"sdpa"``, PyTorch's
-            ``scaled_dot_product_attention``; ``"cudnn"``, its kernel of cuDNN; or ``"auto"``, on
-            GPUs the fastest of ours and PyTorch's by measurement for the GPU, ``D`` and ``B``
-            (never by values). ``scores`` have the same bits with each of them.
 
     Returns:
         ``out`` [B, S, H, D] in the dtype of ``q``, contiguous, and ``scores`` float32
@@ -392,8 +380,7 @@ def cls_attention(
 
     Raises:
         TypeError: a wrong type or dtype.
-        ValueError: a wrong shape, stride, range or device, or a kernel that the device does not
-            have for these tensors.
+        ValueError: a wrong shape, stride, range or device.
 
     Contract:
         ``scores``: softmax over all S keys, prefix columns dropped without renormalising, mean over
@@ -403,9 +390,9 @@ def cls_attention(
         See docs/contract.md, section 4.
 
     Cost:
-        CPU: PyTorch's ``scaled_dot_product_attention`` and one more read of K. CUDA: ``"fused"`` is
-        one launch, a FlashAttention forward with additional programs for the CLS row, and scratch
-        of about 4*B*H*S bytes; the others are an attention of PyTorch and one `cls_scores`.
+        CPU: PyTorch's ``scaled_dot_product_attention`` and one more read of K. CUDA: one launch, a
+        FlashAttention forward with additional programs for the CLS row; scratch of about 4*B*H*S
+        bytes.
 
     Source:
         VisPruner, arXiv 2412.01818v2, section 3.2.
@@ -418,9 +405,7 @@ def cls_attention(
         >>> out.shape, scores.shape
         (torch.Size([1, 17, 2, 8]), torch.Size([1, 16]))
     """
-    if kernel is _KERNEL:
-        return _call(_ops.cls_attention.default, q, k, v, scale, num_prefix)
-    return _call(_ops.cls_attention.default, q, k, v, scale, num_prefix, kernel)
+    return _call(_ops.cls_attention.default, q, k, v, scale, num_prefix)
 
 
 def cls_scores(

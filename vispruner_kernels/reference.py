@@ -209,24 +209,9 @@ def cls_scores(q: Tensor, k: Tensor, scale: float | None = None, num_prefix: int
     return _stack(rows, q, q.shape[1] - num_prefix, torch.float32)
 
 
-def check_kernel(q: Tensor, kernel: str) -> None:
-    """Refuse the kernels of `cls_attention` that only GPUs have."""
-    if kernel not in ("auto", "sdpa"):
-        raise ValueError(
-            f"cls_attention: kernel is {kernel!r}, which {q.device.type} tensors do not have here; "
-            "pass 'auto' or 'sdpa'"
-        )
-
-
 def cls_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float | None = None,
-    num_prefix: int = 1,
-    kernel: str = "auto",
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, num_prefix: int = 1
 ) -> tuple[Tensor, Tensor]:
-    check_kernel(q, kernel)
     return attention(q, k, v, scale), cls_scores(q, k, scale, num_prefix)
 
 

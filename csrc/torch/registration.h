@@ -13,12 +13,10 @@
 #include <map>
 #include <memory>
 #include <mutex>
-#include <shared_mutex>
 #include <stdexcept>
 #include <string>
 #include <string_view>
 #include <tuple>
-#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -531,194 +529,6 @@ struct CudaSelectOp {
 };
 #endif
 
-// Operators of Triton. The first call of a layout goes to Python, which checks it and answers, and
-// returns how to repeat its launches (_triton/recording.py). Later calls of the layout need no
-// check: only addresses differ.
-
-struct Plan {
-  struct Result {
-    std::vector<int64_t> sizes;
-    int32_t dtype;
-  };
-  std::vector<Result> results;
-  int64_t scratch;
-  py::object repeat;
-
-  Plan() = default;
-  Plan(const Plan&) = delete;
-  Plan& operator=(const Plan&) = delete;
-  ~Plan() {
-    const py::gil_scoped_acquire gil;
-    repeat = py::object();
-  }
-};
-
-// The layout as bytes, and the addresses of the tensors.
-struct Layout {
-  std::string bytes;
-  std::vector<const void*> addresses;
-  Tensor first;
-
-  // False for tensors that only Python can judge.
-  bool read(const Arguments& arguments, const char* kinds) {
-    bytes.reserve(512);
-    for (int i = 0; kinds[i]; ++i) {
-      if (const Value* const handle = arguments.tensor_at(i)) {
-        if (!read(reinterpret_cast<Handle>(*handle))) return false;
-      } else if (kinds[i] == 's') {
-        const std::string_view text = arguments.text(i);
-        add(text.size());
-        bytes.append(text);
-      } else {
-        const Value* const box = arguments.optional(i);
-        const bool optional = kinds[i] == 'o' || kinds[i] == 'T';
-        add(optional ? (box ? *box : 0) : static_cast<Value>(arguments.integer(i)));
-        if (optional) add(box != nullptr);
-      }
-    }
-    return !addresses.empty();
-  }
-
- private:
-  bool read(Handle handle) {
-    Tensor x;
-    int64_t dims;
-    int32_t dtype;
-    if (!describe(handle, &dims, &dtype, &x)) return false;
-    if (addresses.empty()) first = x;
-    addresses.push_back(x.data);
-    add(dims);
-    add(dtype);
-    add(x.device_type);
-    add(x.device);
-    // Kernels load by vectors where the address allows.
-    add(reinterpret_cast<uintptr_t>(x.data) % 16);
-    bytes.append(reinterpret_cast<const char*>(x.sizes), dims * sizeof(int64_t));
-    bytes.append(reinterpret_cast<const char*>(x.strides), dims * sizeof(int64_t));
-    return true;
-  }
-
-  void add(Value value) { bytes.append(reinterpret_cast<const char*>(&value), sizeof(value)); }
-};
-
-class RecordedOperator {
- public:
-  RecordedOperator(std::string kinds, py::object function)
-      : kinds_(std::move(kinds)), function_(std::move(function)) {}
-
-  // The next call of every layout goes to Python again.
-  void forget() {
-    Plans old;
-    const std::lock_guard<std::shared_mutex> lock(mutex_);
-    plans_.swap(old);
-  }
-
-  void call(Value* stack, uint64_t count) {
-    Results results;
-    {
-      Arguments arguments(stack, kinds_.c_str());
-      Layout layout;
-      const bool known = layout.read(arguments, kinds_.c_str());
-      const std::shared_ptr<const Plan> plan = known ? find(layout.bytes) : nullptr;
-      if (!plan || !repeat(*plan, layout, results)) {
-        results = record(arguments, known ? &layout.bytes : nullptr);
-      }
-    }
-    replace(stack, count, results);
-  }
-
- private:
-  using Plans = std::unordered_map<std::string, std::shared_ptr<const Plan>>;
-
-  std::shared_ptr<const Plan> find(const std::string& layout) {
-    const std::shared_lock<std::shared_mutex> lock(mutex_);
-    const auto found = plans_.find(layout);
-    return found == plans_.end() ? nullptr : found->second;
-  }
-
-  // False, with nothing done, if there is no memory.
-  static bool repeat(const Plan& plan, const Layout& layout, Results& results) {
-    CudaCall cuda(layout.first.device);
-    if (!cuda.prepare(layout.first.device, plan.scratch)) return false;
-    Results made;
-    for (const Plan::Result& result : plan.results) {
-      made.push_back(empty(result.sizes.data(), result.sizes.size(), result.dtype, layout.first));
-      if (!made.back()) return false;
-    }
-    const py::gil_scoped_acquire gil;
-    try {
-      py::tuple addresses(layout.addresses.size() + made.size() + 1);
-      size_t count = 0;
-      const auto number = [](const void* address) {
-        return py::int_(reinterpret_cast<uintptr_t>(address));
-      };
-      for (const void* const address : layout.addresses) addresses[count++] = number(address);
-      for (const Owned& result : made) addresses[count++] = number(memory<void>(result));
-      addresses[count] = number(cuda.scratch());
-      plan.repeat(number(cuda.stream), addresses);
-    } catch (py::error_already_set& error) {
-      throw PythonError(std::move(error));
-    }
-    results = std::move(made);
-    return true;
-  }
-
-  Results record(Arguments& arguments, const std::string* layout) {
-    // Layouts of one program are few; this bounds the memory of others.
-    constexpr size_t kPlans = 1024;
-    const py::gil_scoped_acquire gil;
-    try {
-      const py::tuple answer = function_(*arguments.to_python());
-      Results results = results_of(answer[0]);
-      if (layout && !answer[1].is_none()) {
-        const auto plan = std::make_shared<Plan>();
-        plan->scratch = answer[1].attr("scratch").cast<int64_t>();
-        plan->repeat = answer[1].attr("repeat");
-        for (const Owned& result : results) {
-          int64_t dims, *sizes;
-          int32_t dtype;
-          torch.aoti_torch_get_dim(result.get(), &dims);
-          torch.aoti_torch_get_sizes(result.get(), &sizes);
-          torch.aoti_torch_get_dtype(result.get(), &dtype);
-          plan->results.push_back({std::vector<int64_t>(sizes, sizes + dims), dtype});
-        }
-        // Plans of other calls end behind the lock, because that may run Python.
-        Plans old;
-        std::shared_ptr<const Plan> replaced = plan;
-        const std::lock_guard<std::shared_mutex> lock(mutex_);
-        if (plans_.size() >= kPlans) plans_.swap(old);
-        plans_[*layout].swap(replaced);
-      }
-      return results;
-    } catch (py::error_already_set& error) {
-      throw PythonError(std::move(error));
-    }
-  }
-
-  const std::string kinds_;
-  const py::object function_;
-  // A thread that waits for the GIL does not hold it.
-  std::shared_mutex mutex_;
-  Plans plans_;
-};
-
-// PyTorch calls a function without a context, so each operator has a function of its own. They live
-// until the process ends.
-constexpr size_t kMostRecorded = 32;
-RecordedOperator* recorded[kMostRecorded];
-size_t recorded_count;
-
-template <size_t kNumber>
-void recorded_boxed(Value* stack, uint64_t, uint64_t count) {
-  recorded[kNumber]->call(stack, count);
-}
-
-template <size_t... kNumber>
-constexpr std::array<shim::Boxed, sizeof...(kNumber)> recorded_kernels(
-    std::index_sequence<kNumber...>) {
-  return {&recorded_boxed<kNumber>...};
-}
-
 // The operators by device and name.
 struct Entry {
   const char* device;
@@ -789,20 +599,6 @@ void register_operator(const std::string& device, const std::string& name,
   throw std::invalid_argument("no operator " + name + " for " + device);
 }
 
-// As above for an operator of Triton. `function` returns its answer, and a plan or None.
-void register_recorded(const std::string& name, const std::string& kinds,
-                       const std::string& library, const std::string& key, py::object function) {
-  static constexpr auto kernels = recorded_kernels(std::make_index_sequence<kMostRecorded>());
-  if (recorded_count == kMostRecorded) throw std::runtime_error("too many recorded operators");
-  recorded[recorded_count] = new RecordedOperator(kinds, std::move(function));
-  add_kernel(library, key, name, kernels[recorded_count]);
-  ++recorded_count;
-}
-
-void forget_recorded() {
-  for (size_t i = 0; i < recorded_count; ++i) recorded[i]->forget();
-}
-
 void define(py::module_& m) {
   py::list names;
   for (const Entry& op : entries) names.append(py::make_tuple(op.name, op.device));
@@ -811,9 +607,6 @@ void define(py::module_& m) {
         py::arg("block_threads"), py::arg("eager_rounds"), py::arg("compact_to"),
         py::arg("to_tensors"), py::arg("to_handles"), py::arg("cuda_variant"));
   m.def("register_operator", &register_operator, py::kw_only(), py::arg("device"), py::arg("name"),
-        py::arg("library"), py::arg("key"), py::arg("function"));
-  m.def("forget_recorded", &forget_recorded);
-  m.def("register_recorded", &register_recorded, py::kw_only(), py::arg("name"), py::arg("kinds"),
         py::arg("library"), py::arg("key"), py::arg("function"));
 }
 

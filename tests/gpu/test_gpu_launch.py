@@ -40,8 +40,6 @@ from gpu import (
 from torch import Tensor
 
 import vispruner_kernels
-from vispruner_kernels import _backends
-from vispruner_kernels._native import registration
 from vispruner_kernels.testing import assert_close
 
 pytestmark = gpu.marks
@@ -67,19 +65,6 @@ def test_answers_are_those_of_the_cpu_and_inputs_stay(name):
     for x, y in zip(inputs, before, strict=True):
         assert torch.equal(x, y)
     assert_agree(call, got, expected(call))
-
-
-@needs_cuda
-@each_call
-def test_later_calls_of_a_layout_answer_as_the_first(name):
-    # The first one goes to Python, which records its launches; the others repeat them.
-    op, _ = calls(TOKENS)[name]
-    if registration.RECORDS and not _backends.BY_PYTHON:
-        assert (op, "cuda") in _backends.FROM_CPP
-    variations = [calls(TOKENS, seed=seed)[name] for seed in range(4)]
-    got = download([run(uploaded(call)) for call in variations])
-    for call, answer in zip(variations, got, strict=True):
-        assert_agree(call, answer, expected(call))
 
 
 # CUDA graphs.

@@ -27,7 +27,6 @@ from gpu import (
 )
 from torch import Tensor
 
-from vispruner_kernels import _pytorch_attention
 from vispruner_kernels.testing import (
     DTYPES,
     OUT_TOLERANCE,
@@ -148,7 +147,7 @@ def assert_out(got: Tensor, wanted: Tensor, shape: Shape, qkv: tuple[Tensor, ...
 def attention_calls(shape: Shape, prefix: int, qkv: tuple[Tensor, ...], lse: Tensor) -> list[Call]:
     q, k, _ = qkv
     return [
-        ("cls_attention", (*qkv, shape.scale, max(1, prefix), "fused")),
+        ("cls_attention", (*qkv, shape.scale, max(1, prefix))),
         ("cls_scores", (q, k, shape.scale, max(1, prefix))),
         ("received_scores", (q, k, shape.scale, prefix)),
         ("received_scores", (q, k, shape.scale, prefix, lse)),
@@ -294,7 +293,7 @@ def test_not_finite_inputs_give_the_answer_of_eager_softmax(dtype):
             q, k = sample_nonfinite(where, tokens, dtype)
             v = sample_qkv(2, tokens, 2, 4, dtype, 14)[2].contiguous()
             weights = logits(q, k, None).softmax(-1)
-            calls += [("cls_attention", (q, k, v, None, 1, "fused")), ("cls_scores", (q, k))]
+            calls += [("cls_attention", (q, k, v)), ("cls_scores", (q, k))]
             calls.append(("received_scores", (q, k)))
             out = (weights @ v.double().transpose(1, 2)).transpose(1, 2)
             cls = weights[:, :, 0, 1:].mean(1)
@@ -351,37 +350,3 @@ def test_equal_logits_give_uniform_attention(dtype):
         assert_close(got[-1], torch.full(got[-1].shape, 1 / 50).double(), 1e-8)
         if len(got) == 2:
             assert_close(got[0], mean, OUT_TOLERANCE[dtype] * float(v.abs().max()))
-
-
-@pytest.mark.parametrize("dtype", [F16, B16])
-@pytest.mark.parametrize("head_dim", [64, 72, 80, 88, 96, 112, 128])
-def test_scores_have_the_same_bits_with_every_kernel(head_dim, dtype):
-    """Of cls_attention, and alone; each in a batch and image by image."""
-    shape = Shape(some(3, 2), some(300, 21), some(16, 2), head_dim, dtype)
-    qkv = sample_qkv(*shape[:5], head_dim)
-    weights = logits(*qkv[:2], None).softmax(-1)
-    wanted = (weights @ qkv[2].double().transpose(1, 2)).transpose(1, 2)
-    kernels = ["auto", "fused", "sdpa"]
-    if not SIMULATED and _pytorch_attention.cudnn_serves(*map(upload, qkv)):
-        kernels.append("cudnn")
-    (first,) = answers([("cls_scores", qkv[:2])])[0]
-    assert_close(first, weights[:, :, 0, 1:].mean(1), scores_bound(*qkv[:2], None))
-    for kernel in kernels:
-        together = ("cls_attention", (*qkv, None, 1, kernel))
-        alone = [
-            ("cls_attention", (*(x[i : i + 1] for x in qkv), None, 1, kernel))
-            for i in range(shape.batch)
-        ]
-        (out, scores), *singles = answers([together, *alone])
-        assert_out(out, wanted, shape, qkv)
-        assert_same_bits(scores, first)
-        assert_same_bits(torch.cat([single[1] for single in singles]), first)
-
-
-@needs_cuda
-def test_a_kernel_that_the_gpu_lacks_is_refused():
-    q, k, v = map(upload, sample_qkv(1, 20, 2, 64, F32, 0))
-    if _pytorch_attention.cudnn_serves(q, k, v):
-        pytest.skip("this cuDNN serves float32")
-    with pytest.raises(ValueError, match="kernel is 'cudnn', which cuda tensors of"):
-        run(("cls_attention", (q, k, v, None, 1, "cudnn")))

@@ -13,11 +13,10 @@ from calls import operators_of
 
 pytest.importorskip("triton")
 
-from vispruner_kernels import _pytorch_attention, _tuned, reference
+from vispruner_kernels import reference
 from vispruner_kernels._triton import operators
 from vispruner_kernels.testing import (
     DTYPES,
-    OUT_TOLERANCE,
     assert_close,
     assert_matches,
     assert_same_bits,
@@ -29,7 +28,7 @@ pytestmark = pytest.mark.skipif(
     not operators.INTERPRETED, reason="Triton compiles here: make test-gpu"
 )
 if operators.INTERPRETED:
-    from vispruner_kernels._triton import attention, received_scores, recording
+    from vispruner_kernels._triton import received_scores
 
 triton_ops = operators_of("triton")
 
@@ -157,125 +156,3 @@ def test_contradictory_offsets_of_packed_attention_stay_in_bounds(monkeypatch):
         assert_same_bits(got.clone(), expected)
         assert (memory[:32] == -7).all()
         assert (memory[32 + total :] == -7).all()
-
-
-def test_parts_of_rows_are_few_and_cover_them():
-    for head_dim in range(1, 257):
-        parts = attention.head_dim_parts(head_dim)
-        used = [size for size in parts if size]
-        assert parts[: len(used)] == tuple(used)
-        assert used == sorted(used, reverse=True)
-        assert all(size >= 16 and size & (size - 1) == 0 for size in used)
-        rounded = -(-head_dim // 16) * 16
-        assert sum(used) == rounded or (len(used) == 1 and sum(used) < 2 * head_dim)
-    # 0.63 of the products of 128 x 128 for 72 and 80, which are the most used of these.
-    parts = {d: attention.head_dim_parts(d) for d in (64, 72, 80, 88, 96, 112, 120, 128)}
-    assert parts[72] == parts[80] == (64, 16, 0)
-    assert parts[88] == parts[96] == (64, 32, 0)
-    assert parts[112] == (64, 32, 16)
-    assert parts[64] == (64, 0, 0)
-    assert parts[120] == parts[128] == (128, 0, 0)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim", [65, 72, 80, 88, 96, 97, 112, 176, 240])
-def test_rows_in_parts_match_the_reference(head_dim, dtype):
-    q, k, v = sample_qkv(2, 37, 2, head_dim, dtype, head_dim)
-    args = (q, k, v, None, 1, "fused")
-    got = triton_ops.cls_attention(*args)
-    assert_matches("cls_attention", got, reference.cls_attention(*args[:5]), args, {})
-    assert_same_bits(got[1], triton_ops.cls_scores(q, k))
-
-
-@pytest.mark.parametrize("head_dim", [16, 80])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_scores_have_the_same_bits_with_every_kernel(dtype, head_dim):
-    q, k, v = sample_qkv(3, 150, 2, head_dim, dtype, 7)
-    out, scores = triton_ops.cls_attention(q, k, v, kernel="fused")
-    other, same = triton_ops.cls_attention(q, k, v, kernel="sdpa")
-    assert_same_bits(other, reference.attention(q, k, v, None))
-    assert_same_bits(scores, same)
-    assert_close(out, other.double(), OUT_TOLERANCE[dtype] * float(v.abs().max()))
-
-
-@pytest.fixture
-def cudnn(monkeypatch):
-    """A GPU of capability 9.0 whose cuDNN serves halves. Its attention is the reference's."""
-    calls = []
-
-    def stand_in(q, k, v, attn_bias, compute_log_sumexp, scale):
-        assert attn_bias is None
-        assert not compute_log_sumexp
-        calls.append(q.shape)
-        out = reference.attention(*(x.transpose(1, 2) for x in (q, k, v)), scale)
-        return out.transpose(1, 2), None
-
-    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention", stand_in)
-    monkeypatch.setattr(_tuned, "capability", lambda device: "9.0")
-    monkeypatch.setattr(_pytorch_attention, "cudnn_serves", lambda q, k, v: q.shape[1] < 100)
-    rows = [(1, "fused"), (4, "cudnn"), (6, "sdpa")]
-    rows = [
-        {"capability": "9.0", "head_dim": 80, "images": n, "kernel": kernel} for n, kernel in rows
-    ]
-    other = {"capability": "8.0", "head_dim": 80, "images": 1, "kernel": "cudnn"}
-    monkeypatch.setitem(_tuned.ROWS, "attention", [*rows, other])
-    return calls
-
-
-@pytest.mark.parametrize(
-    ("images", "head_dim", "expected"),
-    [
-        (1, 80, "fused"),
-        (3, 80, "fused"),
-        (4, 80, "cudnn"),
-        (5, 80, "cudnn"),
-        (9, 80, "sdpa"),
-        (4, 72, "fused"),
-        (9, 64, "fused"),
-    ],
-)
-def test_the_table_chooses_by_images_and_head_dimension(images, head_dim, expected, cudnn):
-    q, k, v = sample_qkv(images, 20, 2, head_dim, torch.float16, 5)
-    out, scores = triton_ops.cls_attention(q, k, v)
-    same, alike = triton_ops.cls_attention(q, k, v, kernel=expected)
-    assert_same_bits(out, same)
-    assert out.is_contiguous()
-    assert len(cudnn) == 2 * (expected == "cudnn")
-    for x in (alike, triton_ops.cls_scores(q, k)):
-        assert_same_bits(scores, x)
-
-
-def test_our_kernel_runs_where_the_table_does_not_apply(cudnn):
-    q, k, v = sample_qkv(4, 20, 2, 80, torch.float16, 5)
-    fused = triton_ops.cls_attention(q, k, v, kernel="fused")
-    odd = torch.empty(q.numel() + 1, dtype=q.dtype)[1:].view(q.shape).copy_(q)
-    for same in (triton_ops.cls_attention(odd, k, v), triton_ops.cls_attention(q, k, v)):
-        assert_same_bits(same[1], fused[1])
-    assert len(cudnn) == 1
-    for scale in (0.0, -0.1, 1e-40, 2e38):
-        triton_ops.cls_attention(q, k, v, scale)
-    triton_ops.cls_attention(q.float(), k.float(), v.float())
-    assert len(cudnn) == 1
-    # More tokens than cuDNN takes here.
-    long = sample_qkv(4, 120, 2, 80, torch.float16, 5)
-    triton_ops.cls_attention(*long)
-    assert len(cudnn) == 1
-    with pytest.raises(ValueError, match="kernel is 'cudnn', which cpu tensors of"):
-        triton_ops.cls_attention(*long, kernel="cudnn")
-    empty = triton_ops.cls_attention(q[:0], k[:0], v[:0], kernel="cudnn")
-    assert [x.shape for x in empty] == [(0, 20, 2, 80), (0, 19)]
-
-
-def test_a_call_with_a_kernel_of_pytorch_is_not_repeated_without_it(monkeypatch):
-    """A plan has only our launches: repeated, it would leave `out` unwritten."""
-    q, k, v = sample_qkv(1, 20, 2, 16, torch.float16, 5)
-    launched = recording.Launch(lambda: None, (q, k, v), None, ())
-
-    def result(kernel):
-        out, scores = torch.empty(2), torch.empty(2)
-        ours = [scores, out] if kernel == "fused" else [scores]
-        recording._state.launches.append(launched._replace(args=(q, k, *ours)))
-        return out, scores
-
-    assert recording.record(lambda q, k: result("fused"), (q, k))[1] is not None
-    assert recording.record(lambda q, k: result("sdpa"), (q, k))[1] is None

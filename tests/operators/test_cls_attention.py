@@ -14,8 +14,6 @@ from attention import (
     sample_nonfinite,
 )
 
-import vispruner_kernels
-from vispruner_kernels import _backends, reference
 from vispruner_kernels.testing import assert_close, assert_same_bits, sample_qkv, scores_bound
 
 
@@ -27,22 +25,6 @@ def test_outputs_own_their_memory(backend):
     scores.fill_(torch.nan)
     for x, copy in zip((q, k, v), copies, strict=True):
         assert_same_bits(x, copy)
-
-
-def test_the_kernel_of_pytorch_can_be_chosen(backend):
-    q, k, v = sample_qkv(2, 40, 3, 16, torch.float16, 5)
-    out, scores = backend.cls_attention(q, k, v, None, 1, "sdpa")
-    assert_same_bits(out, reference.attention(q, k, v, None))
-    assert_same_bits(scores, backend.cls_scores(q, k))
-
-
-@pytest.mark.skipif(_backends.OWNERS["cls_attention", "cpu"] == "triton", reason="it has kernels")
-@pytest.mark.parametrize("kernel", ["fused", "cudnn"])
-def test_a_kernel_that_a_cpu_lacks_is_refused(kernel):
-    q, k, v = sample_qkv(2, 40, 3, 16, torch.float16, 5)
-    wanted = f"cls_attention: kernel is '{kernel}', which cpu tensors do not have here; pass 'auto'"
-    with pytest.raises(ValueError, match=wanted):
-        vispruner_kernels.cls_attention(q, k, v, kernel=kernel)
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])

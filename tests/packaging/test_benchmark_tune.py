@@ -14,7 +14,6 @@ import fake_cuda
 import pytest
 import torch
 
-import benchmarks.attention
 from benchmarks import shapes, tune
 from benchmarks.select import MATCHINGS
 from vispruner_kernels import _backends, _tuned, reference
@@ -50,40 +49,8 @@ def gpu(monkeypatch):
     yield from fake_cuda.install(monkeypatch)
 
 
-ATTENTION = [
-    shapes.Sequence("tiny", images, 17, 2, head_dim, dtype)
-    for dtype in shapes.HALVES
-    for images, head_dim in ((1, 16), (4, 16), (1, 8))
-]
-
-
 @pytest.fixture
-def attention(gpu, monkeypatch):
-    """`cls_attention`, whose kernels take these seconds for these images; None: not here."""
-    found = {("fused", n): 2e-3 for n in (1, 4)} | {("sdpa", n): 3e-3 for n in (1, 4)}
-    found |= {("cudnn", 1): 1.99e-3, ("cudnn", 4): 1e-3}
-
-    def stand_in(q, k, v, kernel):
-        seconds = found[kernel, len(q)]
-        if seconds is None or (kernel == "cudnn" and q.shape[-1] == 8):
-            raise ValueError(f"cls_attention: kernel is {kernel!r}")
-        gpu.launch(seconds)
-        return reference.cls_attention(q, k, v)
-
-    def ratio(over, under, clock):
-        # No time passes on the wall: it is that of the device, or as a test says.
-        gain = real(over, under, "device")
-        return found["wall"] if clock == "wall" and "wall" in found and over is not under else gain
-
-    real = tune.harness.ratio
-    monkeypatch.setattr(tune.harness, "ratio", ratio)
-    monkeypatch.setattr(benchmarks.attention, "cls_attention", stand_in)
-    monkeypatch.setattr(shapes, "CHOICE", ATTENTION)
-    return found
-
-
-@pytest.fixture
-def backends(gpu, attention, monkeypatch):
+def backends(gpu, monkeypatch):
     found = SimpleNamespace(
         native=Backend(gpu, VARIANTS), triton=Backend(gpu, [{"block_n": 32}, {"block_n": 64}])
     )
@@ -206,69 +173,6 @@ def test_nothing_is_written_where_the_launchers_choice_is_wrong(backends, tmp_pa
     backends.native.wrong = [(0, 8)]
     assert run_tune(tmp_path, "--write", str(file))[0] == 1
     assert json.loads(file.read_text())["native"] == []
-
-
-def kernels(file):
-    """The written kernels by head dimension and images."""
-    rows = json.loads(file.read_text())["attention"]
-    assert {row["capability"] for row in rows} == {"9.0"}
-    return {(row["head_dim"], row["images"]): row["kernel"] for row in rows}
-
-
-def test_kernels_of_attention_are_checked_timed_and_written(backends, attention, tmp_path):
-    file = tmp_path / "tuned.json"
-    assert run_tune(tmp_path, "--write", str(file))[0] == 0
-    rows = json.loads((tmp_path / "result.json").read_text())["attention"]
-    assert [row["by"] for row in rows] == ["fused", "sdpa", "cudnn"] * len(ATTENTION)
-    for row in rows:
-        absent = row["by"] == "cudnn" and row["head_dim"] == 8
-        assert isinstance(row[tune.TIME], str) == absent
-        if not absent:
-            seconds = attention[row["by"], row["images"]]
-            assert row[tune.TIME]["p50"] == pytest.approx(seconds * 1e6)
-            assert row["fused / this"] == pytest.approx(2e-3 / seconds)
-    # Less than 2 % faster than ours for one image.
-    assert kernels(file) == {(16, 1): "fused", (16, 4): "cudnn", (8, 1): "fused"}
-
-
-def test_a_kernel_that_takes_the_host_longer_is_not_written(backends, attention, tmp_path):
-    file = tmp_path / "tuned.json"
-    attention["wall"] = 1.01
-    assert run_tune(tmp_path, "--write", str(file))[0] == 0
-    assert set(kernels(file).values()) == {"fused"}
-
-
-def test_without_a_time_of_our_kernel_no_row_is_written(backends, attention, tmp_path):
-    file = tmp_path / "tuned.json"
-    attention["fused", 4] = None
-    assert run_tune(tmp_path, "--write", str(file))[0] == 1
-    assert kernels(file) == {(16, 1): "fused", (8, 1): "fused"}
-
-
-@pytest.mark.skipif(
-    (ROOT / "benchmarks/results/nvidia-h200/tune.json").exists(), reason="it has the rows"
-)
-def test_the_attention_of_the_committed_table_is_that_of_the_results():
-    """The sum of cuDNN's attention and of cls_scores, as measured beside SDPA's flash backend."""
-    results = json.loads((ROOT / "benchmarks/results/nvidia-h200/attention.json").read_text())
-    times = {}
-    for row in results["rows"]:
-        key = row["D"], row["B"], row["dtype"]
-        for clock in ("us [p10, p90]", "wall us"):
-            times.setdefault((*key, clock), {})[row["by"]] = row[clock]["p50"]
-    expected = {}
-    for (head_dim, images, *_), by in times.items():
-        scores = by["SDPA flash, cls_scores"] - by["SDPA flash"]
-        gain = by["ours"] / (by["SDPA cudnn"] + scores)
-        expected.setdefault((head_dim, images), []).append(gain)
-    committed = {
-        (row["head_dim"], row["images"]): row["kernel"]
-        for row in _tuned.ROWS["attention"]
-        if row["capability"] == "9.0"
-    }
-    assert committed == {
-        key: "cudnn" if min(gains) > tune.GAIN else "fused" for key, gains in expected.items()
-    }
 
 
 def test_the_committed_table_is_in_the_form_that_the_command_writes(tmp_path, monkeypatch):

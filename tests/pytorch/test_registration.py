@@ -50,8 +50,8 @@ vispruner::select_topk(Tensor scores, SymInt keep) -> Tensor
 
 vispruner::select_rows(Tensor scores, SymInt width, SymInt rows) -> Tensor
 
-vispruner::cls_attention(Tensor q, Tensor k, Tensor v, float? scale=None, int num_prefix=1,
-    str kernel="auto") -> (Tensor out, Tensor scores)
+vispruner::cls_attention(Tensor q, Tensor k, Tensor v, float? scale=None, int num_prefix=1)
+    -> (Tensor out, Tensor scores)
 
 vispruner::cls_scores(Tensor q, Tensor k, float? scale=None, int num_prefix=1)
     -> Tensor
@@ -72,7 +72,7 @@ DEFAULTS = {
     "select_varlen": [0.5, 8, "bipartite"],
     "select_topk": [],
     "select_rows": [],
-    "cls_attention": [None, 1, "auto"],
+    "cls_attention": [None, 1],
     "cls_scores": [None, 1],
     "received_scores": [None, 0, None],
     "received_scores_varlen": [None, None],

@@ -151,8 +151,7 @@ def _attentions(
     args, other = (None, prefix), (1.0, min(16, s - 1))
     if s > 1:
         cls = (None, max(1, prefix))
-        calls = ((q, k, v, *cls, "fused"), (q, k, v, *other, "fused"))
-        yield Case("cls_attention", label, quick, *calls)
+        yield Case("cls_attention", label, quick, (q, k, v, *cls), (q, k, v, *other))
         yield Case("cls_scores", label, quick, (q, k, *cls), (q, k, *other))
     lse = _empty(offset, torch.float32, b, h, s)
     yield Case("received_scores", label, quick, (q, k, *args, None), (q, k, *other, None))

@@ -164,8 +164,6 @@ TABLE = [
     *(Bad(SELECT_ALL, "important_ratio", f"is {ratio},", ValueError, {"important_ratio": ratio})
       for ratio in (-0.1, 1.5, NAN, INF, -INF, -5e-324, 1.0000000000000002)),
     *(Bad(SELECT_ALL, "step", f"is {step},", ValueError, {"step": step}) for step in (0, -1)),
-    *(Bad(CLS[:1], "kernel", f"is {kernel!r},", ValueError, {"kernel": kernel})
-      for kernel in ("flash", "", "Fused")),
     *(Bad(SELECT_ALL, "matching", f"is {matching!r},", ValueError, {"matching": matching})
       for matching in ("nearest", "", "Bipartite")),
     *(Bad(ATTENTION, "scale", f"is {scale},", ValueError, {"scale": scale})

@@ -83,7 +83,7 @@ def arguments(op: str) -> dict[str, Any]:
     if op == "select_rows":
         return {"scores": scores, "width": 4, "rows": 2}
     if op == "cls_attention":
-        return {"q": q, "k": k, "v": v, "scale": None, "num_prefix": 1, "kernel": "auto"}
+        return {"q": q, "k": k, "v": v, "scale": None, "num_prefix": 1}
     if op == "cls_scores":
         return {"q": q, "k": k, "scale": None, "num_prefix": 1}
     if op == "received_scores":

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from vispruner_kernels import _backends, _native, _schemas
 from vispruner_kernels._native import cuda as native
-from vispruner_kernels._native import registration
 from vispruner_kernels._triton import operators
 from vispruner_kernels.testing import (
     assert_close,
@@ -100,11 +99,8 @@ def watch() -> Iterator[None]:
         (pytest.fail if "VISPRUNER_TEST_DEVICE" in os.environ else pytest.skip)(why)
     # A call that waits for a hanging device cannot be interrupted, so the process must end.
     faulthandler.dump_traceback_later(HANG, exit=True, file=sys.__stderr__)
-    # Tests change what operators do in Python, which a recorded launch would not show.
-    registration.forget_recorded()
     try:
         yield
-        registration.forget_recorded()
         synchronize()
         if not SIMULATED:
             # The next test then gets new memory, which it fills with garbage.

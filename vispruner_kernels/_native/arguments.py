@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 MATCHINGS = {name: number for number, name in enumerate(_checks.MATCHINGS)}
-# The next three change no bit of an answer; tests set them. Operators that are registered from C++
-# got them at import.
+# The next three change no bit of an answer; tests set them.
 # Threads of the thread block that the CPU walks as a loop in the passes of `select`.
 BLOCK_THREADS = 1
 # Rounds of the pairwise rule in which every orphaned token searches again.

@@ -186,9 +186,8 @@ def cls_scores(q: Tensor, k: Tensor, scale: float | None, num_prefix: int) -> Te
 
 
 def cls_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float | None, num_prefix: int, kernel: str
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None, num_prefix: int
 ) -> tuple[Tensor, Tensor]:
-    reference.check_kernel(q, kernel)
     scores = cls_scores(q, k, scale, num_prefix)
     return reference.attention(q, k, v, scale), scores
 

@@ -31,8 +31,8 @@ INSTALLED = not REASON
 
 # csrc/cuda/variants.h. All give the same bits.
 VARIANTS: tuple[_C.Variant, ...] = getattr(_C, "cuda_variants", ())
-# The number of a variant, counted from 1, for all calls of the functions below. 0 leaves the choice
-# to the core, and None to tuned.json. Tests and `benchmarks.tune` set it.
+# The number of a variant, counted from 1, for all calls. 0 leaves the choice to the core, and None
+# to tuned.json. Tests and `benchmarks.tune` set it.
 VARIANT: int | None = None
 _NO_OFFSETS: _C.Offsets = {"data": 0, "stride": 0}
 

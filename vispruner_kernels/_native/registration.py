@@ -1,5 +1,4 @@
-"""Registers operators in PyTorch from C++ (csrc/torch/registration.h): those of the C++ core, and
-those of Triton on CUDA devices, whose launches it repeats.
+"""Registers operators of the C++ core in PyTorch from C++ (csrc/torch/registration.h).
 
 Python takes most of the host's time of a call. It needs PyTorch's stable C interface, which PyTorch
 has from 2.10 on; one build of the core serves every version.
@@ -14,18 +13,8 @@ from typing import Any
 
 import torch
 
-from vispruner_kernels import _native, _schemas
+from vispruner_kernels import _native
 from vispruner_kernels._native import _C, arguments, cuda
-
-# Types of arguments as csrc/torch/registration.h has them.
-KINDS = {
-    "Tensor": "t",
-    "Optional[Tensor]": "T",
-    "int": "i",
-    "float": "f",
-    "Optional[float]": "o",
-    "str": "s",
-}
 
 
 def load(core: Any, cpu_library: str, cuda_library: str) -> None:
@@ -77,33 +66,9 @@ OPERATORS: frozenset[tuple[str, str]] = frozenset(
     for op, device in (() if REASON else _C.torch_operators)
     if device == "cpu" or torch.version.cuda
 )
-# Whether operators of Triton can be registered.
-RECORDS = not REASON and bool(torch.version.cuda)
 
 
 def register(op: str, device: str, key: str, function: Callable[..., Any]) -> None:
     """Register the operator of the core for a dispatch key. Calls that are not surely valid go to
     `function`, which takes all arguments by position."""
     _C.register_operator(device=device, name=op, library="vispruner", key=key, function=function)
-
-
-def register_recorded(
-    op: str,
-    key: str,
-    function: Callable[..., Any],
-    core: Any = _C,
-    library: str = "vispruner",
-    name: str = "",
-) -> None:
-    """Register an operator of Triton for a dispatch key. The first call of each layout goes to
-    `function`, which returns its answer and how to repeat its launches (_triton/recording.py)."""
-    kinds = "".join(KINDS[kind] for _, kind in _schemas.ARGUMENTS[op])
-    core.register_recorded(
-        name=name or op, kinds=kinds, library=library, key=key, function=function
-    )
-
-
-def forget_recorded() -> None:
-    """The next call of each layout goes to Python again: tests and tuning change what it does."""
-    if not REASON:
-        _C.forget_recorded()

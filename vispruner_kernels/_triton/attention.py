@@ -55,51 +55,6 @@ def dot(a, b, acc=None):
     return tl.dot(a, b, acc, input_precision="ieee")
 
 
-@triton.jit
-def load_part(rows, mask, D: tl.constexpr, FIRST: tl.constexpr, SIZE: tl.constexpr):
-    """Elements [FIRST, FIRST + SIZE) of the rows of D elements that `rows` [N, 1] points to. Those
-    from D on, and rows that `mask` [N] excludes, are 0. A part without elements is a 0."""
-    if SIZE > 0:
-        offs = FIRST + tl.arange(0, SIZE)
-        x = tl.load(rows + offs[None, :], mask=mask[:, None] & (offs < D)[None, :], other=0.0)
-    else:
-        x = tl.zeros([1, 1], rows.dtype.element_ty)
-    return x
-
-
-@triton.jit
-def store_part(rows, mask, x, D: tl.constexpr, FIRST: tl.constexpr, SIZE: tl.constexpr):
-    """The inverse of load_part."""
-    if SIZE > 0:
-        offs = FIRST + tl.arange(0, SIZE)
-        tl.store(rows + offs[None, :], x, mask=mask[:, None] & (offs < D)[None, :])
-
-
-@triton.jit
-def dot_parts(q1, q2, q3, k1, k2, k3, D2: tl.constexpr, D3: tl.constexpr):
-    """q @ k^T [M, N] of rows in three parts."""
-    x = dot(q1, tl.trans(k1))
-    if D2 > 0:
-        x = dot(q2, tl.trans(k2), x)
-    if D3 > 0:
-        x = dot(q3, tl.trans(k3), x)
-    return x
-
-
-def head_dim_parts(head_dim: int) -> tuple[int, int, int]:
-    """Sizes of the parts in which rows are multiplied, powers of two; 0 if there are fewer.
-
-    They add up to the next multiple of 16 if that is a sum of three powers of two, else to the next
-    power of two. So 72 and 80 are 64 + 16, 88 and 96 are 64 + 32, and 112 is 64 + 32 + 16.
-    """
-    size = triton.cdiv(head_dim, 16) * 16
-    parts = [bit for bit in (256, 128, 64, 32, 16) if size & bit]
-    if len(parts) > 3:
-        parts = [triton.next_power_of_2(head_dim)]
-    first, second, third = (*parts, 0, 0)[:3]
-    return first, second, third
-
-
 def check_arrivals(arrivals: int) -> None:
     if arrivals > COUNT_MASK.value:
         raise ValueError(

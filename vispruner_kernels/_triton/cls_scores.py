@@ -12,8 +12,7 @@ from torch import Tensor
 
 from vispruner_kernels._triton import launch
 from vispruner_kernels._triton.attention import stride_unit
-from vispruner_kernels._triton.cls_row import INTEGERS, LINE, cls_chunk, cls_mean, cls_plan
-from vispruner_kernels._triton.rules import arrive, close_counter, read_counter
+from vispruner_kernels._triton.cls_row import INTEGERS, LINE, cls_plan, cls_row
 
 
 @triton.jit(
@@ -36,10 +35,9 @@ def _cls_scores_kernel(
     scale,
     tag,
     D: tl.constexpr,
-    D1: tl.constexpr,
-    D2: tl.constexpr,
-    D3: tl.constexpr,
     UNIT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -57,29 +55,31 @@ def _cls_scores_kernel(
     image = (tl.program_id(0) // (H * chunks)).to(tl.int64)
     part = tl.program_id(0) % (H * chunks)
     head = (part // chunks).to(tl.int64)
-    scratch_ptr += image * lines * LINE
-    word = read_counter(scratch_ptr)
-    cls_chunk(
+    chunk = part % chunks
+    cls_row(
         q_ptr + (image * stride_qb + head * stride_qh) * UNIT,
         k_ptr + (image * stride_kb + head * stride_kh) * UNIT,
-        scratch_ptr,
+        scores_ptr + image * (S - num_prefix),
+        scratch_ptr + image * lines * LINE,
         stride_ks,
         S,
         H,
+        num_prefix,
         scale,
+        tag,
         head,
-        part % chunks,
+        chunk,
+        chunk + 1,
+        H * chunks,
         D,
-        D1,
-        D2,
-        D3,
         UNIT,
+        BLOCK_N,
+        BLOCK_D,
         CHUNK,
+        BLOCK_C,
+        BLOCK_H,
+        BLOCK_S,
     )
-    if arrive(scratch_ptr, word, tag, H * chunks):
-        scores_ptr += image * (S - num_prefix)
-        cls_mean(scratch_ptr, scores_ptr, S, H, num_prefix, scale, CHUNK, BLOCK_C, BLOCK_H, BLOCK_S)
-        close_counter(scratch_ptr)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -97,9 +97,6 @@ def _plan(
     """
     unit = stride_unit(itemsize, aligned, shape, q, k)
     chunks, sizes, meta = cls_plan(shape, num_prefix, itemsize, unit)
-    if meta["num_warps"] == 8:
-        # Without it the assembler gives a thread too few registers for sm_80, and spills.
-        meta = {**meta, "maxnreg": 128}
     strides = [x // unit for x in (q[0], q[2], *k[:3])]
     return shape[0] * shape[2] * chunks, shape[0] * sizes[-1] * LINE.value, [*sizes, *strides], meta
 

@@ -12,8 +12,6 @@ import torch
 import triton
 from torch import Tensor
 
-from vispruner_kernels._triton import recording
-
 # Whether Triton interprets kernels: they run on CPU tensors, one program after another.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 # HIP devices are "cuda" devices to PyTorch.
@@ -33,16 +31,12 @@ _TAG_BITS = 42
 _COMPILED: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
 
-def draw_tag() -> int:
-    """A random tag: never 0, always an int64 to Triton, and tag << 20 is positive."""
-    return 2**_TAG_BITS + _RANDOM.getrandbits(_TAG_BITS)
-
-
 def new_tag() -> int:
-    """A random tag for the counters of a call."""
-    tag = draw_tag()
-    recording.note_tag(tag)
-    return tag
+    """A random tag for the counters of a call.
+
+    It is never 0, Triton always takes it for an int64, and tag << 20 is positive.
+    """
+    return 2**_TAG_BITS + _RANDOM.getrandbits(_TAG_BITS)
 
 
 @functools.cache
@@ -120,11 +114,9 @@ def _run_on(device: int, kernel: Any, grid: int, args: Any, meta: dict[str, Any]
     if found:
         compiled, constants = found
         compiled[(grid, 1, 1)](*values, *constants)
-    else:
-        _check_device(device)
-        with _LOCK:
-            compiled = kernel[(grid,)](*args, **meta)
-        # A compiled kernel takes the constants after the arguments, in the order of the signature.
-        constants = tuple(meta[name] for name in kernel.arg_names[len(args) :])
-        _COMPILED[key] = compiled, constants
-    recording.note(compiled, grid, args, constants)
+        return
+    _check_device(device)
+    with _LOCK:
+        compiled = kernel[(grid,)](*args, **meta)
+    # A compiled kernel takes the constants after the arguments, in the order of the signature.
+    _COMPILED[key] = compiled, tuple(meta[name] for name in kernel.arg_names[len(args) :])

@@ -185,8 +185,7 @@ def _received_kernel(
             mask = (offs_h < H * parts) & mask_n[None, :]
             others = tl.load(sum_ptr[None, :] + offs_h * tokens, mask=mask, other=0.0)
             total += tl.sum(others, axis=0)
-        # The count in float64: H * S may not fit int32, and a second division would take longer.
-        score = (total / (H.to(tl.float64) * S)).to(tl.float32)
+        score = (total / H / S).to(tl.float32)
         tl.store(scores_ptr + offs_n - num_prefix, score, mask=mask_n & (offs_n >= num_prefix))
         close_counter(counter_ptr)
 

@@ -36,8 +36,8 @@ BLOCK_N, BLOCK_BYTES, NEIGHBOURS = 32, 128, 32
 MANY_TOKENS, MANY_BLOCK_N = 8192, 64
 # All give the same bits.
 VARIANTS = [{"block_n": n} for n in (BLOCK_N, MANY_BLOCK_N)]
-# The number of a variant, counted from 1, for all calls of the functions below. 0 leaves the choice
-# to `_suit_large_tiles`, and None to tuned.json. Tests and `benchmarks.tune` set it.
+# The number of a variant, counted from 1, for all calls. 0 leaves the choice to
+# `_suit_large_tiles`, and None to tuned.json. Tests and `benchmarks.tune` set it.
 VARIANT: int | None = None
 NUM_WARPS = 8
 # The most tokens whose similarities fit the registers of a program; older compilers need more

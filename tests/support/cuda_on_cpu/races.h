@@ -2,7 +2,7 @@
 // and at least one not atomic, which nothing orders. It finds them even if the result is right.
 // Between blocks, in global memory, a release and an acquire order accesses. A race with a load is
 // missed if another block has loaded the same word since. Within a block, in shared memory,
-// barriers order them, and within a warp __syncwarp of all lanes.
+// barriers order them, and within a warp collectives of all lanes.
 //
 // g++ -fsanitize=thread calls a function before every access. This file has these functions, so the
 // library is linked without libtsan: -nodefaultlibs -lstdc++ -lm -lc -lgcc_s. The clocks are those
